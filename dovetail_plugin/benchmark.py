@@ -1,0 +1,283 @@
+"""Plain `generate` against the same call with a draft: interleaved, both sides counted by the same code.
+
+Enters: a target, a draft, prompts as token ids, options of `generate`. Leaves: a `BenchResult` that prints
+a table and one JSON line. Identity of the texts is checked on the way; a greedy text that differs is looked
+up at its first differing token, where reduced precision may only have broken a tie.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .modeling import DovetailDraft
+from .report import PHASES
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation. tokens: new ones. seconds: of the whole call of `generate`, prompt included."""
+
+    tokens: int
+    seconds: float
+    ids: Tensor
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def timed_generate(target: PreTrainedModel, input_ids: Tensor, **options: Any) -> Run:
+    """One call of `target.generate`, timed from outside; used for both sides of every comparison."""
+    start_s = time.perf_counter()
+    ids = target.generate(input_ids, **options)
+    return Run(ids.shape[1] - input_ids.shape[1], time.perf_counter() - start_s, ids)
+
+
+@dataclass
+class BenchResult:
+    """Medians over prompts; phases and acceptance over all rounds of all prompts.
+
+    ties: greedy texts that differ where the plain run's two best logits were equal up to rounding.
+    differences: texts that differ otherwise; must be 0 when greedy.
+    """
+
+    plain_tokens_per_s: float
+    draft_tokens_per_s: float
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    acceptance_length: float
+    nodes_per_round: float
+    rounds: int
+    phase_ms_per_round: dict[str, float]
+    round_ms: float
+    prompts: int
+    new_tokens: int
+    identical: int
+    ties: int
+    differences: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """The table that people read."""
+        lines = [
+            f"{'':24}{'plain':>10}{'draft':>10}{'ratio':>10}",
+            f"{'tokens/s (median)':24}{self.plain_tokens_per_s:10.2f}{self.draft_tokens_per_s:10.2f}{self.ratio:10.2f}",
+            f"{'ratio, quartiles':24}{self.ratio_quartiles[0]:20.2f}{self.ratio_quartiles[1]:10.2f}",
+            f"{'acceptance length':24}{self.acceptance_length:20.2f}",
+            f"{'nodes per round':24}{self.nodes_per_round:20.1f}",
+            f"{'rounds':24}{self.rounds:20d}",
+        ]
+        for phase, ms in self.phase_ms_per_round.items():
+            share = ms / self.round_ms if self.round_ms else 0.0
+            lines.append(f"{'  ' + phase + ', ms a round':24}{ms:20.2f}{share:10.1%}")
+        lines.append(f"{'  round, ms':24}{self.round_ms:20.2f}")
+        texts = f"{self.identical} of {self.prompts} identical"
+        if self.ties:
+            texts += f", {self.ties} part at a tie of the target"
+        if self.differences:
+            texts += f", {self.differences} DIFFER"
+        lines.append(f"{'texts':24}{texts:>30}")
+        return "\n".join(lines)
+
+    def json_line(self) -> str:
+        """Everything, with command, versions and machine, on one line."""
+        return json.dumps(asdict(self) | provenance())
+
+
+@dataclass
+class Comparison:
+    """Runs plain and drafted generations side by side and adds them up.
+
+    Args:
+        target, draft: on their devices.
+        options: of `generate`, for both sides.
+        seed: of each pair of runs when sampling; both sides get the same one.
+    """
+
+    target: PreTrainedModel
+    draft: DovetailDraft
+    options: dict[str, Any]
+    seed: int = 0
+    pairs: list[tuple[Run, Run]] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+    parted: list[float] = field(default_factory=list)
+
+    def add(self, input_ids: Tensor) -> None:
+        """One prompt (1, T), both ways; which comes first alternates."""
+        order = (False, True) if len(self.pairs) % 2 == 0 else (True, False)
+        runs = {}
+        for drafted in order:
+            torch.manual_seed(self.seed + len(self.pairs))
+            extra = {"assistant_model": self.draft} if drafted else {}
+            runs[drafted] = timed_generate(self.target, input_ids, **self.options, **extra)
+        self.pairs.append((runs[False], runs[True]))
+        self.reports.append(self.draft.report)
+        if not torch.equal(runs[False].ids, runs[True].ids):
+            self.parted.append(top_gap_at_difference(self.target, runs[False].ids, runs[True].ids))
+
+    def warm_up(self, input_ids: Tensor) -> None:
+        """One short generation of each kind that is not counted."""
+        options = self.options | {"max_new_tokens": 8}
+        timed_generate(self.target, input_ids, **options)
+        timed_generate(self.target, input_ids, **options, assistant_model=self.draft)
+
+    def result(self, **settings: Any) -> BenchResult:
+        """Medians over what was added so far. `settings` are stored with the numbers."""
+        plain = [p.tokens_per_s for p, _ in self.pairs]
+        drafted = [d.tokens_per_s for _, d in self.pairs]
+        ratios = [d / p for p, d in zip(plain, drafted, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        rounds = [r for report in self.reports for r in report.rounds]
+        count = max(len(rounds), 1)
+        phases = {
+            name: 1e3 * sum(report.phase_seconds[name] for report in self.reports) / count
+            for name in (*PHASES, "other")
+        }
+        sampling = bool(self.options.get("do_sample"))
+        ties = 0 if sampling else sum(gap <= tie_tolerance(self.target.dtype) for gap in self.parted)
+        return BenchResult(
+            plain_tokens_per_s=statistics.median(plain),
+            draft_tokens_per_s=statistics.median(drafted),
+            ratio=statistics.median(ratios),
+            ratio_quartiles=(quartiles[0], quartiles[2]),
+            acceptance_length=sum(r.emitted for r in rounds) / count,
+            nodes_per_round=sum(r.nodes for r in rounds) / count,
+            rounds=len(rounds),
+            phase_ms_per_round=phases,
+            round_ms=sum(phases.values()),
+            prompts=len(self.pairs),
+            new_tokens=sum(d.tokens for _, d in self.pairs),
+            identical=len(self.pairs) - len(self.parted),
+            ties=ties,
+            differences=len(self.parted) - ties,
+            settings=settings,
+        )
+
+
+def tie_tolerance(dtype: torch.dtype) -> float:
+    """Largest relative gap of two logits that counts as a tie: a few roundings of the dtype.
+
+    float32 has none: there the texts must be the same.
+    """
+    return 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def top_gap_at_difference(target: PreTrainedModel, plain: Tensor, drafted: Tensor) -> float:
+    """Gap between the target's two best logits where two texts (1, T) part, relative to the best one.
+
+    The logits are those of a plain run over the common text. infinity if one text is a prefix of the other.
+    """
+    shared = min(plain.shape[1], drafted.shape[1])
+    differs = (plain[0, :shared] != drafted[0, :shared]).nonzero()
+    if not len(differs):
+        return float("inf")
+    at = int(differs[0])
+    logits = target(input_ids=plain[:, :at]).logits[0, -1].float()
+    best = logits.topk(2).values
+    return float((best[0] - best[1]) / best[0].abs())
+
+
+def load_prompts(file: Path | None, tokenizer: Any, count: int) -> list[Tensor]:
+    """The first `count` prompts as (1, T) token ids, through the chat template if there is one.
+
+    Args:
+        file: JSON lines with `prompt`, `question`, `turns` or `messages`; None takes the GSM8K test
+            questions that come with the package.
+
+    Raises:
+        ValueError: a line has none of these fields.
+    """
+    file = file or Path(__file__).parent / "prompts" / "gsm8k-test.jsonl"
+    prompts = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in zip(range(count), lines, strict=False):
+            row = json.loads(line)
+            messages = row.get("messages")
+            if messages is None:
+                text = row.get("prompt") or row.get("question") or (row.get("turns") or [None])[0]
+                if text is None:
+                    raise ValueError(f"{file}, line {number + 1}: no prompt, question, turns or messages.")
+                messages = [{"role": "user", "content": text}]
+            prompts.append(encode_prompt(messages, tokenizer))
+    return prompts
+
+
+def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
+    """(1, T) int64 of a chat, ready for the answer; the last message alone if there is no chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return torch.tensor([ids])
+
+
+@contextlib.contextmanager
+def thread_count(threads: int | None) -> Iterator[None]:
+    """Run the block with this many torch threads; None leaves them alone."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def provenance() -> dict[str, Any]:
+    """Command, code version, package versions and machine, for results that are kept."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    program = Path(sys.argv[0]).name if sys.argv[0] else "python"
+    return {
+        "command": " ".join([program, *sys.argv[1:]]),
+        "git": _git_revision(),
+        "versions": versions,
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _git_revision() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", "."], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def _cpu_name() -> str:
+    """Model name and the vector extensions that matter for speed."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*:\s*(.+)", info)
+    flags = re.search(r"flags\s*:\s*(.+)", info)
+    known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+    have = [flag for flag in known if flags and flag in flags.group(1).split()]
+    return f"{name.group(1).strip() if name else platform.machine()} ({' '.join(have)})"

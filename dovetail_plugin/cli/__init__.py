@@ -1,0 +1,36 @@
+"""The `dovetail` command: one module for each subcommand, with `add_parser` and `run`.
+
+A caller's mistake ends with one line on stderr and status 2, not with a traceback.
+"""
+
+import argparse
+import sys
+
+from . import bench, generate, train
+
+DESCRIPTION = """\
+Make a large language model on the CPU talk faster with a small draft model on the GPU, word for word the same.
+
+  dovetail generate   talk to a model, plain or with a draft, or both side by side
+  dovetail bench      measure what a draft brings on this machine
+  dovetail train      train a draft for a model
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="dovetail", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,train}")
+    for module in (generate, bench, train):
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dovetail {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

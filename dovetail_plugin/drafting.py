@@ -1,0 +1,161 @@
+"""Drafting: accepted features and tokens in, a `DraftTree` out. Owns the draft's key/value cache.
+
+The cache holds one row for every pair (target feature, next token) of the text so far, made from true
+target features only; rows of tree nodes are appended behind them and dropped at the next `advance`, so
+the prompt is never run twice. Nothing here waits for the draft's device until the finished tree is
+fetched: growing a level is a fixed number of tensor operations, whatever the tree looks like.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .cache import KVRows
+from .modeling import DovetailDraft
+from .report import PhaseClock
+from .tree import DraftTree, TreeBudget, expand, select
+
+
+class DraftError(RuntimeError):
+    """The draft cannot go on (its logits are not numbers, say); the text is not affected."""
+
+
+class Drafter(Protocol):
+    """Proposes trees. Implementations own their state; the loop owns the order of the calls."""
+
+    def begin(self, features: Tensor, input_ids: Tensor) -> None:
+        """Start a text: features (T, F) of its last T known tokens, input_ids (T + 1,) with one more token."""
+
+    def grow(self, budget: TreeBudget) -> DraftTree:
+        """The tree below the last token, on the CPU."""
+
+    def advance(self, features: Tensor, tokens: Tensor) -> None:
+        """The text grew: features (A, F) of the accepted rows, tokens (A,) emitted after each of them."""
+
+
+@dataclass
+class _Root:
+    """Where the next tree grows from: the last token and the draft's prediction of its feature (1, H)."""
+
+    token: Tensor
+    predicted: Tensor
+
+
+class FeatureDrafter:
+    """Drafts with a `DovetailDraft`, EAGLE-2 style trees (Dovetail, section 3; EAGLE-2, section 4).
+
+    Args:
+        draft: attached to its target; on any device.
+        capacity: tokens the text may reach; the cache makes room for them at once.
+        clock: where the seconds of this drafter go.
+    """
+
+    def __init__(self, draft: DovetailDraft, capacity: int, clock: PhaseClock) -> None:
+        self.draft = draft
+        self.clock = clock
+        self.rows = [KVRows(capacity) for _ in draft.layers]
+        self.device = next(draft.parameters()).device
+        self.dtype = next(draft.parameters()).dtype
+        self._root: _Root | None = None
+
+    def begin(self, features: Tensor, input_ids: Tensor) -> None:
+        for rows in self.rows:
+            rows.length = 0
+        self.committed = 0
+        self.advance(features, input_ids[1:])
+
+    def advance(self, features: Tensor, tokens: Tensor) -> None:
+        with self.clock.phase("transfer"):
+            features = features.to(device=self.device, dtype=self.dtype, non_blocking=True)
+            tokens = tokens.to(device=self.device, non_blocking=True)
+        with self.clock.phase("draft"):
+            for rows in self.rows:
+                rows.length = self.committed
+            count = tokens.shape[0]
+            positions = torch.arange(self.committed, self.committed + count, device=self.device)
+            mask = self._causal(count) if self.committed else None
+            predicted = self.draft.step(features[None], tokens[None], positions[None], self.rows, mask)
+            self.committed += count
+            self._root = _Root(tokens[-1], predicted[0, -1:])
+
+    def _causal(self, count: int) -> Tensor:
+        """(count, committed + count) additive: new rows see the text and each other, causally."""
+        mask = torch.full((count, count), float("-inf"), dtype=self.dtype, device=self.device).triu(1)
+        return torch.cat([mask.new_zeros(count, self.committed), mask], dim=1)
+
+    def grow(self, budget: TreeBudget) -> DraftTree:
+        """The tree below the last token, on the CPU.
+
+        Raises:
+            DraftError: a score is not a number.
+        """
+        with self.clock.phase("draft"):
+            tree = self.grow_on_device(budget)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # so that the fetch below is timed alone
+        with self.clock.phase("transfer"):
+            tree = tree.to("cpu")
+        if not bool(tree.scores.isfinite().all()):
+            raise DraftError("the draft's logits are not finite numbers")
+        return tree
+
+    def grow_on_device(self, budget: TreeBudget) -> DraftTree:
+        """As `grow`, but the tree stays on the draft's device and nothing waits for it."""
+        assert self._root is not None, "begin() comes first"
+        root, device = self._root, self.device
+        start = torch.zeros(1, device=device)
+        level = expand(start, self.draft.head(root.predicted), start.long() - 1, budget.top_k)
+        levels, outputs = [level], root.predicted
+        for rows in self.rows:
+            rows.length = self.committed
+        visible = torch.zeros(1, 0, dtype=torch.bool, device=device)  # tree rows the parents see
+        seen = 0  # candidates of the levels above
+        for depth in range(1, budget.depth):
+            scores, frontier = level.scores.topk(min(budget.top_k, level.scores.shape[0]))
+            parents = level.parent_rows[frontier]
+            own = torch.eye(frontier.shape[0], dtype=torch.bool, device=device)
+            visible = torch.cat([visible[parents], own], dim=1)
+            outputs = self._run(outputs[parents], level.tokens[frontier], depth, visible)
+            ids = frontier + seen
+            seen += level.tokens.shape[0]
+            level = expand(scores, self.draft.head(outputs), ids, budget.top_k)
+            levels.append(level)
+        return select(levels, root.token, budget.nodes)
+
+    def grow_chain(
+        self, depth: int, pick: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """A chain whose tokens the caller picks, for verification by draft probabilities.
+
+        Args:
+            depth: tokens to draft, 1 or more.
+            pick: (logits (1, V), tokens so far) -> (token (1,) int64, scores (1, V) it was picked by).
+
+        Returns:
+            tokens (depth,) int64 and scores (depth, V), on the draft's device.
+        """
+        assert self._root is not None, "begin() comes first"
+        for rows in self.rows:
+            rows.length = self.committed
+        tokens: list[Tensor] = []
+        scores: list[Tensor] = []
+        output = self._root.predicted
+        for level in range(1, depth + 1):
+            token, picked_by = pick(self.draft.head(output), tokens)
+            tokens.append(token)
+            scores.append(picked_by)
+            if level < depth:
+                visible = torch.ones(1, level, dtype=torch.bool, device=self.device)
+                output = self._run(output, token, level, visible)
+        return torch.cat(tokens), torch.cat(scores)
+
+    def _run(self, features: Tensor, tokens: Tensor, depth: int, visible: Tensor) -> Tensor:
+        """One level through the draft: (K, H), (K,), (K, tree rows) -> (K, H)."""
+        # Node of depth d stands at text position committed + d and pairs with the feature before it.
+        position = torch.full((1, tokens.shape[0]), self.committed + depth - 1, device=self.device)
+        mask = torch.zeros(tokens.shape[0], self.committed + visible.shape[1], dtype=self.dtype, device=self.device)
+        mask[:, self.committed :].masked_fill_(~visible, float("-inf"))
+        return self.draft.step(features[None], tokens[None], position, self.rows, mask)[0]

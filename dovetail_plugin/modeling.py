@@ -1,0 +1,421 @@
+"""`DovetailDraft`: the draft model. Target features and next tokens in, predicted features and logits out.
+
+One step over a sequence, where f_t is the target's feature at position t and x_t its token:
+
+    position        0        1        2      ...
+    features       f_0      f_1      f_2
+    input_ids      x_1      x_2      x_3              the NEXT token at every position
+    out.features   ~f_1     ~f_2     ~f_3             predictions of the target's next features
+    out.logits     ~x_2     ~x_3     ~x_4             through the target's own head
+
+The embedding table and the head are the target's and are borrowed with `attach`; a checkpoint holds
+neither. This module knows nothing of trees, budgets or generation; `drafting.py` does that.
+"""
+
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import ModelOutput
+
+from .cache import KVRows
+from .configuration import DovetailConfig
+from .report import GenerationReport
+from .tree import TreeBudget
+
+
+@dataclass
+class DraftOutput(ModelOutput):
+    """Of one draft step over a sequence.
+
+    features: (B, T, H) predictions of the target's features at the next position.
+    logits: (B, T, V) of the target's head on those features.
+    """
+
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # .to: autocast gives bf16
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions over optional `KVRows`."""
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+        batch, length, _ = x.shape
+        query = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        key = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        value = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *rope)
+        if rows is not None:
+            rows.append(key, value)
+            key, value = rows.keys, rows.values
+        out = attend(query, key, value, mask)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention without repeated keys.
+
+    Args:
+        query: (B, Hq, n, d).
+        key, value: (B, Hkv, m, d).
+        mask: (n, m) additive; None means causal over n = m rows.
+
+    Returns:
+        (B, Hq, n, d)
+    """
+    groups = query.shape[1] // key.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
+    # The query heads of a group become rows of one head, so keys and values are read once.
+    batch, heads, n, d = query.shape
+    folded = query.reshape(batch, heads // groups, groups * n, d)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(groups, 1))
+    return out.reshape(batch, heads, n, d)
+
+
+class MLP(nn.Module):
+    """SwiGLU, as Llama's."""
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A Llama decoder block; the first one of a draft has no input norm (method: block 0 reads x0 as it is)."""
+
+    def __init__(self, config: DovetailConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if index else nn.Identity()
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, rows, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GatedFusion(nn.Module):
+    """Dynamic Gating Fusion (Dovetail, section 3): a learnt gate mixes feature and token.
+
+        h1 = f W_1;  h2 = SiLU(RMSNorm(e) W_2);  z = sigmoid([h1 ; h2] W_z);  x0 = z h1 + (1 - z) h2
+
+    `W_1`, `W_2` (H, H) and `W_z` (2H, H) multiply from the right, as in the reference checkpoints.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.W_1 = nn.Parameter(torch.empty(width, width))
+        self.W_2 = nn.Parameter(torch.empty(width, width))
+        self.W_z = nn.Parameter(torch.empty(2 * width, width))
+
+    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        h1 = features @ self.W_1
+        h2 = F.silu(self.input_layernorm(embeddings) @ self.W_2)
+        gate = torch.sigmoid(torch.cat([h1, h2], dim=-1) @ self.W_z)
+        return torch.lerp(h2, h1, gate)
+
+
+class ConcatFusion(nn.Module):
+    """EAGLE's fusion, the ablation baseline: `fc([e ; f])` with bias."""
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        return self.fc(torch.cat([embeddings, features], dim=-1))
+
+
+class DovetailDraft(PreTrainedModel):
+    """A draft model for one target: pass it as `assistant_model` to the target's `generate`.
+
+    ```python
+    target = AutoModelForCausalLM.from_pretrained("path-or-hub-id", dtype="auto")
+    draft = DovetailDraft.from_pretrained("path-or-hub-id", device_map="auto")
+    out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
+    print(draft.report)
+    ```
+
+    Attributes:
+        report: the `GenerationReport` of the latest generation with this draft, or None.
+        budget: `TreeBudget` of every round; set it to try another one.
+        verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
+            chains only; transformers 5.8 or later).
+    """
+
+    config_class = DovetailConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    # The embedding and head of reference checkpoints are the target's own and are taken from there.
+    _keys_to_ignore_on_load_unexpected = [r"^embed_tokens\.weight$", r"^lm_head\.weight$"]
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__(config)
+        self.fusion = GatedFusion(config) if config.fusion == "dgf" else ConcatFusion(config)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.rotary = LlamaRotaryEmbedding(config)
+        # The target's: non-persistent, so they follow `.to()` and never enter a checkpoint.
+        self.register_buffer("embed_weight", None, persistent=False)
+        self.register_buffer("head_weight", None, persistent=False)
+        self.register_buffer("head_bias", None, persistent=False)
+        self._attached_to: weakref.ref[PreTrainedModel] | None = None
+        self.report: GenerationReport | None = None
+        self.budget = TreeBudget(**(config.budget or {}))
+        self.verification: Literal["tree", "stock"] = "tree"
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GatedFusion):
+            for weight in (module.W_1, module.W_2, module.W_z):
+                nn.init.normal_(weight, std=self.config.initializer_range)
+
+    # --- the target's tables -------------------------------------------------------------------
+
+    @classmethod
+    def for_target(
+        cls, target: PreTrainedModel, *, blocks: int = 1, fusion: Literal["dgf", "concat"] = "dgf", **overrides: Any
+    ) -> "DovetailDraft":
+        """An untrained draft that fits `target`, attached to it, on its device and in its dtype.
+
+        Args:
+            target: a decoder-only model with a head.
+            blocks: decoder blocks of the draft.
+            fusion: see `DovetailConfig`.
+            overrides: single fields of `DovetailConfig`, e.g. `intermediate_size=1024`.
+        """
+        config = DovetailConfig.for_target(target.config, blocks=blocks, fusion=fusion, **overrides)
+        draft = cls(config).to(device=target.device, dtype=target.dtype)
+        draft.attach(target)
+        return draft
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the target's embedding table and head are here."""
+        return self.embed_weight is not None
+
+    def attach(self, target: PreTrainedModel) -> None:
+        """Take embedding table and head from `target`, in this draft's dtype and on its device.
+
+        Where device and dtype are the target's the tensors are shared, not copied.
+
+        Raises:
+            ValueError: the target's vocabulary or hidden size is not this draft's, or it has no head.
+        """
+        check_fits(self.config, target)
+        embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+        weight = next(self.parameters())
+        place = dict(device=weight.device, dtype=weight.dtype)
+        self.embed_weight = embedding.weight.detach().to(**place)
+        tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+        self.head_weight = self.embed_weight if tied else head.weight.detach().to(**place)
+        bias = getattr(head, "bias", None)
+        self.head_bias = None if bias is None else bias.detach().to(**place)
+        self._attached_to = weakref.ref(target)
+
+    def attach_once(self, target: PreTrainedModel) -> None:
+        """`attach`, unless `target` is the one this draft is attached to already."""
+        if self._attached_to is None or self._attached_to() is not target:
+            self.attach(target)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the target's embedding table: (...) int64 -> (..., H).
+
+        Raises:
+            ValueError: no target is attached; random tables would draft noise.
+        """
+        if self.embed_weight is None:
+            raise ValueError(
+                "this draft has no embedding table yet: it borrows the target's. Pass the draft to "
+                "target.generate(assistant_model=draft), or call draft.attach(target) first."
+            )
+        return F.embedding(tokens, self.embed_weight)
+
+    def head(self, features: Tensor) -> Tensor:
+        """The target's logits of predicted features: (..., H) -> (..., V)."""
+        assert self.head_weight is not None
+        logits = F.linear(features, self.head_weight, self.head_bias)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+        return logits
+
+    # --- forward -------------------------------------------------------------------------------
+
+    def step(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        rows: list[KVRows] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the next features of n pairs (feature, next token).
+
+        Args:
+            features: (B, n, H) of the target, or predictions fed back.
+            tokens: (B, n) int64, the token after each feature.
+            positions: (B, n) int64 of each feature on the shifted sequence, from 0.
+            rows: key/value storage of each block, appended to; None runs without a cache.
+            mask: (n, m) additive over the m rows after appending; None means causal over n = m.
+
+        Returns:
+            (B, n, H) predictions of the features at the next positions.
+        """
+        x = self.fusion(features, self.embed(tokens))
+        rope = self.rotary(x, positions)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, None if rows is None else rows[index], mask)
+        return x
+
+    def forward(
+        self, features: Tensor | None = None, input_ids: Tensor | None = None, position_ids: Tensor | None = None, **_
+    ) -> DraftOutput:
+        """One draft step over whole sequences, as training uses it (picture in the module docstring).
+
+        Args:
+            features: (B, T, H) target features f_0 .. f_{T-1}.
+            input_ids: (B, T) int64 next tokens x_1 .. x_T.
+            position_ids: (B, T) int64; default 0 .. T-1.
+
+        Raises:
+            ValueError: features are missing or shapes do not fit.
+        """
+        if features is None or input_ids is None:
+            raise ValueError(
+                "a DovetailDraft needs `features` of its target beside `input_ids`; it cannot generate alone. "
+                "Use target.generate(..., assistant_model=draft)."
+            )
+        if features.shape[:2] != input_ids.shape or features.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"features must be (B, T, {self.config.hidden_size}) with input_ids (B, T), got "
+                f"{tuple(features.shape)} and {tuple(input_ids.shape)}."
+            )
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        predicted = self.step(features, input_ids, position_ids)
+        return DraftOutput(features=predicted, logits=self.head(predicted))
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a draft; every tensor of the architecture must be there in its shape.
+
+        Accepts what transformers' `from_pretrained` accepts (`dtype`, `device_map`, `revision`, ...).
+
+        Raises:
+            ValueError: tensors are missing, extra or misshapen (all are named), or a file cannot be read.
+            OSError: no such directory or hub repository.
+        """
+        from safetensors import SafetensorError
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("dtype", "auto")
+        try:
+            draft, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a weight file is truncated or not safetensors ({error}); "
+                "copy or download the checkpoint again."
+            ) from error
+        _check_loaded(pretrained_model_name_or_path, info)
+        return (draft, info) if wants_info else draft
+
+
+def _check_loaded(name: object, info: dict[str, Any]) -> None:
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            problems.append(f"{kind.split('_')[0]}: " + ", ".join(sorted(info[kind])))
+    for key, found, wanted in info["mismatched_keys"]:
+        problems.append(f"wrong shape: {key} is {tuple(found)}, expected {tuple(wanted)}")
+    if problems:
+        raise ValueError(f"{name} is not a complete Dovetail draft. " + "; ".join(problems) + ".")
+
+
+def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
+    """Refuse a target whose sizes are not the draft's; warn if the draft names another target.
+
+    Raises:
+        ValueError: vocabulary or hidden size differ, or the target has no usable tables.
+    """
+    text = target.config.get_text_config(decoder=True)
+    for name, what in (("vocab_size", "vocabulary"), ("hidden_size", "hidden size")):
+        if getattr(text, name) != getattr(config, name):
+            raise ValueError(
+                f"the draft's {what} is {getattr(config, name)}, the target's is {getattr(text, name)}: "
+                f"this draft was made for {config.target_name_or_path or 'another target'}, not for "
+                f"{target.config.name_or_path or type(target).__name__}. Train one with "
+                "`dovetail train --target DIR`, or load the target that it names."
+            )
+    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+    for what, module in (("input embedding", embedding), ("output head", head)):
+        weight = getattr(module, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(f"the target's {what} has no floating-point weight that the draft could share.")
+    if embedding.weight.shape[1] != config.hidden_size:
+        raise ValueError(
+            f"the target embeds tokens in {embedding.weight.shape[1]} dimensions but its features have "
+            f"{config.hidden_size}; such targets are not supported."
+        )
+    own, seen = config.target_name_or_path, target.config.name_or_path
+    if own and seen and _short(own) != _short(seen):
+        warnings.warn(
+            f"this draft was trained for {own!r} and is used with {seen!r}: the text stays right, but few "
+            "drafted tokens may be accepted.",
+            stacklevel=2,
+        )
+
+
+def _short(name: str) -> str:
+    """Last part of a path or hub id: local copies of a hub model keep their name."""
+    return name.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].lower()

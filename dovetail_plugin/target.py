@@ -1,0 +1,251 @@
+"""The target: prompt in, then trees in; logits and features out; a path of the last tree is kept.
+
+`Target` is the contract that every engine implements. `TorchTarget` drives any decoder-only transformers
+model with position ids, unmodified: it puts preallocated storage under the model's cache, scores a tree
+with a 4-D mask and explicit positions, and reads the feature (the base model's output, after the final
+norm) through one forward hook. It knows nothing of drafts, sampling or the text.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .cache import TreeLayer, borrow, refuse_reason
+from .tree import DraftTree, ancestor_mask
+
+TREE_ATTENTION = ("sdpa", "eager")
+"""Attention implementations of transformers that take a 4-D additive mask."""
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """logits: (n, V). features: (n, F), or (T, F) of all prompt rows after `prefill`. Target device."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class Target(Protocol):
+    """What the loop needs of an engine. Masks, cache slots and positions are the engine's own business."""
+
+    supports_tree: bool
+    max_length: int | None
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
+        """Run the prompt (1, T), behind rows the cache may hold: logits (1, V) of the last row, all features."""
+
+    def score(self, tree: DraftTree) -> TargetOutput:
+        """Score N nodes: row i sees the committed text, its ancestors and itself. Appends N rows."""
+
+    def keep(self, path: list[int]) -> None:
+        """Commit these rows of the last `score`, in order; drop the others."""
+
+
+def check_target(model: PreTrainedModel) -> None:
+    """Refuse models whose generation cannot be verified in trees or chains, before any long work.
+
+    Raises:
+        ValueError: encoder-decoder, state-space or hybrid, or weights that are not in memory.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; drafting works with decoder-only targets.")
+    if model._is_stateful or not model._supports_default_dynamic_cache():
+        raise ValueError(
+            f"{name} keeps a recurrent state that cannot be rolled back when drafted tokens are rejected; "
+            "generate without a draft."
+        )
+    reason = refuse_reason(DynamicCache(config=model.config.get_text_config(decoder=True)))
+    if reason:
+        raise ValueError(f"{name} cannot take back rejected tokens: {reason}. Generate without a draft.")
+    off = [key for key, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if off:
+        raise ValueError(
+            f"{len(off)} weights of {name} are not in memory (meta device or offloaded to disk), {off[0]} for "
+            'one. Load the target with device_map="cpu"; on a CPU there is nothing to gain from offloading.'
+        )
+    if model.base_model is model:
+        raise ValueError(f"{name} has no base model under its head, so its features cannot be read.")
+
+
+class TorchTarget:
+    """A transformers model as target, for one generation. Use as a context manager.
+
+    Args:
+        model: decoder-only, batch 1.
+        cache: transformers cache, empty or with the rows of earlier turns; the model's own kind of
+            cache object stays in place and holds stock layers again after the `with` block.
+        max_length: tokens the text may reach, for the size of the storage.
+        max_nodes: rows of the largest tree (N).
+        prefill_chunk: prompt rows in one pass; None runs the prompt at once.
+        model_kwargs: further keyword arguments of the prompt's forward pass.
+
+    Attributes:
+        supports_tree: False if the model's attention takes no 4-D mask or no position ids; it is then
+            given chains only.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: Cache,
+        *,
+        max_length: int,
+        max_nodes: int,
+        prefill_chunk: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self._visible: Tensor | None = None  # (1, tokens so far) bool where the prompt is padded
+        self.prefill_chunk = prefill_chunk
+        self.model_kwargs = model_kwargs or {}
+        self._capacity, self._max_nodes = max_length + max_nodes, max_nodes
+        config = model.config.get_text_config(decoder=True)
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._layer_types = getattr(config, "layer_types", None)
+        self._layer_count = config.num_hidden_layers
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self.supports_tree = self._takes_positions and config._attn_implementation in TREE_ATTENTION
+        self._features: list[Tensor] = []
+
+    def __enter__(self) -> "TorchTarget":
+        with ExitStack() as stack:
+            self.layers: list[TreeLayer] = stack.enter_context(
+                borrow(self.cache, self._layer_count, self._capacity, self._max_nodes)
+            )
+            stack.enter_context(captured_outputs(self.model.base_model, self._features))
+            self._exit = stack.pop_all()
+        self.committed = self.layers[0].get_seq_length()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._exit.close()
+
+    # --- Target protocol -----------------------------------------------------------------------
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
+        """Run the prompt, or what a reused cache does not hold of it.
+
+        Args:
+            input_ids: (1, T) int64 rows to run.
+            attention_mask: (1, cached + T), 0 at padding; None without padding.
+
+        Returns:
+            logits (1, V) of the last row; features (T, F), padding included.
+        """
+        first, total = self.committed, self.committed + input_ids.shape[1]
+        positions = torch.arange(total, device=input_ids.device)[None]
+        if attention_mask is not None and not bool(attention_mask.all()):
+            self._visible = attention_mask.bool()
+            positions = (self._visible.long().cumsum(-1) - 1).clamp(min=0)
+        chunk = self.prefill_chunk or input_ids.shape[1]
+        features, logits = [], input_ids.new_empty(0)
+        for start in range(first, total, chunk):
+            end = min(start + chunk, total)
+            mask = None if self._visible is None else self._visible[:, :end].long()
+            rows = input_ids[:, start - first : end - first]
+            output = self._forward(rows, mask, positions[:, start:end], logits_to_keep=1, **self.model_kwargs)
+            logits = output.logits[-1:]
+            features.append(output.features)
+        self.committed = total
+        self.position = int(positions[0, -1]) + 1
+        return TargetOutput(logits, torch.cat(features) if len(features) > 1 else features[0])
+
+    def score(self, tree: DraftTree) -> TargetOutput:
+        """Score a tree (on any device): logits (N, V), features (N, F)."""
+        device = self.model.device
+        depths = tree.depths.to(device)
+        if self.supports_tree:
+            mask = self._tree_mask(tree)
+        else:
+            mask = self._padding_mask(len(tree))
+        output = self._forward(tree.tokens.to(device)[None], mask, (self.position + depths)[None])
+        return output
+
+    def keep(self, path: list[int]) -> None:
+        """Commit these rows of the last `score`, in order; drop the others."""
+        count = len(path)
+        moved = next((i for i, node in enumerate(path) if node != i), count)  # rows before stay where they are
+        index = None
+        if moved < count:
+            index = torch.tensor(path[moved:], device=self.model.device) - moved
+        for layer in self.layers:
+            layer.keep(self.committed + moved, index, count - moved)
+        self.committed += count
+        self.position += count
+
+    # --- one pass ------------------------------------------------------------------------------
+
+    def _forward(self, input_ids: Tensor, mask: Any, positions: Tensor, **kwargs: Any) -> TargetOutput:
+        if self._takes_positions:
+            kwargs["position_ids"] = positions
+        if not self._takes_logits_to_keep:
+            kwargs.pop("logits_to_keep", None)
+        self._features.clear()
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **kwargs,
+        )
+        return TargetOutput(output.logits[0], self._features.pop()[0])
+
+    def _padding_mask(self, new_rows: int) -> Tensor | None:
+        """(1, committed + new) int64 for models that build their own causal mask; None without padding."""
+        if self._visible is None:
+            return None
+        ones = self._visible.new_ones(1, self.committed + new_rows - self._visible.shape[1])
+        return torch.cat([self._visible, ones], dim=1).long()
+
+    def _tree_mask(self, tree: DraftTree) -> Any:
+        """The 4-D additive mask of a tree; a dict by layer type where layers differ in what they see."""
+        sliding = {layer.is_sliding: layer for layer in self.layers}
+        if len(sliding) == 1:
+            return self._layer_mask(tree, self.layers[0])
+        names = dict(zip((layer.is_sliding for layer in self.layers), self._layer_types or (), strict=False))
+        return {names[kind]: self._layer_mask(tree, layer) for kind, layer in sliding.items()}
+
+    def _layer_mask(self, tree: DraftTree, layer: TreeLayer) -> Tensor:
+        """(1, 1, N, rows the layer returns) additive in the model's dtype."""
+        device, dtype, nodes = self.model.device, self.model.dtype, len(tree)
+        width, first = layer.get_mask_sizes(nodes)
+        depths = tree.depths.to(device)
+        seen = torch.ones(nodes, width, dtype=torch.bool, device=device)
+        seen[:, width - nodes :] = ancestor_mask(tree.parents.to(device), int(tree.depths.max()))
+        if self._visible is not None:
+            prompt = self._visible[0, first:]
+            seen[:, : prompt.shape[0]] &= prompt
+        window = getattr(layer, "sliding_window", None)
+        if window is not None:
+            committed = torch.arange(first, self.committed, device=device)
+            columns = torch.cat([committed, self.committed + depths])
+            seen &= columns[None] > (self.committed + depths)[:, None] - window
+        mask = torch.zeros(nodes, width, dtype=dtype, device=device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@contextmanager
+def captured_outputs(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
+    """While open, append the last hidden state (B, n, F) of every forward pass of `module` to `into`."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        into.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        into.clear()

@@ -1,0 +1,136 @@
+"""Text to training sequences: JSON lines in, token ids with an assistant-only mask out.
+
+A line is one of
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    {"prompt": ..., "completion": ...}
+    {"text": ...}
+The mask marks the tokens that the target itself would have written: assistant turns, completions, or all
+of a plain text. Knows nothing of models.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """input_ids: (T,) int64. written: (T,) bool, True where the target writes the token."""
+
+    input_ids: Tensor
+    written: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences side by side, padded on the right: input_ids (B, T) int64, written (B, T) bool, lengths (B,)."""
+
+    input_ids: Tensor
+    written: Tensor
+    lengths: Tensor
+
+
+def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """All rows of the files, in order.
+
+    Raises:
+        ValueError: a line is no JSON object or has none of the known fields; names file and line.
+    """
+    rows = []
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file}, line {number}: not JSON ({error}).") from error
+                if not isinstance(row, dict) or not ({"messages", "text"} & row.keys() or _is_pair(row)):
+                    found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+                    raise ValueError(
+                        f'{file}, line {number}: expected "messages", "prompt" and "completion", or "text", '
+                        f"got {found or 'an empty object'}."
+                    )
+                rows.append(row)
+    if not rows:
+        raise ValueError(f"no rows in {', '.join(str(f) for f in files)}.")
+    return rows
+
+
+def _is_pair(row: dict[str, Any]) -> bool:
+    return {"prompt", "completion"} <= row.keys()
+
+
+def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
+    """Tokenize one row, cut to `max_length` tokens."""
+    if "messages" in row:
+        ids, written = _encode_chat(row["messages"], tokenizer)
+    elif "text" in row:
+        ids = tokenizer(row["text"])["input_ids"]
+        written = [1] * len(ids)
+    else:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            completion = [*completion, tokenizer.eos_token_id]
+        ids, written = prompt + completion, [0] * len(prompt) + [1] * len(completion)
+    return Sequence(torch.tensor(ids[:max_length]), torch.tensor(written[:max_length], dtype=torch.bool))
+
+
+def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids and mask of a chat; templates without generation marks are masked by growing prefixes."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, so rows with messages cannot be used; give prompt and completion."
+        )
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return list(out["input_ids"]), list(out["assistant_masks"])
+    ids: list[int] = []
+    written: list[int] = []
+    for end, message in enumerate(messages, 1):
+        opens = message["role"] == "assistant"
+        if opens:
+            opened = tokenizer.apply_chat_template(messages[: end - 1], return_dict=False, add_generation_prompt=True)
+            written += [0] * (len(opened) - len(ids))
+            ids = list(opened)
+        until = tokenizer.apply_chat_template(messages[:end], return_dict=False)
+        written += [int(opens)] * (len(until) - len(ids))
+        ids = list(until)
+    return ids, written[: len(ids)]
+
+
+def collate(sequences: list[Sequence], pad_id: int) -> Batch:
+    """Pad on the right to the longest sequence."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Batch(
+        pad([s.input_ids for s in sequences], batch_first=True, padding_value=pad_id),
+        pad([s.written for s in sequences], batch_first=True, padding_value=False),
+        torch.tensor([len(s) for s in sequences]),
+    )
+
+
+def batch_order(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
+    """One epoch of batches of sequence numbers, shuffled, each of sequences of similar length.
+
+    Sequences are shuffled, sorted by length within pools of 50 batches and cut; the same seed gives the
+    same order, which is what makes a run resumable by its step number alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    pool = 50 * batch_size
+    batches = []
+    for start in range(0, len(order), pool):
+        part = sorted(order[start : start + pool], key=lambda i: lengths[i])
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    full = [batch for batch in batches if len(batch) == batch_size] or batches
+    return [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]

@@ -1,0 +1,85 @@
+"""Features of the frozen target: computed on the fly, or once into safetensors shards.
+
+Enters: token ids. Leaves: the last hidden state after the final norm, (B, T, H). The head is not run.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .data import Batch, Sequence, collate
+
+SHARD_SEQUENCES = 512
+
+
+@torch.no_grad()
+def target_features(target: PreTrainedModel, batch: Batch) -> Tensor:
+    """(B, T, H) in the target's dtype, on its device. Padding on the right needs no mask: it comes last."""
+    output = target.base_model(input_ids=batch.input_ids.to(target.device), use_cache=False)
+    return output.last_hidden_state
+
+
+class FeatureCache:
+    """Target features of numbered sequences in safetensors shards, written at the first run.
+
+    Args:
+        directory: holds `features-*.safetensors` and `index.json`; one directory for one target and data.
+
+    Raises:
+        ValueError: the directory was written for other sequences or another target.
+    """
+
+    def __init__(self, directory: Path, target: PreTrainedModel, sequences: list[Sequence], pad_id: int) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        index = directory / "index.json"
+        key = {"target": fingerprint(target), "sequences": _digest(sequences)}
+        if not index.exists():
+            self._write(target, sequences, pad_id)
+            index.write_text(json.dumps(key))
+        elif json.loads(index.read_text()) != key:
+            raise ValueError(
+                f"{directory} holds features of another target, other data or another max_length; "
+                "delete it or name another directory."
+            )
+
+    def _write(self, target: PreTrainedModel, sequences: list[Sequence], pad_id: int) -> None:
+        for start in tqdm(range(0, len(sequences), SHARD_SEQUENCES), desc="target features", unit="shard"):
+            tensors = {}
+            for number in range(start, min(start + SHARD_SEQUENCES, len(sequences))):
+                tensors[str(number)] = target_features(target, collate([sequences[number]], pad_id))[0].cpu()
+            save_file(tensors, self._shard(start))
+
+    def _shard(self, number: int) -> Path:
+        return self.directory / f"features-{number // SHARD_SEQUENCES:05d}.safetensors"
+
+    def load(self, numbers: list[int]) -> Tensor:
+        """(B, T, H) of these sequences, padded with zeros on the right."""
+        rows = []
+        for number in numbers:
+            with safe_open(self._shard(number), framework="pt") as shard:
+                rows.append(shard.get_tensor(str(number)))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def fingerprint(target: PreTrainedModel) -> str:
+    """Sixteen hex digits of the target's config and some of its weights, whatever directory it came from."""
+    digest = hashlib.sha256(json.dumps(target.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    for _, parameter in sorted(target.named_parameters()):
+        digest.update(str(tuple(parameter.shape)).encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(sequences: list[Sequence]) -> str:
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(sequence.input_ids.numpy().tobytes())
+    return digest.hexdigest()[:16]
