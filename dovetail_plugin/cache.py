@@ -101,7 +101,7 @@ class TreeLayer(DynamicLayer):
         super().__init__()
         self.rows = KVRows(capacity)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         self.rows.append(key_states, value_states)
         self.is_initialized = True
         return self.rows.keys, self.rows.values
@@ -109,7 +109,7 @@ class TreeLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.rows.length
 
-    def get_mask_sizes(self, query_length: int, *args) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, *_args) -> tuple[int, int]:
         return self.rows.length + query_length, 0
 
     def keep(self, start: int, path: Tensor | None, count: int) -> None:
@@ -139,7 +139,7 @@ class TreeSlidingLayer(TreeLayer):
         self.sliding_window = window
         self.dropped = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         rows, new = self.rows, key_states.shape[2]
         first = self.first_visible() - self.dropped
         self.is_initialized = True
@@ -167,7 +167,7 @@ class TreeSlidingLayer(TreeLayer):
     def get_seq_length(self) -> int:
         return self.dropped + self.rows.length
 
-    def get_mask_sizes(self, query_length: int, *args) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, *_args) -> tuple[int, int]:
         first = self.first_visible()
         return self.get_seq_length() - first + query_length, first
 

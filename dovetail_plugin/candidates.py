@@ -102,6 +102,6 @@ class DovetailCandidateGenerator(CandidateGenerator):
             features, ids = features[real], torch.cat([ids[:-1][real], ids[-1:]])
         self._drafter.begin(features, ids)
 
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+    def update_candidate_strategy(self, input_ids: Tensor, *_args: Any) -> None:
         """Count what the text has grown by; the length of the next chain does not depend on it."""
         self.report.new_tokens = input_ids.shape[1] - self.report.prompt_tokens

@@ -60,7 +60,8 @@ def _decode(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
         for unused in ("inputs_tensor", "tokenizer", "assistant_tokenizer"):
             kwargs.pop(unused, None)
-        return generate_with_draft(self, input_ids, *args, draft=assistant_model, **kwargs)
+        kwargs["draft"] = assistant_model
+        return generate_with_draft(self, input_ids, *args, **kwargs)
 
     return _assisted_decoding
 

@@ -59,6 +59,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills them in
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,

@@ -1,0 +1,81 @@
+"""A byte-level tokenizer, chats, saved pairs and subprocesses, for the tests of data, training and commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from families import tiny_target
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dovetail_plugin import DovetailDraft
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL_TOKENS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+MARKED_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}<|user|>{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN_TEMPLATE = MARKED_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+BYTE_VOCAB = len(SPECIAL_TOKENS) + 256
+
+
+def byte_tokenizer(chat_template: str | None = MARKED_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token for each byte, so any text can be encoded; 260 tokens with the special ones."""
+    letters = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", chat_template=chat_template
+    )
+
+
+def byte_target(**overrides):
+    """A tiny Llama that fits `byte_tokenizer`; its end token is none of the tokenizer's, so texts run on."""
+    fields = dict(vocab_size=BYTE_VOCAB, num_hidden_layers=2, eos_token_id=None, bos_token_id=None)
+    return tiny_target("llama", **(fields | {"max_position_embeddings": 1024} | overrides))
+
+
+def save_pair(directory: Path) -> tuple[Path, Path]:
+    """A byte-level target and an untrained draft as checkpoints: (target directory, draft directory)."""
+    target = byte_target()
+    target.save_pretrained(directory / "target")
+    byte_tokenizer().save_pretrained(directory / "target")
+    torch.manual_seed(7)
+    DovetailDraft.for_target(target).save_pretrained(directory / "draft")
+    return directory / "target", directory / "draft"
+
+
+def chat(number: int) -> list[dict[str, str]]:
+    """Two turns whose length depends on the number."""
+    return [
+        {"role": "user", "content": f"count {number}"},
+        {"role": "assistant", "content": " ".join(str(n) for n in range(number % 7 + 3))},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": "no " * (number % 3 + 1)},
+    ]
+
+
+def write_jsonl(file: Path, rows: list) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def run_python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` on one thread, offline, with this checkout importable."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    settings = {
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=300)
