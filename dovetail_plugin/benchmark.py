@@ -201,21 +201,35 @@ def load_prompts(file: Path | None, tokenizer: Any, count: int) -> list[Tensor]:
             questions that come with the package.
 
     Raises:
-        ValueError: a line has none of these fields.
+        ValueError: a line is not JSON or has none of these fields (file and line are named), or there is none.
     """
     file = file or Path(__file__).parent / "prompts" / "gsm8k-test.jsonl"
-    prompts = []
+    prompts: list[Tensor] = []
     with open(file, encoding="utf-8") as lines:
-        for number, line in zip(range(count), lines, strict=False):
-            row = json.loads(line)
-            messages = row.get("messages")
-            if messages is None:
-                text = row.get("prompt") or row.get("question") or (row.get("turns") or [None])[0]
-                if text is None:
-                    raise ValueError(f"{file}, line {number + 1}: no prompt, question, turns or messages.")
-                messages = [{"role": "user", "content": text}]
+        for number, line in enumerate(lines, 1):
+            if len(prompts) == count:
+                break
+            if not line.strip():
+                continue
+            try:
+                messages = _messages(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}.") from error
             prompts.append(encode_prompt(messages, tokenizer))
+    if not prompts:
+        raise ValueError(f"no prompts in {file}.")
     return prompts
+
+
+def _messages(row: Any) -> list[dict[str, str]]:
+    """The chat of one line, ready for the assistant's turn."""
+    row = row if isinstance(row, dict) else {}
+    if row.get("messages"):
+        return row["messages"]
+    text = row.get("prompt") or row.get("question") or (row.get("turns") or [None])[0]
+    if not isinstance(text, str):
+        raise ValueError("no text under prompt, question, turns or messages")
+    return [{"role": "user", "content": text}]
 
 
 def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
@@ -228,7 +242,9 @@ def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
 
 @contextlib.contextmanager
 def thread_count(threads: int | None) -> Iterator[None]:
-    """Run the block with this many torch threads; None leaves them alone."""
+    """Run the block with this many torch threads (ValueError below 1); None leaves them alone."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}.")
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -244,7 +260,7 @@ def provenance() -> dict[str, Any]:
     for package in ("torch", "transformers", "accelerate", "safetensors"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    program = Path(sys.argv[0]).name if sys.argv[0] else "python"
+    program = Path(sys.argv[0]).name.replace("__main__.py", f"python -m {__package__}")
     return {
         "command": " ".join([program, *sys.argv[1:]]),
         "git": _git_revision(),

@@ -156,6 +156,7 @@ class FeatureDrafter:
         """One level through the draft: (K, H), (K,), (K, tree rows) -> (K, H)."""
         # Node of depth d stands at text position committed + d and pairs with the feature before it.
         position = torch.full((1, tokens.shape[0]), self.committed + depth - 1, device=self.device)
-        mask = torch.zeros(tokens.shape[0], self.committed + visible.shape[1], dtype=self.dtype, device=self.device)
-        mask[:, self.committed :].masked_fill_(~visible, float("-inf"))
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill(visible.logical_not(), float("-inf"))
+        mask = torch.cat([mask.new_zeros(tokens.shape[0], self.committed), mask], dim=1)
         return self.draft.step(features[None], tokens[None], position, self.rows, mask)[0]

@@ -1,4 +1,4 @@
-"""Draft checkpoints: what is in them, what comes back, what is refused; configs of drafts and what targets give them."""
+"""Draft checkpoints: what is in them, what comes back, what is refused; and configs that fit a target."""
 
 import json
 
@@ -43,6 +43,15 @@ def test_round_trip(tmp_path, fusion, blocks, kv_heads, dtype):
         assert torch.equal(got[name], tensor), name
     loaded.attach(target)
     assert torch.equal(outputs(loaded, dtype), outputs(draft, dtype))
+
+
+def test_casting_keeps_rotary_frequencies(llama):
+    """Rounded to bf16 they would turn rows far apart by the wrong angle, and differ from a loaded draft's."""
+    draft = DovetailDraft.for_target(llama)
+    exact = draft.rotary.inv_freq.clone()
+    assert not torch.equal(exact, exact.bfloat16().float())
+    assert torch.equal(draft.to(torch.bfloat16).rotary.inv_freq, exact)
+    assert draft.dtype == torch.bfloat16
 
 
 def test_contents(tmp_path, llama):

@@ -15,12 +15,23 @@ Make a large language model on the CPU talk faster with a small draft model on t
   dovetail bench      measure what a draft brings on this machine
   dovetail train      train a draft for a model
 """
+EPILOG = """\
+examples:
+  dovetail train --target DIR --data chats.jsonl --out my-draft
+  dovetail generate --target DIR --draft my-draft --prompt "How much is 17 times 3?" --compare
+  dovetail bench --target DIR --draft my-draft --out results.jsonl
+
+`dovetail COMMAND --help` explains a command. DIR is a model's directory or its id on the hub.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="dovetail", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dovetail",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,train}")
     for module in (generate, bench, train):
@@ -29,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"dovetail {args.command}: {error}", file=sys.stderr)
+        print(f"dovetail {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

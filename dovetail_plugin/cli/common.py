@@ -2,16 +2,22 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from ..configuration import DovetailConfig
 from ..modeling import DovetailDraft
 from ..tree import TreeBudget
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help, examples as they are written."""
+    """Defaults in the help where there are any, examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,35 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def check_model(option: str, name: str) -> PretrainedConfig:
+    """The config of a model that is about to be loaded.
+
+    Raises:
+        ValueError: there is no such model; says which option named it.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(f"{option} {name}: no such directory, and no hub model of that name within reach.") from error
+
+
 def load_pair(args: argparse.Namespace) -> LoadedPair:
-    """Load target, tokenizer and draft as `add_pair_arguments` says, with the budget asked for."""
+    """Load target, tokenizer and draft as `add_pair_arguments` says, with the budget asked for.
+
+    Raises:
+        ValueError: a model is not there, --draft is no draft, or the device is missing.
+    """
+    check_model("--target", args.target)
+    kind = check_model("--draft", args.draft).model_type
+    if kind != DovetailConfig.model_type:
+        raise ValueError(
+            f"--draft {args.draft} is a {kind} model, not a Dovetail draft; make one with `dovetail train "
+            f"--target {args.target}`."
+        )
+    if args.draft_device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
     draft = DovetailDraft.from_pretrained(args.draft, dtype=args.dtype, device_map=args.draft_device)
     target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
     set_budget(draft, args)

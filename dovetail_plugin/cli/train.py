@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from .common import HelpFormatter
+from ..training import TrainingConfig
+from ..training import train as train_draft
+from ..training.config import DTYPES, FUSIONS, PRECISIONS
+from .common import HelpFormatter, check_model
 
 EPILOG = """\
 examples:
@@ -34,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--out", required=True, type=Path, help="directory for the draft")
     add("--resume", action="store_true", help="continue from the last state in --out")
     add("--blocks", type=int, default=1, help="decoder blocks of the draft")
-    add("--fusion", choices=["dgf", "concat"], default="dgf", help="how feature and token are mixed")
+    add("--fusion", choices=FUSIONS, default="dgf", help="how feature and token are mixed")
     add("--steps", type=int, default=2000, help="optimizer steps")
     add("--batch-size", type=int, default=16, help="sequences in a step")
     add("--accumulate", type=int, default=1, help="parts a step is cut into, to save memory")
@@ -49,20 +52,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--eval-every", type=int, default=200, help="steps between estimates")
     add("--save-every", type=int, default=500, help="steps between states to resume from")
     add("--seed", type=int, default=0, help="of weights, order and noise")
-    add("--dtype", default="auto", help="of the target while training")
-    add("--save-dtype", default="bfloat16", help="of the stored draft")
-    add("--mixed-precision", choices=["no", "bf16"], default="no", help="of the draft's passes")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the target while training")
+    add("--save-dtype", choices=DTYPES, default="bfloat16", help="of the stored draft")
+    add("--mixed-precision", choices=PRECISIONS, default="no", help="of the draft's passes")
     add("--cache-features", type=Path, default=None, metavar="DIR", help="compute target features once, keep them here")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and say where the draft is."""
-    from ..training import TrainingConfig, train
-
+    check_model("--target", args.target)
     names = {f.name for f in dataclasses.fields(TrainingConfig)}
     values = {name: value for name, value in vars(args).items() if name in names}
     config = TrainingConfig(**(values | {"data": tuple(args.data)}))
-    train(config, resume=args.resume)
+    train_draft(config, resume=args.resume)
     print(f"draft saved to {config.out}")
     return 0

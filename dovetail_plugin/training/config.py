@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+FUSIONS = ("dgf", "concat")
+PRECISIONS = ("no", "bf16")
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -77,5 +81,15 @@ class TrainingConfig:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate}).")
         if self.max_length < self.rollout + 3:
             raise ValueError(f"max_length ({self.max_length}) is too short for {self.rollout} rollout passes.")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "feature_noise", "ce_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        choices = {"fusion": FUSIONS, "mixed_precision": PRECISIONS, "save_dtype": DTYPES, "dtype": ("auto", *DTYPES)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if not self.data:
             raise ValueError("no data given: pass at least one .jsonl file.")

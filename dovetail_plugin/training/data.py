@@ -42,7 +42,8 @@ def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
     """All rows of the files, in order.
 
     Raises:
-        ValueError: a line is no JSON object or has none of the known fields; names file and line.
+        ValueError: a line is no JSON object, has none of the known fields or one of another type; names file
+            and line.
     """
     rows = []
     for file in files:
@@ -54,20 +55,32 @@ def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{file}, line {number}: not JSON ({error}).") from error
-                if not isinstance(row, dict) or not ({"messages", "text"} & row.keys() or _is_pair(row)):
-                    found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                    raise ValueError(
-                        f'{file}, line {number}: expected "messages", "prompt" and "completion", or "text", '
-                        f"got {found or 'an empty object'}."
-                    )
+                problem = _problem(row)
+                if problem:
+                    raise ValueError(f"{file}, line {number}: {problem}.")
                 rows.append(row)
     if not rows:
         raise ValueError(f"no rows in {', '.join(str(f) for f in files)}.")
     return rows
 
 
-def _is_pair(row: dict[str, Any]) -> bool:
-    return {"prompt", "completion"} <= row.keys()
+def _problem(row: Any) -> str | None:
+    """What is wrong with a row, or None."""
+    if isinstance(row, dict) and "messages" in row:
+        messages = row["messages"]
+        good = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if good and any(m["role"] == "assistant" for m in messages):
+            return None
+        return '"messages" must be a list of {"role": text, "content": text}, one of them by the assistant'
+    for fields in (("text",), ("prompt", "completion")):
+        if isinstance(row, dict) and row.keys() >= set(fields):
+            wrong = [f'"{name}" must be text' for name in fields if not isinstance(row[name], str)]
+            return " and ".join(wrong) or None
+    found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    return f'expected "messages", "prompt" and "completion", or "text", got {found or "an empty object"}'
 
 
 def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
@@ -101,12 +114,20 @@ def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[i
         opens = message["role"] == "assistant"
         if opens:
             opened = tokenizer.apply_chat_template(messages[: end - 1], return_dict=False, add_generation_prompt=True)
-            written += [0] * (len(opened) - len(ids))
-            ids = list(opened)
+            ids, written = _extended(ids, written, opened, 0)
         until = tokenizer.apply_chat_template(messages[:end], return_dict=False)
-        written += [int(opens)] * (len(until) - len(ids))
-        ids = list(until)
-    return ids, written[: len(ids)]
+        ids, written = _extended(ids, written, until, int(opens))
+    return ids, written
+
+
+def _extended(ids: list[int], written: list[int], longer: list[int], mark: int) -> tuple[list[int], list[int]]:
+    """`longer` with the mask of `ids` as far as the two agree, and `mark` from there on.
+
+    They may part before the end of `ids`: a merge over the boundary, or a template that says earlier turns
+    differently once they are past (without their reasoning, say).
+    """
+    same = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer)))
+    return list(longer), written[:same] + [mark] * (len(longer) - same)
 
 
 def collate(sequences: list[Sequence], pad_id: int) -> Batch:

@@ -40,7 +40,7 @@ class FeatureCache:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         index = directory / "index.json"
-        key = {"target": fingerprint(target), "sequences": _digest(sequences)}
+        key = {"target": fingerprint(target), "sequences": digest(sequences)}
         if not index.exists():
             self._write(target, sequences, pad_id)
             index.write_text(json.dumps(key))
@@ -71,15 +71,18 @@ class FeatureCache:
 
 def fingerprint(target: PreTrainedModel) -> str:
     """Sixteen hex digits of the target's config and some of its weights, whatever directory it came from."""
-    digest = hashlib.sha256(json.dumps(target.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    hashed = hashlib.sha256(json.dumps(target.config.to_diff_dict(), sort_keys=True, default=str).encode())
     for _, parameter in sorted(target.named_parameters()):
-        digest.update(str(tuple(parameter.shape)).encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        hashed.update(str(tuple(parameter.shape)).encode())
+        hashed.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
-def _digest(sequences: list[Sequence]) -> str:
-    digest = hashlib.sha256()
+def digest(sequences: list[Sequence]) -> str:
+    """Sixteen hex digits of the tokens of these sequences, where each ends, and who wrote them."""
+    hashed = hashlib.sha256()
     for sequence in sequences:
-        digest.update(sequence.input_ids.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        hashed.update(len(sequence).to_bytes(8, "little"))
+        hashed.update(sequence.input_ids.numpy().tobytes())
+        hashed.update(sequence.written.numpy().tobytes())
+    return hashed.hexdigest()[:16]

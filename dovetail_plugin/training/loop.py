@@ -7,12 +7,15 @@ seed and the step alone.
 """
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -24,10 +27,13 @@ from transformers import (
 from ..modeling import DovetailDraft
 from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl
-from .features import FeatureCache, target_features
-from .losses import Losses, draft_losses, expected_acceptance_length
+from .features import FeatureCache, digest, fingerprint, target_features
+from .losses import Losses, count_rows, draft_losses, expected_acceptance_length
 
 STATE = "resume"
+MAY_CHANGE = ("target", "data", "out", "eval_every", "save_every", "save_dtype", "cache_features")
+"""Fields of the config that a resumed run need not share with the interrupted one; text and target are compared
+by content."""
 
 
 @dataclass
@@ -40,6 +46,17 @@ class History:
     acceptance: list[float] = field(default_factory=list)
 
 
+class DraftWithLosses(nn.Module):
+    """The draft with its losses as `forward`: what accelerate wraps, so that processes share gradients."""
+
+    def __init__(self, draft: DovetailDraft) -> None:
+        super().__init__()
+        self.draft = draft
+
+    def forward(self, features: Tensor, batch: Batch, **options: Any) -> Losses:
+        return draft_losses(self.draft, features, batch, **options)
+
+
 def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
     """Train a draft and save it to `config.out`.
 
@@ -50,7 +67,19 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
     Raises:
         ValueError: data, target or an earlier state do not fit the config.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available())
+    # The buffers are the target's tables: they never change, so there is nothing to broadcast.
+    constant_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[constant_buffers],
+    )
+    parts = config.accumulate * accelerator.num_processes
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size ({config.batch_size}) must be a multiple of accumulate times processes "
+            f"({config.accumulate} x {accelerator.num_processes})."
+        )
     torch.manual_seed(config.seed)
     target = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype).eval().to(accelerator.device)
     target.requires_grad_(False)
@@ -58,13 +87,14 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
     draft = DovetailDraft.for_target(target, blocks=config.blocks, fusion=config.fusion).to(torch.float32)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    model, optimizer = accelerator.prepare(draft, optimizer)
+    model, optimizer = accelerator.prepare(DraftWithLosses(draft), optimizer)
     accelerator.register_for_checkpointing(schedule)
-    run = _Run(config, accelerator, target, draft, optimizer, schedule, sequences, pad_id)
+    run = _Run(config, accelerator, target, model, draft, optimizer, schedule, sequences, pad_id)
     first = run.load_state() if resume else 0
-    run.train(model, first)
+    run.train(first)
     if accelerator.is_main_process:
         _save(config, draft, run.history)
+    accelerator.wait_for_everyone()
     return draft
 
 
@@ -88,6 +118,7 @@ class _Run:
     config: TrainingConfig
     accelerator: Accelerator
     target: PreTrainedModel
+    model: nn.Module
     draft: DovetailDraft
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -97,13 +128,14 @@ class _Run:
 
     def __post_init__(self) -> None:
         directory = self.config.cache_features
-        self.cache = FeatureCache(directory, self.target, self.sequences, self.pad_id) if directory else None
+        with self.accelerator.main_process_first():  # the others find the shards written
+            self.cache = FeatureCache(directory, self.target, self.sequences, self.pad_id) if directory else None
         # The last sequences are held out; everything before them is trained on.
         self.train_count = len(self.sequences) - self.config.held_out
         self._lengths = [len(s) for s in self.sequences[: self.train_count]]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
-    def train(self, model: torch.nn.Module, first: int) -> None:
+    def train(self, first: int) -> None:
         """Steps `first` .. `config.steps` - 1."""
         config = self.config
         progress = tqdm(
@@ -115,7 +147,7 @@ class _Run:
             disable=not self.accelerator.is_main_process,
         )
         for step in progress:
-            loss = self._step(model, step)
+            loss = self._step(step)
             self.history.steps.append(step + 1)
             self.history.losses.append(loss)
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -126,74 +158,113 @@ class _Run:
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                 self.save_state(step + 1)
 
-    def _step(self, model: torch.nn.Module, step: int) -> float:
-        model.train()
+    def _step(self, step: int) -> float:
+        self.model.train()
         numbers = self._batch_numbers(step)
-        size = len(numbers) // self.config.accumulate
-        total = 0.0
-        for start in range(0, len(numbers), size):
-            losses = self._losses(numbers[start : start + size], step * len(numbers) + start)
-            loss = (losses.feature + self.config.ce_weight * losses.token) / self.config.accumulate
+        # However the step is cut, a row weighs the same. Processes average their gradients.
+        processes = self.accelerator.num_processes
+        row_counts = count_rows([self.sequences[n] for n in numbers], self.config.rollout) / processes
+        own = numbers[self.accelerator.process_index :: processes]
+        size = len(own) // self.config.accumulate
+        total = torch.zeros((), device=self.accelerator.device)
+        for start in range(0, len(own), size):
+            losses = self._losses(own[start : start + size], step, row_counts)
+            loss = losses.feature + self.config.ce_weight * losses.token
             self.accelerator.backward(loss)
-            total += loss.item()
+            total += loss.detach()
         self.accelerator.clip_grad_norm_(self.draft.parameters(), self.config.clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return float(self.accelerator.reduce(total, "mean"))
 
     def _batch_numbers(self, step: int) -> list[int]:
-        """This process's share of the sequences of a step; depends on seed and step only."""
+        """The sequences of a step, of all processes; depends on seed and step only."""
         per_epoch = max(self.train_count // self.config.batch_size, 1)
         epoch, place = divmod(step, per_epoch)
         if self._epoch[0] != epoch:
             order = batch_order(self._lengths, self.config.batch_size, self.config.seed + epoch)
             self._epoch = (epoch, order)
-        numbers = self._epoch[1][place % len(self._epoch[1])]
-        return numbers[self.accelerator.process_index :: self.accelerator.num_processes]
+        return self._epoch[1][place]
 
     def _features(self, numbers: list[int], batch: Batch) -> Tensor:
         features = self.cache.load(numbers) if self.cache else target_features(self.target, batch)
         return features.to(self.accelerator.device, torch.float32)
 
-    def _losses(self, numbers: list[int], noise_seed: int | None) -> Losses:
+    def _losses(self, numbers: list[int], step: int, row_counts: Tensor) -> Losses:
+        features, batch = self._inputs(numbers)
+        noise = self._noise(features, numbers, step) if self.config.feature_noise else None
+        row_counts = row_counts.to(features.device)
+        with self.accelerator.autocast():
+            return self.model(features, batch, passes=self.config.rollout, noise=noise, row_counts=row_counts)
+
+    def _inputs(self, numbers: list[int]) -> tuple[Tensor, Batch]:
         device = self.accelerator.device
         batch = collate([self.sequences[n] for n in numbers], self.pad_id)
         features = self._features(numbers, batch)
-        batch = Batch(batch.input_ids.to(device), batch.written.to(device), batch.lengths.to(device))
-        noise = None
-        if noise_seed is not None and self.config.feature_noise:
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + noise_seed)
-            scale = features.pow(2).mean(-1, keepdim=True).sqrt() * self.config.feature_noise
-            noise = (torch.rand(features.shape, generator=generator) * 2 - 1).to(device) * scale
-        with self.accelerator.autocast():
-            return draft_losses(self.draft, features, batch, passes=self.config.rollout, noise=noise)
+        return features, Batch(batch.input_ids.to(device), batch.written.to(device), batch.lengths.to(device))
+
+    def _noise(self, features: Tensor, numbers: list[int], step: int) -> Tensor:
+        """(B, T, H) uniform, in units of each row's RMS; depends on seed, step and sequence only."""
+        noise = torch.zeros(features.shape)
+        for row, number in enumerate(numbers):
+            seed = (self.config.seed * 1_000_003 + step) * 1_000_003 + number
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            real = noise[row, : len(self.sequences[number])]
+            real.uniform_(-1, 1, generator=generator)
+        return noise.to(features.device) * features.pow(2).mean(-1, keepdim=True).sqrt() * self.config.feature_noise
 
     @torch.no_grad()
     def held_out_acceptance(self) -> float:
         """Expected acceptance length of greedy chains as deep as the rollout, on the held-out sequences."""
         self.draft.eval()
-        numbers = list(range(self.train_count, len(self.sequences)))
-        parts = [self._losses([n], None).agreement for n in numbers]
-        return expected_acceptance_length(torch.stack(parts).mean(0))
+        numbers = range(self.train_count, len(self.sequences))
+        row_counts = count_rows([self.sequences[n] for n in numbers], self.config.rollout)
+        agreement = torch.zeros(self.config.rollout)
+        for number in numbers:
+            features, batch = self._inputs([number])
+            with self.accelerator.autocast():
+                losses = draft_losses(self.draft, features, batch, passes=len(row_counts))
+            agreement += losses.agreement.cpu() * count_rows([self.sequences[number]], len(row_counts))
+        return expected_acceptance_length(agreement / row_counts.clamp(min=1))
+
+    def _key(self) -> dict[str, Any]:
+        """What a resumed run must share with the interrupted one to end as if it had not been interrupted."""
+        numbers = {k: v for k, v in asdict(self.config).items() if k not in MAY_CHANGE}
+        trained_on = self.sequences[: self.train_count]
+        return numbers | {"target": fingerprint(self.target), "sequences": digest(trained_on)}
 
     def save_state(self, step: int) -> None:
-        """Everything needed to continue after `step` steps."""
-        directory = self.config.out / STATE
-        self.accelerator.save_state(str(directory))
+        """Everything needed to continue after `step` steps. Replaces the last state when it is complete."""
+        directory, unfinished = self.config.out / STATE, self.config.out / f"{STATE}.unfinished"
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (directory / "history.json").write_text(json.dumps({"step": step} | asdict(self.history)))
+            progress = {"step": step, "key": self._key(), "history": asdict(self.history)}
+            (unfinished / "progress.json").write_text(json.dumps(progress))
+            shutil.rmtree(directory, ignore_errors=True)
+            unfinished.rename(directory)
 
     def load_state(self) -> int:
-        """Restore the last saved state; returns the number of steps done, 0 if there is none."""
-        saved = self.config.out / STATE / "history.json"
-        if not saved.exists():
+        """Restore the last saved state; returns the number of steps done, 0 if there is none.
+
+        Raises:
+            ValueError: the state is of a run with other numbers, data or another target.
+        """
+        directory = self.config.out / STATE
+        if not directory.exists():
             return 0
-        self.accelerator.load_state(str(saved.parent))
-        values = json.loads(saved.read_text())
-        step = values.pop("step")
-        self.history = History(**values)
-        return step
+        progress = json.loads((directory / "progress.json").read_text())
+        saved, key = progress["key"], self._key()
+        changed = [f"{k} was {saved.get(k)} and is {key[k]}" for k in key if saved.get(k) != key[k]]
+        if changed:
+            raise ValueError(
+                f"cannot resume from {directory}: {', '.join(changed)}. Give the same values, or start anew "
+                "without --resume."
+            )
+        self.accelerator.load_state(str(directory))
+        self.history = History(**progress["history"])
+        return progress["step"]
 
 
 def _save(config: TrainingConfig, draft: DovetailDraft, history: History) -> None:

@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling import DovetailDraft
-from .data import Batch
+from .data import Batch, Sequence
 
 
 @dataclass(frozen=True)
 class Losses:
-    """feature, token: () means of SmoothL1 and soft cross-entropy over counted rows of all passes.
+    """feature, token: () means of SmoothL1 and soft cross-entropy over the counted rows of each pass, averaged.
 
     agreement: (passes,) share of counted rows whose likeliest token is the target's.
+    Where the batch is a part of a step, the parts' losses add up to those of the step.
     """
 
     feature: Tensor
@@ -68,7 +69,20 @@ def rollout_mask(length: int, passes: int, dtype: torch.dtype, device: torch.dev
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
-def draft_losses(draft: DovetailDraft, features: Tensor, batch: Batch, *, passes: int, noise: Tensor | None) -> Losses:
+def count_rows(sequences: list[Sequence], passes: int) -> Tensor:
+    """(passes,) float32: rows that count in each pass over all of these sequences."""
+    return torch.tensor([float(sum(int(s.written[p + 1 :].sum()) for s in sequences)) for p in range(1, passes + 1)])
+
+
+def draft_losses(
+    draft: DovetailDraft,
+    features: Tensor,
+    batch: Batch,
+    *,
+    passes: int,
+    noise: Tensor | None = None,
+    row_counts: Tensor | None = None,
+) -> Losses:
     """Run the draft `passes` times over a batch.
 
     Args:
@@ -76,6 +90,8 @@ def draft_losses(draft: DovetailDraft, features: Tensor, batch: Batch, *, passes
         batch: tokens and mask, on the same device.
         passes: see the module docstring; at least 1.
         noise: (B, T, H) added to the features that the first pass reads, or None.
+        row_counts: (passes,) from `count_rows` of the whole step that this batch is a part of; None if it
+            is no part of anything.
     """
     inputs = features if noise is None else features + noise
     inputs, tokens, wanted = inputs[:, :-2], batch.input_ids[:, 1:-1], features[:, 1:-1]
@@ -86,21 +102,20 @@ def draft_losses(draft: DovetailDraft, features: Tensor, batch: Batch, *, passes
         target_probs, target_best = target_logits.softmax(-1), target_logits.argmax(-1)
     positions = rows.expand_as(tokens)
     caches = [GrowingRows() for _ in draft.layers]
-    totals, agreements, weight = [], [], 0.0
+    totals, agreements = [], []
     for number in range(1, passes + 1):
         mask = None if number == 1 else rollout_mask(len(rows), number, inputs.dtype, inputs.device)
         predicted = draft.step(inputs, tokens, positions, caches, mask)  # type: ignore[arg-type]
         at = counted & (rows >= number - 1)
-        share = 1.0 / at.sum().clamp(min=1)
+        share = 1.0 / (at.sum() if row_counts is None else row_counts[number - 1]).clamp(min=1)
         feature = F.smooth_l1_loss(predicted.float(), wanted.float(), reduction="none").mean(-1)
         logprobs = draft.head(predicted).float().log_softmax(-1)
         token = -(target_probs * logprobs).sum(-1)
         totals.append(torch.stack([(feature * at).sum(), (token * at).sum()]) * share)
         agreements.append(((logprobs.argmax(-1) == target_best) & at).sum() * share)
-        weight += 1.0
         # Pass s + 1 reads at row p what pass s predicted at row p - 1; row 0 has nothing before it.
         inputs = torch.cat([inputs[:, :1], predicted[:, :-1]], dim=1)
-    feature, token = torch.stack(totals).sum(0) / weight
+    feature, token = torch.stack(totals).mean(0)
     return Losses(feature, token, torch.stack(agreements).detach())
 
 

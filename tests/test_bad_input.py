@@ -1,0 +1,233 @@
+"""What cannot be drafted is refused at once, with the value seen and the remedy; a failing draft costs no text."""
+
+import warnings
+
+import pytest
+import torch
+from families import VOCAB, prompt, tiny_target
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, StaticCache
+
+from dovetail_plugin import DovetailDraft, TreeBudget
+
+GREEDY = dict(max_new_tokens=24, do_sample=False, eos_token_id=None)
+
+
+@pytest.fixture
+def refused(llama, draft, monkeypatch):
+    """Call with what to expect and the arguments of `generate`: it must be refused before any forward pass."""
+
+    def check(match, ids=None, target=llama, assistant=draft, error=ValueError, **options):
+        def no_forward(*_args, **_kwargs):
+            raise AssertionError("the target ran before the request was refused")
+
+        monkeypatch.setattr(target, "forward", no_forward)
+        ids = prompt() if ids is None else ids
+        with pytest.raises(error, match=match) as raised:
+            target.generate(ids, assistant_model=assistant, **(GREEDY | options))
+        return str(raised.value)
+
+    return check
+
+
+@pytest.mark.parametrize(("field", "what", "theirs", "ours"), [("vocab_size", "vocabulary", 50, VOCAB)])
+def test_wrong_vocabulary(refused, field, what, theirs, ours):
+    message = refused(what, assistant=DovetailDraft.for_target(tiny_target("llama", **{field: theirs})))
+    assert f"{theirs}" in message and f"{ours}" in message
+    assert "dovetail train" in message
+
+
+def test_wrong_hidden_size(refused):
+    message = refused("hidden size is 64", assistant=DovetailDraft.for_target(tiny_target("llama", hidden_size=64)))
+    assert "32" in message
+    assert "dovetail train" in message
+
+
+def test_draft_of_another_target(llama, draft, monkeypatch):
+    """The sizes fit, the names do not: one warning with both, and the text is still right."""
+    monkeypatch.setattr(llama.config, "_name_or_path", "org/this-target")
+    draft.config.target_name_or_path = "org/other-target"
+    other = DovetailDraft(draft.config)  # as loaded: attached to nothing
+    plain = llama.generate(prompt(), **GREEDY)
+    with pytest.warns(UserWarning, match=r"'org/other-target'.*'org/this-target'") as caught:
+        assert torch.equal(plain, llama.generate(prompt(), **GREEDY, assistant_model=other))
+    assert len([w for w in caught if "other-target" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("here", ["org/this-target", "copies/This-Target", ""])
+def test_same_target_elsewhere(llama, draft, monkeypatch, here):
+    """A local copy of the hub model that the draft names is no other target, and no name is no reason to warn."""
+    monkeypatch.setattr(llama.config, "_name_or_path", here)
+    draft.config.target_name_or_path = "org/this-target"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama.generate(prompt(), **GREEDY, assistant_model=DovetailDraft(draft.config))
+
+
+def test_prompt_beyond_the_positions(refused):
+    message = refused("513 tokens", ids=prompt(513))
+    assert "512" in message
+    assert "shorten" in message
+
+
+def test_text_that_runs_beyond_the_positions(draft):
+    """Plain generate goes on there, and so does a draft, with the same text."""
+    target = tiny_target("llama", max_position_embeddings=32)
+    plain = target.generate(prompt(), **GREEDY)
+    assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=DovetailDraft.for_target(target)))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_options_that_do_not_go_with_a_draft(refused, options, match):
+    refused(match, **options)
+
+
+def test_static_cache(refused, llama):
+    message = refused("StaticCache", past_key_values=StaticCache(config=llama.config, max_cache_len=64))
+    assert "DynamicCache" in message
+
+
+def test_batch(refused):
+    assert "one sequence" in refused("batch of 2", ids=prompt().repeat(2, 1))
+
+
+def test_empty_prompt(refused):
+    refused("empty", ids=torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_embeddings_as_prompt(refused, llama):
+    embeds = llama.get_input_embeddings()(prompt()).detach()
+    assert "input_ids" in refused("inputs_embeds", inputs_embeds=embeds)
+
+
+def test_weights_not_in_memory(refused, llama):
+    with torch.device("meta"):
+        target = AutoModelForCausalLM.from_config(llama.config)
+    message = refused("meta device", target=target)
+    assert "lm_head.weight" in message or "embed_tokens.weight" in message
+    assert 'device_map="cpu"' in message
+
+
+def test_encoder_decoder(refused):
+    sizes = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0)
+    message = refused("encoder-decoder", target=AutoModelForSeq2SeqLM.from_config(config))
+    assert "T5ForConditionalGeneration" in message
+    assert "decoder-only" in message
+
+
+RECURRENT = {
+    "mamba": dict(state_size=4, num_hidden_layers=2),
+    "lfm2": dict(num_hidden_layers=3, full_attn_idxs=[1]),
+    "qwen3_next": dict(
+        num_hidden_layers=4,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "bamba": dict(
+        num_hidden_layers=2,
+        attn_layer_indices=[1],
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=4,
+        num_key_value_heads=2,
+    ),
+}
+"""State-space models, and hybrids that keep a recurrent state beside attention."""
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_recurrent_state(refused, model_type):
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    config = AutoConfig.for_model(model_type, **(sizes | RECURRENT[model_type]))
+    target = AutoModelForCausalLM.from_config(config)
+    message = refused("rolled back|take back", target=target)
+    assert type(target).__name__ in message
+    assert "without a draft" in message
+
+
+@pytest.mark.parametrize("field", ["nodes", "depth", "top_k"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, "8"])
+def test_budget(field, value):
+    with pytest.raises(ValueError, match=field) as error:
+        TreeBudget(**{field: value})
+    assert str(value) in str(error.value)
+
+
+# --- a draft that fails while text is generated ------------------------------------------------------
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_draft_of_nans(llama, draft, do_sample):
+    options = GREEDY | {"do_sample": do_sample}
+    torch.manual_seed(2)
+    plain = llama.generate(prompt(), **options)
+    draft.layers[0].mlp.down_proj.weight.data[3] = float("nan")
+    torch.manual_seed(2)
+    assert torch.equal(plain, llama.generate(prompt(), **options, assistant_model=draft))
+    assert len(draft.report.warnings) == 1
+    assert "not finite" in draft.report.warnings[0]
+
+
+@pytest.mark.parametrize("failing_call", [1, 2, 5, 11])
+def test_draft_that_runs_out_of_memory(llama, draft, oracle, monkeypatch, failing_call):
+    """At the prompt, at the first tree or in the middle: the rest is plain text, and one warning says why."""
+    plain = llama.generate(prompt(), **GREEDY)
+    oracle(plain, prompt().shape[1])
+    calls, step = [], draft.step
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == failing_call:
+            raise RuntimeError("out of memory")
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(draft, "step", failing)
+    assert torch.equal(plain, llama.generate(prompt(), **GREEDY, assistant_model=draft))
+    assert len(calls) == failing_call  # it is not asked again
+    assert len(draft.report.warnings) == 1
+    assert "out of memory" in draft.report.warnings[0]
+    assert draft.report.new_tokens == 24
+
+
+def test_failure_is_forgotten_in_the_next_generation(llama, draft, monkeypatch):
+    def failing(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draft, "step", failing)
+        llama.generate(prompt(), **GREEDY, assistant_model=draft)
+    assert draft.report.nodes_per_round == 1
+    llama.generate(prompt(), **GREEDY, assistant_model=draft)
+    assert draft.report.warnings == []
+    assert draft.report.nodes_per_round > 1
+
+
+def test_interrupting_the_draft_interrupts_generation(llama, draft, monkeypatch):
+    """Ctrl-C inside the draft is no failure of the draft; the cache comes back as transformers' own."""
+
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draft, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate(prompt(), **GREEDY, assistant_model=draft)
+    assert not llama.base_model._forward_hooks

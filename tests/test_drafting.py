@@ -1,0 +1,183 @@
+"""The draft model and its trees against the slow reference; where tensors live; what is never run again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import prompt, tiny_target
+from reference import best_tree, draft_path, draft_sequence
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
+from dovetail_plugin.drafting import DraftError, FeatureDrafter
+from dovetail_plugin.report import PhaseClock
+
+DRAFTS = [("dgf", 1), ("dgf", 3), ("concat", 1), ("concat", 2)]
+
+
+def make_draft(fusion="dgf", blocks=1, seed=0):
+    torch.manual_seed(seed)
+    draft = DovetailDraft.for_target(tiny_target("llama"), fusion=fusion, blocks=blocks)
+    for parameter in draft.parameters():  # norms and biases away from their neutral initial values
+        parameter.data += torch.randn_like(parameter) * 0.15
+    return draft
+
+
+def text_and_features(length=6):
+    generator = torch.Generator().manual_seed(2)
+    return prompt(length + 1)[0], torch.randn(length, 32, generator=generator)
+
+
+@pytest.mark.parametrize(("fusion", "blocks"), DRAFTS)
+@torch.no_grad()
+def test_forward_is_the_methods_equations(fusion, blocks):
+    draft = make_draft(fusion, blocks)
+    ids, features = text_and_features()
+    out = draft(features=features[None], input_ids=ids[None, 1:])
+    reference = draft_sequence(draft, list(features), ids[1:].tolist(), list(range(6)))
+    torch.testing.assert_close(out.features[0], torch.stack(reference), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.logits, out.features @ draft.head_weight.T)
+
+
+def paths_with_scores(tree):
+    paths, scored = [], {}
+    for token, parent, score in zip(*(t.tolist() for t in (tree.tokens, tree.parents, tree.scores)), strict=True):
+        paths.append((*(paths[parent] if parent > 0 else ()), token) if parent >= 0 else ())
+        scored[paths[-1]] = score
+    return {path: score for path, score in scored.items() if path}
+
+
+@pytest.mark.parametrize(("fusion", "blocks"), DRAFTS)
+@pytest.mark.parametrize("budget", [TreeBudget(9, 3, 3), TreeBudget(4, 3, 1), TreeBudget(30, 2, 4)], ids=str)
+@torch.no_grad()
+def test_tree_is_the_methods_tree(fusion, blocks, budget):
+    draft = make_draft(fusion, blocks)
+    ids, features = text_and_features()
+    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter.begin(features, ids)
+    drafter.grow(TreeBudget(12, 4, 4))  # an earlier tree must leave no trace
+    tree = paths_with_scores(drafter.grow(budget))
+    wanted = best_tree(draft, list(features), ids.tolist(), budget.nodes, budget.depth, budget.top_k)
+    assert tree.keys() == wanted.keys()
+    for path, score in tree.items():
+        assert score == pytest.approx(wanted[path], abs=1e-4)
+
+
+@torch.no_grad()
+def test_advancing_equals_beginning_anew():
+    """Rows of accepted tokens, added a few at a time between trees, give what one pass over the text gives."""
+    draft = make_draft("dgf", 2)
+    ids, features = text_and_features(20)
+    once = FeatureDrafter(draft, 64, PhaseClock())
+    once.begin(features, ids)
+    bits = FeatureDrafter(draft, 64, PhaseClock())
+    bits.begin(features[:5], ids[:6])
+    for start, end in ((5, 6), (6, 10), (10, 17), (17, 20)):
+        bits.grow(TreeBudget(10, 4, 3))
+        bits.advance(features[start:end], ids[start + 1 : end + 1])
+    torch.testing.assert_close(
+        once.grow(TreeBudget(12, 4, 3)).scores, bits.grow(TreeBudget(12, 4, 3)).scores, atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_prompt_is_never_run_again():
+    draft = make_draft()
+    ids, features = text_and_features(30)
+    sizes = []
+    original = draft.step
+    draft.step = lambda f, *args, **kwargs: (sizes.append(f.shape[1]), original(f, *args, **kwargs))[1]
+    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter.begin(features, ids)
+    for _ in range(3):
+        drafter.grow(TreeBudget(16, 4, 5))
+        drafter.advance(features[:2], ids[:2])
+    assert sizes == [30] + [5, 5, 5, 2] * 3  # the prompt, then three levels below the first and two rows a round
+
+
+@torch.no_grad()
+def test_chain_scores_are_the_reference_logprobs():
+    draft = make_draft()
+    ids, features = text_and_features()
+    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter.begin(features, ids)
+    tokens, scores = drafter.grow_chain(4, lambda logits, _: (logits.argmax(-1), logits))
+    picked = scores.log_softmax(-1)[torch.arange(4), tokens].tolist()
+    wanted = draft_path(draft, list(features), ids.tolist(), tokens.tolist())
+    assert picked == pytest.approx(wanted, abs=1e-4)
+
+
+def test_nan_logits_are_noticed():
+    draft = make_draft()
+    draft.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    ids, features = text_and_features()
+    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    with torch.no_grad(), pytest.raises(DraftError, match="not finite"):
+        drafter.begin(features, ids)
+        drafter.grow(TreeBudget(8, 3, 3))
+
+
+class FakeCuda(TorchFunctionMode):
+    """Lets fake "cuda" tensors through the few calls that want a CUDA build before FakeTensorMode sees them.
+
+    Moves go straight to the dispatcher; indexing and attention are run on shapes alone, after the check that
+    FakeTensorMode makes everywhere else: all tensors on one device.
+    """
+
+    ON_SHAPES = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, F.scaled_dot_product_attention)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to:
+            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            tensor = args[0]
+            return torch.ops.aten._to_copy(tensor, device=device or tensor.device, dtype=dtype or tensor.dtype)
+        if func not in self.ON_SHAPES:
+            return func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in tensors}
+        if len(devices) > 1:
+            raise RuntimeError(f"{func.__name__} mixes devices: {devices}")
+        meta_args, meta_kwargs = tree_map_only(
+            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (args, kwargs)
+        )
+        out = func(*meta_args, **meta_kwargs)
+        return tree_map_only(
+            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=tensors[0].device), out
+        )
+
+
+def move(module, device):
+    """`module.to(device)` for fake tensors on builds without that device."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = torch.ops.aten._to_copy(tensor, device=device)
+    return module
+
+
+@pytest.mark.parametrize("fusion", ["dgf", "concat"])
+def test_draft_step_mixes_no_devices(fusion):
+    """On fake "cuda" tensors every operation between devices raises: features and tokens come from the CPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeCuda(), torch.no_grad():
+        config = DovetailConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, fusion=fusion,
+        )  # fmt: skip
+        draft = move(DovetailDraft(config), "cuda")
+        draft.embed_weight = draft.head_weight = torch.empty(97, 32, device="cuda")
+        drafter = FeatureDrafter(draft, 64, PhaseClock())
+        assert drafter.device.type == "cuda"
+        drafter.begin(torch.empty(6, 32), torch.arange(7))
+        for _ in range(2):
+            tree = drafter.grow_on_device(TreeBudget(9, 3, 4))
+            assert {t.device.type for t in (tree.tokens, tree.parents, tree.depths, tree.scores)} == {"cuda"}
+            assert tree.to("cpu").tokens.device.type == "cpu"
+            drafter.advance(torch.empty(3, 32), torch.arange(3))
+        one = torch.zeros(1, 1, dtype=torch.long)
+        with pytest.raises(RuntimeError, match="devices"):  # the check itself works
+            draft.step(torch.empty(1, 1, 32), one, one)
+        with pytest.raises(RuntimeError, match="devices"):
+            draft.head(torch.empty(1, 32))
