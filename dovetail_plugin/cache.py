@@ -193,17 +193,17 @@ def refuse_reason(cache: Cache) -> str | None:
 
 
 @contextmanager
-def borrow(cache: Cache, layers: int, capacity: int, tree_nodes: int) -> Iterator[list[TreeLayer]]:
+def borrow(cache: Cache, template: list[DynamicLayer], capacity: int, tree_nodes: int) -> Iterator[list[TreeLayer]]:
     """Put preallocated layers under `cache`, and stock layers with the final rows when the block ends.
 
     Args:
         cache: a transformers cache of dynamic layers, empty or filled by earlier turns (one copy of
             those rows is made, into the new buffers).
-        layers: attention layers of the model, for caches that create theirs lazily.
+        template: the model's own kinds of layers, for caches that create theirs lazily.
         capacity: tokens to make room for: prompt, new tokens and one tree.
         tree_nodes: rows of the largest tree (N).
     """
-    stock = list(cache.layers) + [DynamicLayer() for _ in range(layers - len(cache.layers))]
+    stock = list(cache.layers) + template[len(cache.layers) :]
     own: list[TreeLayer] = []
     for layer in stock:
         if isinstance(layer, DynamicSlidingWindowLayer):

@@ -40,7 +40,7 @@ def check_request(model: PreTrainedModel, draft: DovetailDraft, config: Generati
         raise ValueError("drafting needs the key/value cache; leave out use_cache=False.")
     if config.num_beams > 1:
         raise ValueError(f"drafting works with greedy search and sampling, got num_beams={config.num_beams}.")
-    if config.cache_implementation not in (None, "dynamic"):
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"drafting brings its own preallocated cache; leave out cache_implementation="
             f"{config.cache_implementation!r}."

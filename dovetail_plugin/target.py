@@ -110,8 +110,8 @@ class TorchTarget:
         self._capacity, self._max_nodes = max_length + max_nodes, max_nodes
         config = model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self._layer_types = getattr(config, "layer_types", None)
-        self._layer_count = config.num_hidden_layers
+        self._template = DynamicCache(config=config).layers
+        self._layer_types = getattr(config, "layer_types", None) or ["all"] * len(self._template)
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
@@ -121,7 +121,7 @@ class TorchTarget:
     def __enter__(self) -> "TorchTarget":
         with ExitStack() as stack:
             self.layers: list[TreeLayer] = stack.enter_context(
-                borrow(self.cache, self._layer_count, self._capacity, self._max_nodes)
+                borrow(self.cache, self._template, self._capacity, self._max_nodes)
             )
             stack.enter_context(captured_outputs(self.model.base_model, self._features))
             self._exit = stack.pop_all()
@@ -211,14 +211,17 @@ class TorchTarget:
 
     def _tree_mask(self, tree: DraftTree) -> Any:
         """The 4-D additive mask of a tree; a dict by layer type where layers differ in what they see."""
-        sliding = {layer.is_sliding: layer for layer in self.layers}
-        if len(sliding) == 1:
-            return self._layer_mask(tree, self.layers[0])
-        names = dict(zip((layer.is_sliding for layer in self.layers), self._layer_types or (), strict=False))
-        return {names[kind]: self._layer_mask(tree, layer) for kind, layer in sliding.items()}
+        first_of = {name: index for index, name in reversed(list(enumerate(self._layer_types)))}
+        masks = {name: self._layer_mask(tree, index) for name, index in first_of.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _layer_mask(self, tree: DraftTree, layer: TreeLayer) -> Tensor:
-        """(1, 1, N, rows the layer returns) additive in the model's dtype."""
+    def _layer_mask(self, tree: DraftTree, index: int) -> Tensor:
+        """(1, 1, N, rows the layer returns) additive in the model's dtype.
+
+        The window is the model's, whatever the cache stores: a cache made without the model's config
+        keeps all rows of sliding layers too.
+        """
+        layer, window = self.layers[index], getattr(self._template[index], "sliding_window", None)
         device, dtype, nodes = self.model.device, self.model.dtype, len(tree)
         width, first = layer.get_mask_sizes(nodes)
         depths = tree.depths.to(device)
@@ -227,7 +230,6 @@ class TorchTarget:
         if self._visible is not None:
             prompt = self._visible[0, first:]
             seen[:, : prompt.shape[0]] &= prompt
-        window = getattr(layer, "sliding_window", None)
         if window is not None:
             committed = torch.arange(first, self.committed, device=device)
             columns = torch.cat([committed, self.committed + depths])

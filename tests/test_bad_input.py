@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 
@@ -29,10 +30,9 @@ def refused(llama, draft, monkeypatch):
     return check
 
 
-@pytest.mark.parametrize(("field", "what", "theirs", "ours"), [("vocab_size", "vocabulary", 50, VOCAB)])
-def test_wrong_vocabulary(refused, field, what, theirs, ours):
-    message = refused(what, assistant=DovetailDraft.for_target(tiny_target("llama", **{field: theirs})))
-    assert f"{theirs}" in message and f"{ours}" in message
+def test_wrong_vocabulary(refused):
+    message = refused("vocabulary is 50", assistant=DovetailDraft.for_target(tiny_target("llama", vocab_size=50)))
+    assert str(VOCAB) in message
     assert "dovetail train" in message
 
 
@@ -69,7 +69,7 @@ def test_prompt_beyond_the_positions(refused):
     assert "shorten" in message
 
 
-def test_text_that_runs_beyond_the_positions(draft):
+def test_text_that_runs_beyond_the_positions():
     """Plain generate goes on there, and so does a draft, with the same text."""
     target = tiny_target("llama", max_position_embeddings=32)
     plain = target.generate(prompt(), **GREEDY)
@@ -222,12 +222,14 @@ def test_failure_is_forgotten_in_the_next_generation(llama, draft, monkeypatch):
 
 
 def test_interrupting_the_draft_interrupts_generation(llama, draft, monkeypatch):
-    """Ctrl-C inside the draft is no failure of the draft; the cache comes back as transformers' own."""
+    """Ctrl-C inside the draft is no failure of the draft; cache and hooks are as they were."""
 
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(draft, "step", interrupted)
+    cache = DynamicCache(config=llama.config)
     with pytest.raises(KeyboardInterrupt):
-        llama.generate(prompt(), **GREEDY, assistant_model=draft)
+        llama.generate(prompt(), **GREEDY, assistant_model=draft, past_key_values=cache)
     assert not llama.base_model._forward_hooks
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer}

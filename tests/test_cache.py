@@ -93,7 +93,7 @@ def test_loan_and_return():
     cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
     cache.update(*rows_like(range(9)), 0)
     cache.update(*rows_like(range(9)), 1)
-    with borrow(cache, layers=2, capacity=40, tree_nodes=4) as layers:
+    with borrow(cache, [], capacity=40, tree_nodes=4) as layers:
         assert [type(layer) for layer in cache.layers] == [TreeSlidingLayer] * 2
         assert cache.get_seq_length() == 9
         for index in range(2):
@@ -108,7 +108,7 @@ def test_loan_and_return():
 
 def test_loan_is_returned_after_an_error():
     cache = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
-    with pytest.raises(RuntimeError), borrow(cache, layers=1, capacity=8, tree_nodes=4):
+    with pytest.raises(RuntimeError), borrow(cache, [], capacity=8, tree_nodes=4):
         assert type(cache.layers[0]) is TreeLayer
         raise RuntimeError
     assert type(cache.layers[0]) is DynamicLayer
@@ -117,7 +117,8 @@ def test_loan_is_returned_after_an_error():
 
 def test_lazily_built_caches_get_their_layers():
     cache = DynamicCache()
-    with borrow(cache, layers=3, capacity=8, tree_nodes=4):
+    kinds = DynamicCache(config=LlamaConfig(num_hidden_layers=3)).layers
+    with borrow(cache, kinds, capacity=8, tree_nodes=4):
         cache.update(*rows_like([1, 2]), 2)
         assert len(cache.layers) == 3
     assert spelled(cache.layers[2].keys) == [1, 2]

@@ -143,9 +143,7 @@ class FakeCuda(TorchFunctionMode):
             torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (args, kwargs)
         )
         out = func(*meta_args, **meta_kwargs)
-        return tree_map_only(
-            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=tensors[0].device), out
-        )
+        return tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=tensors[0].device), out)
 
 
 def move(module, device):

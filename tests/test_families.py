@@ -68,7 +68,7 @@ def test_window_smaller_than_the_tree(oracle):
     assert torch.equal(plain, target.generate(prompt(), max_new_tokens=60, do_sample=False, assistant_model=draft))
 
 
-def test_targets_without_tree_masks_get_chains(oracle):
+def test_targets_without_tree_masks_get_chains():
     """BLOOM builds its positions from a 2-D mask: chains are drafted for it, whatever the budget says."""
     target = tiny_target("bloom", n_layer=3, n_head=4, num_key_value_heads=None)
     draft = DovetailDraft.for_target(target)

@@ -31,7 +31,9 @@ PROCESSORS = {
     "no_repeat_ngram": {"no_repeat_ngram_size": 2},
     "bad_words": {"bad_words_ids": [[5], [6, 7]]},
     "min_new_tokens": {"min_new_tokens": 30},
-    "prefix_allowed": {"prefix_allowed_tokens_fn": lambda _batch, ids: [int(ids[-1] * 3 + k) % VOCAB for k in range(20)]},
+    "prefix_allowed": {
+        "prefix_allowed_tokens_fn": lambda _batch, ids: [int(ids[-1] * 3 + k) % VOCAB for k in range(20)]
+    },
     "own": {"logits_processor": LogitsProcessorList([PreferUnseen()])},
     "forced_eos": {"forced_eos_token_id": 2},
     "suppress": {"suppress_tokens": list(range(10, 40))},
@@ -92,9 +94,7 @@ def test_own_stopping_criterion_sees_every_token(llama, draft, oracle):
     oracle(full, 17)
     stop = StopAtLength(31)
     options = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
-    out = llama.generate(
-        prompt(), **options, assistant_model=draft, stopping_criteria=StoppingCriteriaList([stop])
-    )
+    out = llama.generate(prompt(), **options, assistant_model=draft, stopping_criteria=StoppingCriteriaList([stop]))
     assert torch.equal(out, full[:, :31])
     assert stop.seen == list(range(18, 32))
 
@@ -159,14 +159,16 @@ def test_return_dict(llama, draft, oracle):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("with_config", [True, False], ids=["windowed cache", "full cache"])
 @pytest.mark.parametrize("whole_text", [True, False], ids=["whole text", "only new tokens"])
-def test_cache_reuse_over_turns(model_type, whole_text):
+def test_cache_reuse_over_turns(model_type, whole_text, with_config):
     """Three turns; the cache goes from drafted to plain generation and back, in every order."""
     target = tiny_target(model_type, **({"sliding_window": 24} if model_type == "mistral" else {}))
     draft = DovetailDraft.for_target(target)
     options = dict(max_new_tokens=15, do_sample=False, eos_token_id=None)
     for order in ((True, True, True), (False, True, False), (True, False, True)):
-        cache, text, wanted = DynamicCache(config=target.config), prompt(), prompt()
+        cache = DynamicCache(config=target.config) if with_config else DynamicCache()
+        text, wanted = prompt(), prompt()
         for turn, drafted in enumerate(order):
             known = cache.get_seq_length()
             given = text if whole_text else text[:, known:]

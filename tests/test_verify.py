@@ -46,7 +46,7 @@ def test_accept_finds_the_longest_matching_path(seed, nodes, stop_after):
 def test_sibling_rejection_emits_the_targets_distribution(weights, data):
     """The published procedure, computed exactly, gives p for any children in any order: a plain draw from p."""
     probs = [w / sum(weights) for w in weights]
-    children = data.draw(st.permutations(range(len(probs)))) [: data.draw(st.integers(0, len(probs)))]
+    children = data.draw(st.permutations(range(len(probs))))[: data.draw(st.integers(0, len(probs)))]
     emitted = sibling_rejection_ref(probs, list(children))
     for token, probability in enumerate(probs):
         assert math.isclose(emitted[token], probability, abs_tol=1e-9)
