@@ -184,6 +184,8 @@ FAMILIES = {
     "gemma2": {"head_dim": 16, "final_logit_softcapping": 30.0},
     "gpt_neox": {"num_key_value_heads": None, "layer_norm_eps": 2e-5},
     "phi3": {"rms_norm_eps": 1e-5},
+    "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.25},
+    "granite": {"rms_norm_eps": 1e-5, "logits_scaling": 4.0},
     "gemma3_text": {
         "head_dim": 8,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
@@ -206,6 +208,7 @@ def test_for_target(model_type):
     assert config.num_key_value_heads == (4 if model_type == "gpt_neox" else 2)
     assert config.head_dim == fields.get("head_dim", 8)
     assert config.logit_softcap == fields.get("final_logit_softcapping")
+    assert config.logit_scale == (0.25 if model_type in ("cohere", "granite") else 1.0)
     eps = fields.get("rms_norm_eps", fields.get("layer_norm_eps"))
     assert config.rms_norm_eps == (target.config.rms_norm_eps if eps is None else eps)
     rope = fields.get("rope_parameters", {})

@@ -169,12 +169,12 @@ def test_gradient_accumulation(config, reference, changes):
     """The parts have different lengths and counts of rows; the step is the same."""
     train(config(**changes))
     assert history(config().out)["losses"] == pytest.approx(reference[1]["losses"], abs=1e-5)
-    assert_same(weights(config().out), reference[0], atol=1e-5, rtol=1e-4)
+    assert_same(weights(config().out), reference[0], atol=1e-4, rtol=1e-4)
 
 
 def test_cached_features(config, reference, tmp_path, monkeypatch):
     train(config("first", cache_features=tmp_path / "cache"))
-    assert_same(weights(config("first").out), reference[0], atol=1e-5, rtol=1e-4)
+    assert_same(weights(config("first").out), reference[0], atol=1e-4, rtol=1e-4)
 
     def never(*_args):
         raise AssertionError("the target ran although its features were there")
@@ -229,5 +229,5 @@ def test_launched(launcher, files, reference, tmp_path):
     done = run_python("-m", *LAUNCHERS[launcher], "-m", "dovetail_plugin", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "draft saved to draft" in done.stdout
-    assert_same(weights(tmp_path / "draft"), reference[0], atol=1e-5, rtol=1e-4)
+    assert_same(weights(tmp_path / "draft"), reference[0], atol=1e-4, rtol=1e-4)
     assert history(tmp_path / "draft")["losses"] == pytest.approx(reference[1]["losses"], abs=1e-5)

@@ -4,6 +4,7 @@ Enters: the two files in `data/` (see `data/README.md` for sources and licences)
 chats, split into train and held-out, and the tokenizer trained on them. Knows nothing of models.
 """
 
+import argparse
 import gzip
 import json
 import random
@@ -75,3 +76,19 @@ def train_tokenizer(chats: list[Chat], *, vocab_size: int) -> PreTrainedTokenize
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+
+
+def main() -> None:
+    """Write the training chats as JSON lines, for `dovetail train --data`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .jsonl")
+    args = parser.parse_args()
+    train, _ = load_chats()
+    with open(args.out, "w", encoding="utf-8") as file:
+        for messages in train:
+            file.write(json.dumps({"messages": messages}) + "\n")
+    print(f"{len(train)} chats written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The bundled pair on real text: identity in fp32, the tie rule in bf16, acceptance, size, what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin.benchmark import Comparison, load_prompts
+
+PAIR = Path(__file__).parent.parent / "examples" / "tiny_pair"
+TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 40)
+
+
+def load(dtype):
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype)
+    return target, DovetailDraft.from_pretrained(DRAFT, dtype=dtype)
+
+
+def compare(dtype, prompts, budget=None, **options) -> "Comparison":
+    target, draft = load(dtype)
+    draft.budget = budget or draft.budget
+    comparison = Comparison(target, draft, {"max_new_tokens": 96, "do_sample": False} | options)
+    for input_ids in prompts:
+        comparison.add(input_ids)
+    return comparison
+
+
+def test_greedy_fp32_is_identical_and_accepted(prompts):
+    result = compare(torch.float32, prompts[:12]).result()
+    assert result.identical == 12
+    assert result.acceptance_length >= 3.5
+
+
+@pytest.mark.parametrize("budget", [TreeBudget(8, 5, 4), TreeBudget(6, 5, 1), TreeBudget(60, 7, 10)], ids=str)
+def test_greedy_fp32_in_other_shapes(prompts, budget):
+    assert compare(torch.float32, prompts[12:17], budget).result().identical == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.2},
+        {"no_repeat_ngram_size": 3},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+        {"do_sample": True, "temperature": 1.2, "top_k": 20},
+    ],
+    ids=str,
+)
+def test_options_fp32(prompts, options):
+    assert compare(torch.float32, prompts[17:21], **options).result().identical == 4
+
+
+def test_greedy_bf16_differs_only_at_ties(prompts):
+    result = compare(torch.bfloat16, prompts[:12]).result()
+    assert result.identical + result.ties == 12
+    assert result.differences == 0
+    assert result.acceptance_length >= 3.5
+
+
+@pytest.mark.slow
+def test_two_hundred_texts(prompts):
+    """All prompts of the package, 128 tokens each."""
+    every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)
+    assert compare(torch.float32, every, max_new_tokens=128).result().identical == 200
+    assert compare(torch.bfloat16, every, max_new_tokens=128).result().differences == 0
+
+
+def test_pair_is_small_and_complete():
+    files = [f for directory in (TARGET, DRAFT) for f in directory.iterdir()]
+    assert sum(f.stat().st_size for f in files) <= 30e6
+    for directory in (TARGET, DRAFT):
+        assert (directory / "README.md").read_text().startswith("---\n")  # a model card with its metadata
+    target, draft = load("auto")
+    assert target.dtype == draft.dtype == torch.bfloat16
+    assert draft.config.target_name_or_path == TARGET.name
+    assert target.config.num_hidden_layers >= 12
+
+
+def test_it_speaks_the_language_of_its_domain(prompts):
+    """Answers end by themselves, with the final answer line that GSM8K's answers have."""
+    target, draft = load(torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    ended = answered = 0
+    for input_ids in prompts[:20]:
+        out = target.generate(input_ids, assistant_model=draft, max_new_tokens=300, do_sample=False)
+        ended += int(out[0, -1]) == tokenizer.eos_token_id
+        answered += "####" in tokenizer.decode(out[0, input_ids.shape[1] :])
+    assert ended >= 15
+    assert answered >= 15

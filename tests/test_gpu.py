@@ -1,0 +1,82 @@
+"""On a real GPU: target on the CPU, draft on CUDA, nothing else in between. Skips where there is none."""
+
+import pytest
+import torch
+from families import prompt, tiny_target
+from test_bundled import load
+
+from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin.benchmark import Comparison
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_draft_on_cuda_target_on_cpu(llama, oracle, dtype):
+    """The draft's dtype is its own affair: the text is the fp32 target's."""
+    draft = DovetailDraft.for_target(llama, blocks=2).to("cuda", dtype)
+    plain = llama.generate(prompt(), max_new_tokens=60, do_sample=False)
+    assert torch.equal(plain, llama.generate(prompt(), max_new_tokens=60, do_sample=False, assistant_model=draft))
+    oracle(plain, 17)
+    assert torch.equal(plain, llama.generate(prompt(), max_new_tokens=60, do_sample=False, assistant_model=draft))
+    assert draft.embed_weight.device.type == draft.head_weight.device.type == "cuda"
+
+
+def test_target_on_cuda_draft_on_cpu(oracle):
+    target = tiny_target("llama").to("cuda")
+    draft = DovetailDraft.for_target(target).to("cpu")
+    ids = prompt().to("cuda")
+    plain = target.generate(ids, max_new_tokens=60, do_sample=False)
+    oracle(plain, 17)
+    assert torch.equal(plain, target.generate(ids, max_new_tokens=60, do_sample=False, assistant_model=draft))
+
+
+def test_bundled_pair():
+    from test_bundled import TARGET
+    from transformers import AutoTokenizer
+
+    from dovetail_plugin.benchmark import load_prompts
+
+    target, draft = load(torch.float32)
+    draft.to("cuda", torch.bfloat16)
+    comparison = Comparison(target, draft, {"max_new_tokens": 96, "do_sample": False})
+    for input_ids in load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 8):
+        comparison.add(input_ids)
+    assert comparison.result().identical == 8
+    assert comparison.result().acceptance_length >= 3.5
+
+
+def test_growing_a_tree_never_waits_for_the_device():
+    """No synchronisation inside `grow_on_device`: CUDA itself raises if there is one."""
+    from dovetail_plugin.drafting import FeatureDrafter
+    from dovetail_plugin.report import PhaseClock
+
+    llama = tiny_target("llama")
+    draft = DovetailDraft.for_target(llama, blocks=2).to("cuda")
+    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    with torch.no_grad():
+        drafter.begin(torch.randn(6, 32), prompt(7)[0])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            drafter.grow_on_device(TreeBudget(16, 5, 6))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_out_of_memory_on_the_gpu_costs_no_text(llama, monkeypatch):
+    draft = DovetailDraft.for_target(llama).to("cuda")
+    original, calls = draft.step, []
+
+    def step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            torch.empty(1 << 50, device="cuda")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(draft, "step", step)
+    plain = llama.generate(prompt(), max_new_tokens=40, do_sample=False)
+    assert torch.equal(plain, llama.generate(prompt(), max_new_tokens=40, do_sample=False, assistant_model=draft))
+    assert len(draft.report.warnings) == 1
