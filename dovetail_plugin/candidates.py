@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from .drafting import FeatureDrafter
+from .drafting import FeatureDrafter, without_padding
 from .modeling import DovetailDraft
 from .report import GenerationReport, Round
 
@@ -94,12 +94,8 @@ class DovetailCandidateGenerator(CandidateGenerator):
             self._drafter.advance(features[: matches + 1], input_ids[0, -(matches + 1) :])
             return
         self._started = True
-        rows = features.shape[0]
-        ids = input_ids[0, -(rows + 1) :]
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None:
-            real = mask[0, -(rows + 1) : -1].bool()
-            features, ids = features[real], torch.cat([ids[:-1][real], ids[-1:]])
+        mask = model_kwargs.get("attention_mask")  # of the text with its newest token
+        features, ids = without_padding(features, input_ids[0], None if mask is None else mask[:, :-1])
         self._drafter.begin(features, ids)
 
     def update_candidate_strategy(self, input_ids: Tensor, *_args: Any) -> None:

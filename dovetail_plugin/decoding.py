@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .drafting import Drafter
+from .drafting import Drafter, without_padding
 from .report import GenerationReport, Round
 from .target import Target, TargetOutput
 from .text import Text
@@ -80,12 +80,7 @@ class Decoder:
     def _begin(self, output: TargetOutput) -> None:
         if self.drafter is None:
             return
-        rows = output.features.shape[0]  # fewer than the prompt's where a cache held earlier turns
-        ids = self.text.ids[0, -(rows + 1) :]
-        features = output.features
-        if self.attention_mask is not None:  # padding is no text
-            real = self.attention_mask[0, -rows:].bool()
-            features, ids = features[real], torch.cat([ids[:-1][real], ids[-1:]])
+        features, ids = without_padding(output.features, self.text.ids[0], self.attention_mask)
         try:
             self.drafter.begin(features, ids)
         except Exception as error:

@@ -36,6 +36,25 @@ class Drafter(Protocol):
         """The text grew: features (A, F) of the accepted rows, tokens (A,) emitted after each of them."""
 
 
+def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `Drafter.begin` wants of a prompt whose padding the target ran along: padding is no text.
+
+    Args:
+        features: (n, F) of the last n tokens before the newest one.
+        input_ids: (n + 1,) or more; the newest token is the last.
+        attention_mask: (1, m) over the tokens before the newest one, m at least n; None without padding.
+
+    Returns:
+        features (T, F) and input_ids (T + 1,) of the real tokens.
+    """
+    rows = features.shape[0]
+    input_ids = input_ids[-(rows + 1) :]
+    if attention_mask is None:
+        return features, input_ids
+    real = attention_mask[0, -rows:].bool()
+    return features[real], torch.cat([input_ids[:-1][real], input_ids[-1:]])
+
+
 @dataclass
 class _Root:
     """Where the next tree grows from: the last token and the draft's prediction of its feature (1, H)."""

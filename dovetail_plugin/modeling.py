@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
+from .blocks import Block, ConcatFusion, GatedFusion
 from .cache import KVRows
 from .configuration import DovetailConfig
 from .report import GenerationReport
@@ -40,131 +41,6 @@ class DraftOutput(ModelOutput):
 
     features: Tensor | None = None
     logits: Tensor | None = None
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # .to: autocast gives bf16
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions over optional `KVRows`."""
-
-    def __init__(self, config: DovetailConfig) -> None:
-        super().__init__()
-        assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills them in
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
-        batch, length, _ = x.shape
-        query = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        key = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        value = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rope)
-        if rows is not None:
-            rows.append(key, value)
-            key, value = rows.keys, rows.values
-        out = attend(query, key, value, mask)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention without repeated keys.
-
-    Args:
-        query: (B, Hq, n, d).
-        key, value: (B, Hkv, m, d).
-        mask: (n, m) additive; None means causal over n = m rows.
-
-    Returns:
-        (B, Hq, n, d)
-    """
-    groups = query.shape[1] // key.shape[1]
-    if mask is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
-    # The query heads of a group become rows of one head, so keys and values are read once.
-    batch, heads, n, d = query.shape
-    folded = query.reshape(batch, heads // groups, groups * n, d)
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(groups, 1))
-    return out.reshape(batch, heads, n, d)
-
-
-class MLP(nn.Module):
-    """SwiGLU, as Llama's."""
-
-    def __init__(self, config: DovetailConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    """A Llama decoder block; the first one of a draft has no input norm (method: block 0 reads x0 as it is)."""
-
-    def __init__(self, config: DovetailConfig, index: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if index else nn.Identity()
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, rows, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class GatedFusion(nn.Module):
-    """Dynamic Gating Fusion (Dovetail, section 3): a learnt gate mixes feature and token.
-
-        h1 = f W_1;  h2 = SiLU(RMSNorm(e) W_2);  z = sigmoid([h1 ; h2] W_z);  x0 = z h1 + (1 - z) h2
-
-    `W_1`, `W_2` (H, H) and `W_z` (2H, H) multiply from the right, as in the reference checkpoints.
-    """
-
-    def __init__(self, config: DovetailConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.W_1 = nn.Parameter(torch.empty(width, width))
-        self.W_2 = nn.Parameter(torch.empty(width, width))
-        self.W_z = nn.Parameter(torch.empty(2 * width, width))
-
-    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        h1 = features @ self.W_1
-        h2 = F.silu(self.input_layernorm(embeddings) @ self.W_2)
-        gate = torch.sigmoid(torch.cat([h1, h2], dim=-1) @ self.W_z)
-        return torch.lerp(h2, h1, gate)
-
-
-class ConcatFusion(nn.Module):
-    """EAGLE's fusion, the ablation baseline: `fc([e ; f])` with bias."""
-
-    def __init__(self, config: DovetailConfig) -> None:
-        super().__init__()
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
-
-    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        return self.fc(torch.cat([embeddings, features], dim=-1))
 
 
 class DovetailDraft(PreTrainedModel):

@@ -184,7 +184,11 @@ FAMILIES = {
     "gemma2": {"head_dim": 16, "final_logit_softcapping": 30.0},
     "gpt_neox": {"num_key_value_heads": None, "layer_norm_eps": 2e-5},
     "phi3": {"rms_norm_eps": 1e-5},
-    "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.25},
+    "cohere": {
+        "layer_norm_eps": 1e-4,
+        "logit_scale": 0.25,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
     "granite": {"rms_norm_eps": 1e-5, "logits_scaling": 4.0},
     "gemma3_text": {
         "head_dim": 8,

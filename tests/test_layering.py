@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "dovetail_plugin"
 # From the bottom up; a module may import only from earlier lines.
 LAYERS = [
     {"_version", "report", "tree", "configuration", "cache"},
-    {"verify", "modeling"},
+    {"verify", "blocks"},
+    {"modeling"},
     {"drafting", "target", "text"},
     {"decoding", "benchmark"},
     {"generation", "candidates"},
