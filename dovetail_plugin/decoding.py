@@ -49,8 +49,7 @@ class Decoder:
         start_s = time.perf_counter()
         output = self.target.prefill(text.ids[:, self.cached :], self.attention_mask)
         choice = text.choose(output.logits)
-        if not choice.stop:
-            self._begin(output)
+        self._begin(output)
         report.clock.reset()
         report.prefill_s = time.perf_counter() - start_s
 
@@ -70,8 +69,7 @@ class Decoder:
         with clock.phase("accept"):
             acceptance = accept(tree, lambda node: text.choose(output.logits[node : node + 1]))
             self.target.keep(acceptance.path)
-        if not acceptance.stop:
-            self._advance(output, acceptance)
+        self._advance(output, acceptance)  # in the last round too: another turn may follow
         self.report.rounds.append(Round(len(tree), len(acceptance.tokens)))
         return acceptance
 

@@ -27,7 +27,7 @@ class Drafter(Protocol):
     """Proposes trees. Implementations own their state; the loop owns the order of the calls."""
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """Start a text: features (T, F) of its last T known tokens, input_ids (T + 1,) with one more token."""
+        """Start a text or a turn: features (T, F) of its last T tokens, input_ids (T + 1,) with one more token."""
 
     def grow(self, budget: TreeBudget) -> DraftTree:
         """The tree below the last token, on the CPU."""
@@ -78,12 +78,11 @@ class FeatureDrafter:
         self.rows = [KVRows(capacity) for _ in draft.layers]
         self.device = next(draft.parameters()).device
         self.dtype = next(draft.parameters()).dtype
+        self.committed = 0  # pairs of the text, without tree nodes
         self._root: _Root | None = None
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        for rows in self.rows:
-            rows.length = 0
-        self.committed = 0
+        """As `Drafter.begin`; after an earlier turn of the same text its rows stay and this goes on behind them."""
         self.advance(features, input_ids[1:])
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:

@@ -4,6 +4,7 @@ Enters: what `GenerationMixin.generate` hands to a decoding method. Leaves: toke
 `GenerateDecoderOnlyOutput`. `hf.py` decides when this runs; `decoding.py` holds the loop itself.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,15 +104,48 @@ def generate_with_draft(
         prefill_chunk=generation_config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS and v is not None},
     )
-    drafter = FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock)
+    drafter = _drafter_for(draft, cache, text, report)
+    decoder = Decoder(
+        target,
+        drafter,
+        text,
+        draft.budget,
+        report,
+        cached=cached,
+        attention_mask=mask,
+    )
     with target, torch.no_grad():
-        Decoder(target, drafter, text, draft.budget, report, cached, mask).run()
+        decoder.run()
     text.end()
+    if decoder.drafter is drafter:  # it did not fail; forgotten with the cache, unless somebody holds that
+        draft.turns[cache] = Turn(drafter, cache.get_seq_length())
     if not generation_config.return_dict_in_generate:
         return text.ids.clone()
     return GenerateDecoderOnlyOutput(
         sequences=text.ids.clone(), scores=text.scores, logits=text.logits, past_key_values=cache
     )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A drafter that has seen all `tokens` rows of a cache, kept for the next turn with that cache."""
+
+    drafter: FeatureDrafter
+    tokens: int
+
+
+def _drafter_for(draft: DovetailDraft, cache: Cache, text: Text, report: GenerationReport) -> FeatureDrafter:
+    """The drafter of the turn before, if this draft made the cache what it is; else a new one."""
+    turn = draft.turns.pop(cache, None)
+    own = next(draft.parameters())
+    if (
+        turn is not None
+        and turn.tokens == cache.get_seq_length() > 0
+        and (turn.drafter.device, turn.drafter.dtype) == (own.device, own.dtype)
+    ):
+        turn.drafter.clock = report.clock
+        return turn.drafter
+    return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock)
 
 
 def _checked_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> Cache:

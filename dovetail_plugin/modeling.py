@@ -77,6 +77,7 @@ class DovetailDraft(PreTrainedModel):
         self.register_buffer("head_weight", None, persistent=False)
         self.register_buffer("head_bias", None, persistent=False)
         self._attached_to: weakref.ref[PreTrainedModel] | None = None
+        self.turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # cache -> its drafter
         self.report: GenerationReport | None = None
         self.budget = TreeBudget(**(config.budget or {}))
         self.verification: Literal["tree", "stock"] = "tree"

@@ -52,7 +52,6 @@ def predictions_ref(draft, features, ids, passes, monkeypatch):
     features: (T, H) as read by the draft; ids: (T,). The drafter's cache holds true rows 0 .. q only, and
     level s of its chain is row q + s - 1 of pass s: what a tree node at depth s - 1 sees.
     """
-    drafter = FeatureDrafter(draft, capacity=64, clock=PhaseClock())
     predicted, head = {}, draft.head
     for row in range(len(ids) - 2):
         depth = min(passes, len(ids) - 2 - row)
@@ -65,6 +64,7 @@ def predictions_ref(draft, features, ids, passes, monkeypatch):
         def pick(logits, chosen, row=row):
             return ids[row + 2 + len(chosen)][None], logits
 
+        drafter = FeatureDrafter(draft, capacity=64, clock=PhaseClock())
         monkeypatch.setattr(draft, "head", spy)
         drafter.begin(features[: row + 1], ids[: row + 2])
         drafter.grow_chain(depth, pick)

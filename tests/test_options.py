@@ -182,6 +182,25 @@ def test_cache_reuse_over_turns(model_type, whole_text, with_config):
             text, wanted = torch.cat([text, more], dim=1), torch.cat([wanted, more], dim=1)
 
 
+def test_draft_remembers_earlier_turns(llama):
+    """With a reused cache the draft's context is whole: the same rounds as with the full text as one prompt."""
+    torch.manual_seed(5)
+    draft = DovetailDraft.for_target(llama)
+    options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, assistant_model=draft)
+    cache = DynamicCache(config=llama.config)
+    text = prompt()
+    for turn in range(3):
+        text = llama.generate(text, past_key_values=cache, **options)
+        reused = draft.report.rounds
+        whole = llama.generate(text[:, :-30], **options)
+        assert torch.equal(text, whole)
+        assert reused == draft.report.rounds
+        assert len(draft.turns) == 1
+        text = torch.cat([text, prompt(6, seed=turn)], dim=1)
+    del cache
+    assert len(draft.turns) == 0
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_left_padding(model_type, oracle):
     target = tiny_target(model_type, **({"sliding_window": 24, "head_dim": 8} if model_type != "llama" else {}))

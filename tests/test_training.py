@@ -216,7 +216,7 @@ def test_no_data(config):
 
 LAUNCHERS = {
     "accelerate, one process": ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],
-    "two processes": ["torch.distributed.run", "--nproc_per_node", "2"],
+    "two processes": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
 
 
