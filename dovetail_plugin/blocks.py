@@ -7,7 +7,7 @@ nothing of the whole; `modeling.py` puts them together.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from .cache import KVRows
 from .configuration import DovetailConfig
@@ -23,6 +23,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # .to: autocast gives bf16
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, with frequencies that stay fp32 when the draft is cast: rounded ones turn far rows wrongly."""
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and not buffer.is_meta and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
 
 class Attention(nn.Module):

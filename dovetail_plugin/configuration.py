@@ -64,7 +64,7 @@ class DovetailConfig(PretrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": float(kwargs.pop("rope_theta", 10000.0))}
         super().__post_init__(**kwargs)
@@ -72,16 +72,22 @@ class DovetailConfig(PretrainedConfig):
 
     def _check(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in sizes:
+        for name in (*sizes, "num_key_value_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
+        assert self.num_key_value_heads is not None and self.head_dim is not None  # filled in above
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
         if self.fusion not in ("dgf", "concat"):
             raise ValueError(f'fusion must be "dgf" or "concat", got {self.fusion!r}.')
+        for name, value in (self.budget or {}).items():
+            if name not in ("nodes", "depth", "top_k") or not isinstance(value, int) or value < 1:
+                raise ValueError(f"budget must be nodes, depth and top_k, each at least 1, got {self.budget}.")
 
     @classmethod
     def for_target(
@@ -123,7 +129,7 @@ class DovetailConfig(PretrainedConfig):
 
 def _public_name(name: str) -> str | None:
     """A hub id as it is; of a local directory only its last part, which means something elsewhere."""
-    return (Path(name).resolve().name if Path(name).is_dir() else name) or None
+    return Path(name).resolve().name if name and Path(name).is_dir() else name or None
 
 
 def _norm_eps(config: PretrainedConfig) -> float:

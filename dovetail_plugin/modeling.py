@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
-from .blocks import Block, ConcatFusion, GatedFusion
+from .blocks import Block, ConcatFusion, GatedFusion, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
 from .report import GenerationReport
@@ -71,7 +70,7 @@ class DovetailDraft(PreTrainedModel):
         super().__init__(config)
         self.fusion = GatedFusion(config) if config.fusion == "dgf" else ConcatFusion(config)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = RotaryEmbedding(config)
         # The target's: non-persistent, so they follow `.to()` and never enter a checkpoint.
         self.register_buffer("embed_weight", None, persistent=False)
         self.register_buffer("head_weight", None, persistent=False)
@@ -116,12 +115,14 @@ class DovetailDraft(PreTrainedModel):
     def attach(self, target: PreTrainedModel) -> None:
         """Take embedding table and head from `target`, in this draft's dtype and on its device.
 
-        Where device and dtype are the target's the tensors are shared, not copied.
+        Where device and dtype are the target's the tensors are shared, not copied. Warns if the draft was
+        trained for another target.
 
         Raises:
             ValueError: the target's vocabulary or hidden size is not this draft's, or it has no head.
         """
         check_fits(self.config, target)
+        _warn_of_other_target(self.config, target)
         embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
         weight = next(self.parameters())
         place = dict(device=weight.device, dtype=weight.dtype)
@@ -261,7 +262,7 @@ def _check_loaded(name: object, info: dict[str, Any]) -> None:
 
 
 def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
-    """Refuse a target whose sizes are not the draft's; warn if the draft names another target.
+    """Refuse a target whose sizes are not the draft's.
 
     Raises:
         ValueError: vocabulary or hidden size differ, or the target has no usable tables.
@@ -285,6 +286,9 @@ def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
             f"the target embeds tokens in {embedding.weight.shape[1]} dimensions but its features have "
             f"{config.hidden_size}; such targets are not supported."
         )
+
+
+def _warn_of_other_target(config: DovetailConfig, target: PreTrainedModel) -> None:
     own, seen = config.target_name_or_path, target.config.name_or_path
     if own and seen and _short(own) != _short(seen):
         warnings.warn(

@@ -21,7 +21,7 @@ class TreeBudget:
         top_k: nodes of a level that are grown further, and children of each (K); 1 drafts a chain.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1 or not whole.
     """
 
     nodes: int = 16
@@ -30,8 +30,11 @@ class TreeBudget:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
 
     def clipped(self, new_tokens: int) -> "TreeBudget":
         """This budget with no level deeper than the `new_tokens` (1 or more) the text may still grow by."""
