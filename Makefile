@@ -26,7 +26,7 @@ setup: .venv/installed
 demo: setup
 	.venv/bin/dovetail generate --target $(TARGET) --draft $(DRAFT) --dtype float32 --compare \
 	  --max-new-tokens 200 \
-	  --prompt "A baker sells 24 loaves in the morning and half as many in the afternoon. Each loaf costs 3 dollars. How much money does she take in that day?"
+	  --prompt "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends every day with four. She sells the remainder at the farmers' market daily for 2 dollars per fresh duck egg. How much in dollars does she make every day at the farmers' market?"
 
 test: setup
 	.venv/bin/python -m pytest -m "not slow"
