@@ -60,7 +60,8 @@ class Attention(nn.Module):
         query = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         key = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         value = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rope)
+        cos, sin = (table.to(query.dtype) for table in rope)  # under autocast the query is bf16
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
         if rows is not None:
             rows.append(key, value)
             key, value = rows.keys, rows.values

@@ -95,7 +95,8 @@ class FeatureDrafter:
             count = tokens.shape[0]
             positions = torch.arange(self.committed, self.committed + count, device=self.device)
             mask = self._causal(count) if self.committed else None
-            predicted = self.draft.step(features[None], tokens[None], positions[None], self.rows, mask)
+            rope = self.draft.rope_at(positions[None], self.dtype)
+            predicted = self.draft.step(features[None], tokens[None], rope, self.rows, mask)
             self.committed += count
             self._root = _Root(tokens[-1], predicted[0, -1:])
 
@@ -127,6 +128,7 @@ class FeatureDrafter:
         start = torch.zeros(1, device=device)
         level = expand(start, self.draft.head(root.predicted), start.long() - 1, budget.top_k)
         levels, outputs = [level], root.predicted
+        rope_of = self._rope_by_depth(budget.depth)
         for rows in self.rows:
             rows.length = self.committed
         visible = torch.zeros(1, 0, dtype=torch.bool, device=device)  # tree rows the parents see
@@ -136,7 +138,7 @@ class FeatureDrafter:
             parents = level.parent_rows[frontier]
             own = torch.eye(frontier.shape[0], dtype=torch.bool, device=device)
             visible = torch.cat([visible[parents], own], dim=1)
-            outputs = self._run(outputs[parents], level.tokens[frontier], depth, visible)
+            outputs = self._run(outputs[parents], level.tokens[frontier], visible, rope_of(depth))
             ids = frontier + seen
             seen += level.tokens.shape[0]
             level = expand(scores, self.draft.head(outputs), ids, budget.top_k)
@@ -161,20 +163,28 @@ class FeatureDrafter:
         tokens: list[Tensor] = []
         scores: list[Tensor] = []
         output = self._root.predicted
+        rope_of = self._rope_by_depth(depth)
         for level in range(1, depth + 1):
             token, picked_by = pick(self.draft.head(output), tokens)
             tokens.append(token)
             scores.append(picked_by)
             if level < depth:
                 visible = torch.ones(1, level, dtype=torch.bool, device=self.device)
-                output = self._run(output, token, level, visible)
+                output = self._run(output, token, visible, rope_of(level))
         return torch.cat(tokens), torch.cat(scores)
 
-    def _run(self, features: Tensor, tokens: Tensor, depth: int, visible: Tensor) -> Tensor:
+    def _rope_by_depth(self, depth: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Rotary tables (1, 1, head_dim) of every level of a tree, computed once.
+
+        A node of depth d stands at text position committed + d and pairs with the feature before it.
+        """
+        positions = torch.arange(self.committed, self.committed + depth, device=self.device)
+        cos, sin = self.draft.rope_at(positions[None], self.dtype)
+        return lambda d: (cos[:, d - 1 : d], sin[:, d - 1 : d])
+
+    def _run(self, features: Tensor, tokens: Tensor, visible: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """One level through the draft: (K, H), (K,), (K, tree rows) -> (K, H)."""
-        # Node of depth d stands at text position committed + d and pairs with the feature before it.
-        position = torch.full((1, tokens.shape[0]), self.committed + depth - 1, device=self.device)
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill(visible.logical_not(), float("-inf"))
         mask = torch.cat([mask.new_zeros(tokens.shape[0], self.committed), mask], dim=1)
-        return self.draft.step(features[None], tokens[None], position, self.rows, mask)[0]
+        return self.draft.step(features[None], tokens[None], rope, self.rows, mask)[0]

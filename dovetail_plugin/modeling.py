@@ -163,11 +163,15 @@ class DovetailDraft(PreTrainedModel):
 
     # --- forward -------------------------------------------------------------------------------
 
+    def rope_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines, (B, n, head_dim) each in `dtype`, of positions (B, n) int64."""
+        return self.rotary(torch.empty(0, dtype=dtype, device=positions.device), positions)
+
     def step(
         self,
         features: Tensor,
         tokens: Tensor,
-        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
         rows: list[KVRows] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -176,7 +180,7 @@ class DovetailDraft(PreTrainedModel):
         Args:
             features: (B, n, H) of the target, or predictions fed back.
             tokens: (B, n) int64, the token after each feature.
-            positions: (B, n) int64 of each feature on the shifted sequence, from 0.
+            rope: of `rope_at`, for the position of each feature on the shifted sequence, from 0.
             rows: key/value storage of each block, appended to; None runs without a cache.
             mask: (n, m) additive over the m rows after appending; None means causal over n = m.
 
@@ -184,7 +188,6 @@ class DovetailDraft(PreTrainedModel):
             (B, n, H) predictions of the features at the next positions.
         """
         x = self.fusion(features, self.embed(tokens))
-        rope = self.rotary(x, positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, None if rows is None else rows[index], mask)
         return x
@@ -214,7 +217,7 @@ class DovetailDraft(PreTrainedModel):
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        predicted = self.step(features, input_ids, position_ids)
+        predicted = self.step(features, input_ids, self.rope_at(position_ids, features.dtype))
         return DraftOutput(features=predicted, logits=self.head(predicted))
 
     # --- checkpoints ---------------------------------------------------------------------------

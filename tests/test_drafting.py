@@ -176,6 +176,6 @@ def test_draft_step_mixes_no_devices(fusion):
             drafter.advance(torch.empty(3, 32), torch.arange(3))
         one = torch.zeros(1, 1, dtype=torch.long)
         with pytest.raises(RuntimeError, match="devices"):  # the check itself works
-            draft.step(torch.empty(1, 1, 32), one, one)
+            draft.embed(one)
         with pytest.raises(RuntimeError, match="devices"):
             draft.head(torch.empty(1, 32))

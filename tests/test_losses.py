@@ -187,7 +187,8 @@ def test_softcapped_target():
     with torch.no_grad():
         features = target_features(target, batch)
         losses = draft_losses(draft, features, batch, passes=1)
-        predicted = draft.step(features[:, :-2], batch.input_ids[:, 1:-1], torch.arange(6)[None])
+        rope = draft.rope_at(torch.arange(6)[None], features.dtype)
+        predicted = draft.step(features[:, :-2], batch.input_ids[:, 1:-1], rope)
         ours, theirs = (2 * torch.tanh(target.lm_head(f) / 2) for f in (predicted[0], features[0, 1:-1]))
         assert ours.abs().max() <= 2
         cross = -(theirs.softmax(-1) * ours.log_softmax(-1)).sum(-1)

@@ -100,12 +100,12 @@ def draft_losses(
     with torch.no_grad():
         target_logits = draft.head(wanted).float()
         target_probs, target_best = target_logits.softmax(-1), target_logits.argmax(-1)
-    positions = rows.expand_as(tokens)
+    rope = draft.rope_at(rows[None], inputs.dtype)
     caches = [GrowingRows() for _ in draft.layers]
     totals, agreements = [], []
     for number in range(1, passes + 1):
         mask = None if number == 1 else rollout_mask(len(rows), number, inputs.dtype, inputs.device)
-        predicted = draft.step(inputs, tokens, positions, caches, mask)  # type: ignore[arg-type]
+        predicted = draft.step(inputs, tokens, rope, caches, mask)  # type: ignore[arg-type]
         at = counted & (rows >= number - 1)
         share = 1.0 / (at.sum() if row_counts is None else row_counts[number - 1]).clamp(min=1)
         feature = F.smooth_l1_loss(predicted.float(), wanted.float(), reduction="none").mean(-1)
