@@ -152,8 +152,13 @@ class DovetailDraft(PreTrainedModel):
         return F.embedding(tokens, self.embed_weight)
 
     def head(self, features: Tensor) -> Tensor:
-        """The target's logits of predicted features: (..., H) -> (..., V)."""
-        assert self.head_weight is not None
+        """The target's logits of predicted features: (..., H) -> (..., V).
+
+        Raises:
+            ValueError: no target is attached.
+        """
+        if self.head_weight is None:
+            raise ValueError("this draft has no head yet: it borrows the target's. Call draft.attach(target) first.")
         logits = F.linear(features, self.head_weight, self.head_bias)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale

@@ -145,6 +145,8 @@ def test_unattached_draft_does_not_run(llama):
     for run in (lambda: draft.embed(prompt()), lambda: outputs(draft)):
         with pytest.raises(ValueError, match=r"no embedding table.*attach"):
             run()
+    with pytest.raises(ValueError, match=r"no head.*attach"):
+        draft.head(torch.zeros(1, 32))
     with pytest.raises(ValueError, match="features"):
         draft(input_ids=prompt())
     draft.attach(llama)
