@@ -48,8 +48,7 @@ class KVRows:
         end = self.length + keys.shape[2]
         if self._keys is None or self._values is None:
             self.capacity = max(self.capacity, end)
-            self._keys = keys.new_empty(1, keys.shape[1], self.capacity, keys.shape[3])
-            self._values = values.new_empty(1, values.shape[1], self.capacity, values.shape[3])
+            self._keys, self._values = _rows_like(keys, self.capacity), _rows_like(values, self.capacity)
         elif end > self.capacity:
             self.reserve(max(end, 2 * self.capacity))
         self._keys[:, :, self.length : end] = keys
@@ -65,7 +64,7 @@ class KVRows:
             return
         for name in ("_keys", "_values"):
             old = getattr(self, name)
-            new = old.new_empty(1, old.shape[1], capacity, old.shape[3])
+            new = _rows_like(old, capacity)
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
@@ -90,6 +89,12 @@ class KVRows:
             self._keys[:, :, : self.length - rows] = self.keys[:, :, rows:].clone()
             self._values[:, :, : self.length - rows] = self.values[:, :, rows:].clone()
         self.length -= rows
+
+
+def _rows_like(rows: Tensor, capacity: int) -> Tensor:
+    """Uninitialised (1, heads, capacity, head_dim); no inference tensor, for it outlives the inference mode."""
+    with torch.inference_mode(False):
+        return rows.new_empty(1, rows.shape[1], capacity, rows.shape[3])
 
 
 class TreeLayer(DynamicLayer):

@@ -133,6 +133,7 @@ class TorchTarget:
 
     # --- Target protocol -----------------------------------------------------------------------
 
+    @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
         """Run the prompt, or what a reused cache does not hold of it.
 
@@ -161,6 +162,7 @@ class TorchTarget:
         self.position = int(positions[0, -1]) + 1
         return TargetOutput(logits, torch.cat(features) if len(features) > 1 else features[0])
 
+    @torch.inference_mode()
     def score(self, tree: DraftTree) -> TargetOutput:
         """Score a tree (on any device): logits (N, V), features (N, F)."""
         device = self.model.device
