@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .engine import next_logits
 from .modeling import DovetailDraft
 from .report import PHASES
 
@@ -177,7 +178,6 @@ def tie_tolerance(dtype: torch.dtype) -> float:
     return 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
-@torch.no_grad()
 def top_gap_at_difference(target: PreTrainedModel, plain: Tensor, drafted: Tensor) -> float:
     """Gap between the target's two best logits where two texts (1, T) part, relative to the best one.
 
@@ -188,8 +188,7 @@ def top_gap_at_difference(target: PreTrainedModel, plain: Tensor, drafted: Tenso
     if not len(differs):
         return float("inf")
     at = int(differs[0])
-    logits = target(input_ids=plain[:, :at]).logits[0, -1].float()
-    best = logits.topk(2).values
+    best = next_logits(target, plain[:, :at])[0].float().topk(2).values
     return float((best[0] - best[1]) / best[0].abs())
 
 

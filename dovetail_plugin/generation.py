@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import Cache, StaticCache
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache import refuse_reason
 from .decoding import Decoder
 from .drafting import FeatureDrafter
+from .engine import engine_of
 from .modeling import DovetailDraft, check_fits
 from .report import GenerationReport
-from .target import TorchTarget, check_target
 from .text import Text
+from .tree import TreeBudget
 
 DRAFT_ROWS = 1024
 """Rows the draft's cache makes room for beyond the prompt; it doubles when they are used up."""
+
+PLAIN = TreeBudget(nodes=1, depth=1, top_k=1)
+"""The budget of plain decoding."""
 
 OWN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """Forward arguments that the target handles itself; all others go to the prompt's pass unchanged."""
@@ -35,8 +38,19 @@ def check_request(model: PreTrainedModel, draft: DovetailDraft, config: Generati
         ValueError: the draft does not fit the target, the target cannot be verified, or an option of
             `generate` does not go with drafting.
     """
-    check_target(model)
+    engine_of(model).check()
     check_fits(draft.config, model)
+    if draft.verification == "stock" and not isinstance(model, PreTrainedModel):
+        raise ValueError(f'verification="stock" works with transformers\' own models, not with {type(model).__name__}.')
+    check_options(config)
+
+
+def check_options(config: GenerationConfig) -> None:
+    """Refuse options of `generate` that our loop does not have.
+
+    Raises:
+        ValueError: names the option.
+    """
     if config.use_cache is False:
         raise ValueError("drafting needs the key/value cache; leave out use_cache=False.")
     if config.num_beams > 1:
@@ -81,45 +95,85 @@ def generate_with_draft(
     if draft is None:
         raise ValueError("no draft given: pass draft=DovetailDraft.from_pretrained(...).")
     check_request(model, draft, generation_config)
-    cache = _checked_cache(model, model_kwargs)
-    _check_prompt(model, input_ids, synced_gpus, model_kwargs)
     draft.attach_once(model)
-
-    cached, mask = _cached_tokens(input_ids, cache, model_kwargs.get("attention_mask"), generation_config)
-    text = Text(
-        input_ids,
-        processors=logits_processor,
-        criteria=stopping_criteria,
-        config=generation_config,
-        streamer=streamer,
-    )
-    report = GenerationReport()
-    draft.report = report
-    past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
-    target = TorchTarget(
+    return _generate(
         model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        draft,
+        streamer,
+        synced_gpus,
+        model_kwargs,
+    )
+
+
+def generate_plainly(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """The same loop without a draft, one token a pass: plain generation of engines that bring no loop of their own.
+
+    Raises:
+        ValueError: as `generate_with_draft`.
+    """
+    engine_of(model).check()
+    check_options(generation_config)
+    return _generate(
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        None,
+        streamer,
+        synced_gpus,
+        model_kwargs,
+    )
+
+
+def _generate(
+    model: Any,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    draft: DovetailDraft | None,
+    streamer: Any,
+    synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | Tensor:
+    engine = engine_of(model)
+    cache = engine.cache(model_kwargs.get("past_key_values"))
+    _check_prompt(model, input_ids, synced_gpus, model_kwargs)
+    cached, mask = _cached_tokens(input_ids, cache, model_kwargs.get("attention_mask"), config)
+    text = Text(input_ids, processors=processors, criteria=criteria, config=config, streamer=streamer)
+    report, budget, drafter = GenerationReport(), PLAIN, None
+    if draft is not None:
+        draft.report, budget = report, draft.budget
+        drafter = _drafter_for(draft, cache, text, report)
+    past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
+    session = engine.session(
         cache,
-        max_length=past + generation_config.max_length,
-        max_nodes=draft.budget.nodes,
-        prefill_chunk=generation_config.prefill_chunk_size,
+        max_length=past + config.max_length,
+        max_nodes=budget.nodes,
+        prefill_chunk=config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS and v is not None},
     )
-    drafter = _drafter_for(draft, cache, text, report)
-    decoder = Decoder(
-        target,
-        drafter,
-        text,
-        draft.budget,
-        report,
-        cached=cached,
-        attention_mask=mask,
-    )
-    with target, torch.no_grad():
+    with session as target, torch.no_grad():
+        decoder = Decoder(target, drafter, text, budget, report, cached=cached, attention_mask=mask)
         decoder.run()
     text.end()
-    if decoder.drafter is drafter:  # it did not fail; forgotten with the cache, unless somebody holds that
-        draft.turns[cache] = Turn(drafter, cache.get_seq_length())
-    if not generation_config.return_dict_in_generate:
+    if draft is not None and drafter is not None and decoder.drafter is drafter:  # it did not fail
+        draft.turns[cache] = Turn(drafter, cache.get_seq_length())  # forgotten with the cache
+    if not config.return_dict_in_generate:
         return text.ids.clone()
     return GenerateDecoderOnlyOutput(
         sequences=text.ids.clone(), scores=text.scores, logits=text.logits, past_key_values=cache
@@ -146,18 +200,6 @@ def _drafter_for(draft: DovetailDraft, cache: Cache, text: Text, report: Generat
         turn.drafter.clock = report.clock
         return turn.drafter
     return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock)
-
-
-def _checked_cache(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> Cache:
-    cache = model_kwargs.get("past_key_values")
-    if cache is None:
-        return DynamicCache(config=model.config.get_text_config(decoder=True))
-    reason = "it is a static cache" if isinstance(cache, StaticCache) else refuse_reason(cache)
-    if reason:
-        raise ValueError(
-            f"past_key_values ({type(cache).__name__}) cannot be used with a draft: {reason}. Pass a DynamicCache."
-        )
-    return cache
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:

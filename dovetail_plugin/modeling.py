@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from .blocks import Block, ConcatFusion, GatedFusion, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
+from .engine import engine_of
 from .report import GenerationReport
 from .tree import TreeBudget
 
@@ -119,18 +120,21 @@ class DovetailDraft(PreTrainedModel):
         trained for another target.
 
         Raises:
-            ValueError: the target's vocabulary or hidden size is not this draft's, or it has no head.
+            ValueError: the target's vocabulary or hidden size is not this draft's, or it has no usable tables.
         """
         check_fits(self.config, target)
         _warn_of_other_target(self.config, target)
-        embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
+        tables = engine_of(target).tables()
+        if tables.embedding.shape[1] != self.config.hidden_size:
+            raise ValueError(
+                f"the target embeds tokens in {tables.embedding.shape[1]} dimensions but its features have "
+                f"{self.config.hidden_size}; such targets are not supported."
+            )
         weight = next(self.parameters())
         place = dict(device=weight.device, dtype=weight.dtype)
-        self.embed_weight = embedding.weight.detach().to(**place)
-        tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-        self.head_weight = self.embed_weight if tied else head.weight.detach().to(**place)
-        bias = getattr(head, "bias", None)
-        self.head_bias = None if bias is None else bias.detach().to(**place)
+        self.embed_weight = tables.embedding.to(**place)
+        self.head_weight = self.embed_weight if tables.head is tables.embedding else tables.head.to(**place)
+        self.head_bias = None if tables.bias is None else tables.bias.to(**place)
         self._attached_to = weakref.ref(target)
 
     def attach_once(self, target: PreTrainedModel) -> None:
@@ -273,7 +277,7 @@ def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
     """Refuse a target whose sizes are not the draft's.
 
     Raises:
-        ValueError: vocabulary or hidden size differ, or the target has no usable tables.
+        ValueError: vocabulary or hidden size differ.
     """
     text = target.config.get_text_config(decoder=True)
     for name, what in (("vocab_size", "vocabulary"), ("hidden_size", "hidden size")):
@@ -284,16 +288,6 @@ def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
                 f"{target.config.name_or_path or type(target).__name__}. Train one with "
                 "`dovetail train --target DIR`, or load the target that it names."
             )
-    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
-    for what, module in (("input embedding", embedding), ("output head", head)):
-        weight = getattr(module, "weight", None)
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(f"the target's {what} has no floating-point weight that the draft could share.")
-    if embedding.weight.shape[1] != config.hidden_size:
-        raise ValueError(
-            f"the target embeds tokens in {embedding.weight.shape[1]} dimensions but its features have "
-            f"{config.hidden_size}; such targets are not supported."
-        )
 
 
 def _warn_of_other_target(config: DovetailConfig, target: PreTrainedModel) -> None:

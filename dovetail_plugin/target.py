@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .cache import TreeLayer, borrow, refuse_reason
+from .cache import TreeLayer, borrow
 from .tree import DraftTree, ancestor_mask
 
 TREE_ATTENTION = ("sdpa", "eager")
@@ -46,33 +46,6 @@ class Target(Protocol):
 
     def keep(self, path: list[int]) -> None:
         """Commit these rows of the last `score`, in order; drop the others."""
-
-
-def check_target(model: PreTrainedModel) -> None:
-    """Refuse models whose generation cannot be verified in trees or chains, before any long work.
-
-    Raises:
-        ValueError: encoder-decoder, state-space or hybrid, or weights that are not in memory.
-    """
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; drafting works with decoder-only targets.")
-    if model._is_stateful or not model._supports_default_dynamic_cache():
-        raise ValueError(
-            f"{name} keeps a recurrent state that cannot be rolled back when drafted tokens are rejected; "
-            "generate without a draft."
-        )
-    reason = refuse_reason(DynamicCache(config=model.config.get_text_config(decoder=True)))
-    if reason:
-        raise ValueError(f"{name} cannot take back rejected tokens: {reason}. Generate without a draft.")
-    off = [key for key, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if off:
-        raise ValueError(
-            f"{len(off)} weights of {name} are not in memory (meta device or offloaded to disk), {off[0]} for "
-            'one. Load the target with device_map="cpu"; on a CPU there is nothing to gain from offloading.'
-        )
-    if model.base_model is model:
-        raise ValueError(f"{name} has no base model under its head, so its features cannot be read.")
 
 
 class TorchTarget:

@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "dovetail_plugin"
 # From the bottom up; a module may import only from earlier lines.
 LAYERS = [
     {"_version", "report", "tree", "configuration", "cache"},
-    {"verify", "blocks"},
+    {"verify", "blocks", "target"},
+    {"engine"},
     {"modeling"},
-    {"drafting", "target", "text"},
+    {"drafting", "text"},
     {"decoding", "benchmark"},
     {"generation", "candidates"},
     {"hf"},

@@ -1,0 +1,413 @@
+"""OpenVINO targets: a stored IR, or an optimum `OVModelForCausalLM`, verifies drafts on the CPU.
+
+```python
+from dovetail_plugin.adapters.openvino import OpenVINOTarget
+
+target = OpenVINOTarget.from_pretrained("directory-or-hub-id-of-an-IR")
+out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
+```
+
+The key/value cache is the state of one inference request. Rows of rejected nodes stay in it as holes that the
+mask hides, until there are so many that they are taken out; positions are given explicitly, so a row does not
+care where it lies. Optimum is needed only for optimum's own model objects.
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import cached_file
+
+from dovetail_plugin.engine import Tables
+from dovetail_plugin.generation import generate_plainly
+from dovetail_plugin.target import TargetOutput
+from dovetail_plugin.tree import DraftTree, ancestor_mask
+
+from . import openvino_graph as graph
+from .openvino_graph import ov
+
+HIDDEN = float(np.finfo(np.float16).min)
+"""Added to a mask where a row must not look; within the half precision that some graphs keep masks in."""
+
+PREFILL_ROWS = 512
+"""Prompt rows in one pass; bounds the memory of activations and masks."""
+
+FREE_HOLES = 128
+"""Holes that are let be whatever the length of the text; see `OpenVINOSession.keep`."""
+
+MODEL_FILE = "openvino_model.xml"
+
+
+class OpenVINOCache:
+    """The rows of a request's state, as `past_key_values` of a later turn. Valid until another text is begun.
+
+    slots: rows of the state, holes included.
+    seen: (capacity,) int64, 1 where rows may look; 0 at padding and holes.
+    held: (capacity,) bool, True at tokens of the text, padding included; False at holes.
+    tokens: tokens of the text, padding included. position: of the next token.
+    """
+
+    def __init__(self) -> None:
+        self.slots = self.tokens = self.position = 0
+        self.seen = np.zeros(1024, dtype=np.int64)
+        self.held = np.zeros(1024, dtype=bool)
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.tokens
+
+    @property
+    def holes(self) -> int:
+        """Rows of the state that no token needs."""
+        return self.slots - self.tokens
+
+    def append(self, seen: np.ndarray) -> None:
+        """Add rows (n,) that hold tokens."""
+        end = self.slots + len(seen)
+        if end > len(self.seen):
+            self.seen = np.concatenate([self.seen, np.zeros(end, dtype=np.int64)])
+            self.held = np.concatenate([self.held, np.zeros(end, dtype=bool)])
+        self.seen[self.slots : end] = seen
+        self.held[self.slots : end] = True
+        self.slots = end
+
+
+class OpenVINOSession:
+    """One generation on an engine's request; implements `Target`. Use as a context manager."""
+
+    def __init__(
+        self, engine: "OpenVINOEngine", cache: OpenVINOCache, *, max_nodes: int, prefill_chunk: int | None
+    ) -> None:
+        self._engine, self._cache, self._max_nodes = engine, cache, max_nodes
+        self._chunk = prefill_chunk or PREFILL_ROWS
+        self.max_length: int | None = getattr(engine.text_config, "max_position_embeddings", None)
+        self._base = 0  # slot of the latest tree's root
+
+    def __enter__(self) -> "OpenVINOSession":
+        self._engine.claim(self._cache)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._engine.set_neutral()
+
+    @property
+    def _near_window(self) -> bool:
+        """Whether a sliding window could reach into the text: the graph counts its rows, not positions."""
+        window = self._engine.window
+        return window is not None and self._cache.slots + self._max_nodes >= window
+
+    @property
+    def supports_tree(self) -> bool:
+        """False where the window counts rows: chains are exact there, trees are not."""
+        return self._engine.takes_positions and not self._near_window
+
+    # --- Target protocol -----------------------------------------------------------------------
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
+        """As `Target.prefill`, in chunks."""
+        cache, first = self._cache, self._cache.tokens
+        total = first + input_ids.shape[1]
+        seen, positions = self._seen_and_positions(total, attention_mask)
+        if self._engine.window is not None:
+            self._compact()
+        features, logits = [], np.empty(0)
+        for start in range(first, total, self._chunk):
+            rows = slice(start, min(start + self._chunk, total))
+            ids = input_ids[0, rows.start - first : rows.stop - first].numpy()
+            logits, hidden = self._infer(ids, seen[rows], positions[rows], first_logit_row=len(ids) - 1)
+            features.append(torch.from_numpy(hidden))
+            cache.tokens += len(ids)
+        cache.position = int(positions[-1]) + 1
+        return TargetOutput(torch.from_numpy(logits), torch.cat(features))
+
+    def score(self, tree: DraftTree) -> TargetOutput:
+        """As `Target.score`."""
+        if self._near_window:
+            self._compact()
+        cache, nodes = self._cache, len(tree)
+        depths, parents = tree.depths.numpy(), tree.parents.numpy()
+        bias = None
+        if not np.array_equal(parents, np.arange(nodes) - 1):
+            bias = np.zeros((1, 1, nodes, cache.slots + nodes), dtype=np.float32)
+            ancestors = ancestor_mask(tree.parents, int(depths.max())).numpy()
+            bias[0, 0, :, cache.slots :] = np.where(ancestors, 0.0, HIDDEN)
+        self._base = cache.slots
+        ones = np.ones(nodes, dtype=np.int64)
+        logits, hidden = self._infer(tree.tokens.numpy(), ones, cache.position + depths, bias)
+        return TargetOutput(torch.from_numpy(logits), torch.from_numpy(hidden))
+
+    def keep(self, path: list[int]) -> None:
+        """As `Target.keep`: the other rows become holes, taken out when they are half as many as the tokens.
+
+        Until then a hole costs what a row of the cache costs, which is little beside the weights, while taking
+        out copies every layer's state through the host.
+        """
+        cache = self._cache
+        kept = [self._base + node for node in path]
+        for rows in (cache.seen, cache.held):
+            rows[self._base : cache.slots] = 0
+            rows[kept] = 1
+        cache.tokens += len(path)
+        cache.position += len(path)
+        if cache.holes > FREE_HOLES + cache.tokens // 2:
+            self._compact()
+
+    def score_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits (1, T, V) of every row of a text, in one pass."""
+        seen, positions = self._seen_and_positions(input_ids.shape[1], attention_mask)
+        logits, _ = self._infer(input_ids[0].numpy(), seen, positions)
+        return torch.from_numpy(logits)[None]
+
+    # --- one pass ------------------------------------------------------------------------------
+
+    def _seen_and_positions(self, total: int, attention_mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        """Of `total` tokens from the start of the text, those held included: mask and position ids."""
+        if attention_mask is None or bool(attention_mask.all()):
+            return np.ones(total, dtype=np.int64), np.arange(total) + self._cache.position - self._cache.tokens
+        seen = attention_mask[0].numpy().astype(np.int64)
+        return seen, np.maximum(seen.cumsum() - 1, 0)
+
+    def _infer(
+        self,
+        ids: np.ndarray,
+        seen: np.ndarray,
+        positions: np.ndarray,
+        bias: np.ndarray | None = None,
+        first_logit_row: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Append n rows: logits (n, V) of those from `first_logit_row` on, features (n, F); both copies."""
+        cache = self._cache
+        cache.append(seen)
+        inputs = {
+            "input_ids": ids[None],
+            "attention_mask": cache.seen[None, : cache.slots],
+            "beam_idx": np.zeros(1, dtype=np.int32),
+            graph.TREE_BIAS: graph.NO_BIAS if bias is None else bias,
+            graph.FIRST_LOGIT_ROW: np.array([first_logit_row], dtype=np.int64),
+        }
+        if self._engine.takes_positions:
+            inputs["position_ids"] = positions[None].astype(np.int64)
+        request = self._engine.request
+        request.infer(inputs)
+        return request.get_tensor("logits").data[0].copy(), request.get_tensor(graph.FEATURES).data[0].copy()
+
+    def _compact(self) -> None:
+        """Take the holes out of the state."""
+        cache = self._cache
+        if not cache.holes:
+            return
+        kept = np.flatnonzero(cache.held[: cache.slots])
+        for state in self._engine.request.query_state():
+            rows = np.take(state.state.data, kept, axis=self._engine.row_axis)
+            state.state = ov.Tensor(np.ascontiguousarray(rows))
+        cache.seen[: len(kept)], cache.held[: len(kept)] = cache.seen[kept], True
+        cache.slots = len(kept)
+
+
+class OpenVINOEngine:
+    """A compiled graph with its one request; implements `Engine`.
+
+    Args:
+        model: the graph after `graph.prepare`.
+        request: of the compiled graph.
+        config: of the transformers model that was exported.
+    """
+
+    def __init__(self, model: "ov.Model", request: "ov.InferRequest", config: PretrainedConfig) -> None:
+        self.config = config
+        self.text_config = config.get_text_config(decoder=True)
+        self.request = request
+        self.takes_positions = "position_ids" in graph.input_names(model)
+        self.row_axis = graph.row_axis(model)
+        self.window = _window(self.text_config)
+        self._model = model
+        self._current: weakref.ref[OpenVINOCache] | None = None
+        self.set_neutral()
+
+    def check(self) -> None:
+        """As `Engine.check`; the graph was looked at when it was loaded."""
+
+    def tables(self) -> Tables:
+        """As `Engine.tables`: float32 copies, decompressed if the graph stores them in fewer bits."""
+        found = graph.tables(self._model)
+        embedding, head = torch.from_numpy(found.embedding), torch.from_numpy(found.head)
+        if embedding.shape == head.shape and torch.equal(embedding, head):
+            head = embedding
+        return Tables(embedding, head, None if found.bias is None else torch.from_numpy(found.bias))
+
+    def cache(self, given: Any) -> OpenVINOCache:
+        """As `Engine.cache`."""
+        if given is None or (isinstance(given, tuple) and not any(given)):  # optimum's way of saying none
+            return OpenVINOCache()
+        if not isinstance(given, OpenVINOCache):
+            raise ValueError(
+                f"past_key_values ({type(given).__name__}) is not of this target; pass what its own `generate` returned."
+            )
+        return given
+
+    def session(
+        self,
+        cache: OpenVINOCache,
+        *,
+        max_length: int,  # noqa: ARG002 - the state grows by itself
+        max_nodes: int,
+        prefill_chunk: int | None,
+        model_kwargs: dict[str, Any],
+    ) -> OpenVINOSession:
+        """As `Engine.session`.
+
+        Raises:
+            ValueError: an argument of the forward pass that the graph has no input for.
+        """
+        if model_kwargs:
+            raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}.")
+        return OpenVINOSession(self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk)
+
+    def claim(self, cache: OpenVINOCache) -> None:
+        """Give the request's state to `cache`; a new cache begins with an empty state.
+
+        Raises:
+            ValueError: the state has been used for another text since.
+        """
+        if cache.slots == 0:
+            self.request.reset_state()
+            self._current = weakref.ref(cache)
+        elif self._current is None or self._current() is not cache:
+            raise ValueError(
+                "past_key_values is from an earlier generation, and its rows are gone: an OpenVINO target holds one "
+                "text at a time. Pass the whole text without past_key_values."
+            )
+
+    def set_neutral(self) -> None:
+        """Inputs that leave the graph's function as it was, for whoever runs the request next."""
+        self.request.set_tensor(graph.TREE_BIAS, ov.Tensor(graph.NO_BIAS))
+        self.request.set_tensor(graph.FIRST_LOGIT_ROW, ov.Tensor(np.zeros(1, dtype=np.int64)))
+
+
+def engine_for(model: Any) -> OpenVINOEngine:
+    """The engine of an optimum `OVModelForCausalLM`, whose own graph is edited and compiled anew: one copy of weights.
+
+    Raises:
+        ValueError: the model is no stateful export, or was loaded compiled.
+    """
+    if not isinstance(getattr(model, "model", None), ov.Model):
+        raise ValueError("the optimum model was loaded with compile_only=True; load it without, so its graph can be edited.")
+    if not graph.is_prepared(model.model):
+        graph.prepare(model.model)
+        model.clear_requests()
+        model.ov_config = precision_properties(**_given_precisions(model.ov_config)) | model.ov_config
+        model.compile()
+    return OpenVINOEngine(model.model, model.request, model.config)
+
+
+def precision_properties(inference_precision: str | None = None, kv_cache_precision: str | None = None) -> dict[str, str]:
+    """Properties of the CPU plugin that decide what is computed; see `OpenVINOTarget.from_pretrained`."""
+    inference = inference_precision or "f32"
+    return {"INFERENCE_PRECISION_HINT": inference, "KV_CACHE_PRECISION": kv_cache_precision or inference}
+
+
+def _given_precisions(ov_config: dict[str, Any]) -> dict[str, Any]:
+    names = {"INFERENCE_PRECISION_HINT": "inference_precision", "KV_CACHE_PRECISION": "kv_cache_precision"}
+    return {ours: ov_config[theirs] for theirs, ours in names.items() if theirs in ov_config}
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """Rows that sliding layers look back, if there are such layers."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is not None:
+        return window if "sliding_attention" in kinds else None
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+class OpenVINOTarget(GenerationMixin):
+    """A stored OpenVINO model with transformers' `generate`, with or without a draft. No optimum needed.
+
+    Made by `from_pretrained`. Plain generation runs through the same loop as drafted generation.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, config: PretrainedConfig, engine: OpenVINOEngine, generation_config: GenerationConfig) -> None:
+        self.config, self.dovetail_engine, self.generation_config = config, engine, generation_config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        inference_precision: str = "f32",
+        kv_cache_precision: str | None = None,
+        threads: int | None = None,
+        ov_config: dict[str, Any] | None = None,
+        **hub_kwargs: Any,
+    ) -> "OpenVINOTarget":
+        """Load what `dovetail export --to openvino`, optimum-cli or the hub has: an IR and a config.json.
+
+        Args:
+            inference_precision: "f32", or "bf16" on CPUs with that: faster, and ties may fall otherwise.
+            kv_cache_precision: default: as the inference precision. "u8" moves logits by some hundredths.
+            threads: CPU threads of the engine; default: OpenVINO's choice.
+            ov_config: further properties of the CPU plugin.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+
+        Raises:
+            OSError: there is no config.json or no IR.
+            ValueError: the IR is not one of a decoder-only language model with a state.
+        """
+        name = str(pretrained_model_name_or_path)
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        file = cached_file(name, MODEL_FILE, **hub_kwargs)
+        cached_file(name, MODEL_FILE.replace(".xml", ".bin"), **hub_kwargs)  # a hub's snapshot keeps them together
+        core = ov.Core()
+        model = core.read_model(file)
+        try:
+            graph.prepare(model)
+        except graph.GraphError as error:
+            raise ValueError(f"{name}: {error}") from error
+        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        properties |= precision_properties(inference_precision, kv_cache_precision)
+        if threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        compiled = core.compile_model(model, "CPU", properties | (ov_config or {}))
+        try:
+            generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
+        except OSError:
+            generation_config = GenerationConfig.from_model_config(config)
+        return cls(config, OpenVINOEngine(model, compiled.create_infer_request(), config), generation_config)
+
+    def can_generate(self) -> bool:
+        """True: transformers asks."""
+        return True
+
+    def num_parameters(self) -> int:
+        """Numbers in the graph's matrices."""
+        return graph.num_parameters(self.dovetail_engine._model)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
+        """Logits (1, T, V) of a text from scratch; `generate` does not come here."""
+        session = self.dovetail_engine.session(
+            OpenVINOCache(), max_length=0, max_nodes=1, prefill_chunk=input_ids.shape[1], model_kwargs={}
+        )
+        with session as target:
+            return CausalLMOutput(logits=target.score_text(input_ids, attention_mask))
+
+    __call__ = forward
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As transformers asks; our loop builds its inputs itself."""
+        return {"input_ids": input_ids, **kwargs}
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """No cache of transformers' making."""
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        return generate_plainly(self, *args, **kwargs)
