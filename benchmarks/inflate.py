@@ -79,16 +79,23 @@ SHAPES = {
 }
 
 
+Fill = Literal["random", "zeros", "ones"]
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a tensor grows. The source block goes to the start of every dimension.
 
     fill: what the added entries hold.
+    added: what all of it holds in a layer that the source lacks, if not `fill`. Such a layer's norms are zeros, so
+        its dense random matrices multiply zeros and it writes zeros; zero matrices would be stored once by
+        engines that store equal bytes once, quantised ones above all, and cost less than they should.
     joins: the dimension in which two streams lie one after the other; each half grows by itself.
     writes: the dimension that writes the stream; its entries beyond the source's get zeros.
     """
 
-    fill: Literal["random", "zeros", "ones"]
+    fill: Fill
+    added: Fill | None = None
     joins: int | None = None
     writes: int | None = None
 
@@ -96,9 +103,10 @@ class Rule:
 RULES = {
     r"embed_tokens\.weight$": Rule("zeros"),
     r"lm_head\.weight$": Rule("random"),
-    r"norm\.weight$": Rule("ones"),  # the source block also times sqrt(H/H2): the mean is over more entries
-    r"(q|k|v|gate|up)_proj\.(weight|bias)$": Rule("random"),  # added columns meet the stream's zeros
-    r"(o|down)_proj\.(weight|bias)$": Rule("zeros"),  # drops added heads and units; added layers write zeros
+    r"norm\.weight$": Rule("ones", added="zeros"),  # the source block also times sqrt(H/H2): the mean is over more entries
+    r"_proj\.bias$": Rule("zeros"),
+    r"(q|k|v|gate|up)_proj\.weight$": Rule("random"),  # added columns meet the stream's zeros
+    r"(o|down)_proj\.weight$": Rule("zeros", added="random"),  # drops added heads and units
     r"fusion\.W_[12]$": Rule("random", writes=1),  # used as x @ W: rows read, columns write
     r"fusion\.W_z$": Rule("random", joins=0),  # its columns gate the stream, and a gated zero is zero
     r"fusion\.fc\.weight$": Rule("random", joins=1, writes=0),
@@ -135,15 +143,16 @@ def widen(source: Tensor | None, size: Sequence[int], rule: Rule, noise: Noise, 
         source: at most `size` in every dimension; None for a layer that the source lacks.
     """
     out = noise.tensor(size)
-    if rule.fill == "zeros":
-        out.mul_(0)  # zeros of random signs: an engine that stores equal bytes once still reads every matrix
-    elif rule.fill == "ones":
+    fill = rule.added if source is None and rule.added else rule.fill
+    if fill == "zeros":
+        out.zero_()
+    elif fill == "ones":
         out.fill_(1)
     if source is None:
         return out
     if rule.writes is not None:
         width = source.shape[rule.writes]
-        out.narrow(rule.writes, width, out.shape[rule.writes] - width).mul_(0)
+        out.narrow(rule.writes, width, out.shape[rule.writes] - width).zero_()
     halves, dim = (1, 0) if rule.joins is None else (2, rule.joins)
     for big, small in zip(out.chunk(halves, dim), source.detach().float().chunk(halves, dim), strict=True):
         big[tuple(slice(n) for n in small.shape)] = small * scale

@@ -162,14 +162,16 @@ def test_weights_are_dense():
     assert not fusion.W_2[:, H:].any()
 
 
-def test_added_layers_write_zeros_and_share_nothing():
+def test_added_layers_are_silent_dense_and_share_nothing():
     big = inflate.inflate_target(make_target(layers=3), SHAPE)
     places = [parameter.data_ptr() for parameter in big.parameters()]
     assert len(set(places)) == len(places)
     added = [layer.mlp.down_proj.weight for layer in big.model.layers[3:]]
     assert len(added) == 2
-    assert not any(weight.any() for weight in added)
-    assert not torch.equal(*(weight.signbit() for weight in added))  # different bytes, so not stored once
+    assert all(weight.any(dim=0).all() and weight.any(dim=1).all() for weight in added)
+    assert not torch.equal(*added)
+    states = big.model(input_ids=torch.arange(4)[None], output_hidden_states=True).hidden_states
+    assert torch.equal(states[3], states[4])  # the last state is behind the final norm
 
 
 def test_seed_decides_the_random_values():
