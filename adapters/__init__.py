@@ -2,3 +2,34 @@
 
 Each module imports its library when it is imported itself, and nothing else does.
 """
+
+from typing import Any
+
+from transformers.utils import cached_file
+
+FILES = {"openvino_model.xml": "openvino", "model.onnx": "onnxruntime"}
+"""What an exporter writes, and the module that drives it."""
+
+
+def load_exported(name: str, threads: int | None = None) -> Any:
+    """The target of an exported model: a directory or hub id with an OpenVINO IR or an ONNX graph.
+
+    Args:
+        threads: CPU threads of the engine; None leaves it to the engine.
+
+    Raises:
+        ValueError: it has neither file, or the graph cannot be a target.
+        ImportError: the engine is not installed; names the extra.
+    """
+    kinds = [
+        kind for file, kind in FILES.items() if cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    ]
+    if not kinds:
+        raise ValueError(f"{name} has none of {', '.join(FILES)}; export a model with `dovetail export`.")
+    if kinds[0] == "openvino":
+        from .openvino import OpenVINOTarget
+
+        return OpenVINOTarget.from_pretrained(name, threads=threads)
+    from .onnxruntime import OnnxRuntimeTarget
+
+    return OnnxRuntimeTarget.from_pretrained(name, threads=threads)

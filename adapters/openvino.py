@@ -12,6 +12,7 @@ mask hides, until there are so many that they are taken out; positions are given
 care where it lies. Optimum is needed only for optimum's own model objects.
 """
 
+import logging
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ from transformers.utils import cached_file
 
 from dovetail_plugin.engine import Tables
 from dovetail_plugin.generation import generate_plainly
+from dovetail_plugin.modeling import DovetailDraft
 from dovetail_plugin.target import TargetOutput
 from dovetail_plugin.tree import DraftTree, ancestor_mask
 
 from . import openvino_graph as graph
 from .openvino_graph import ov
+
+logger = logging.getLogger(__name__)
 
 HIDDEN = float(np.finfo(np.float16).min)
 """Added to a mask where a row must not look; within the half precision that some graphs keep masks in."""
@@ -227,6 +231,9 @@ class OpenVINOEngine:
         self.window = _window(self.text_config)
         self._model = model
         self._current: weakref.ref[OpenVINOCache] | None = None
+        self._runners: weakref.WeakKeyDictionary[DovetailDraft, Any] = weakref.WeakKeyDictionary()
+        threads = request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
+        self._draft_properties = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         self.set_neutral()
 
     def check(self) -> None:
@@ -246,9 +253,21 @@ class OpenVINOEngine:
             return OpenVINOCache()
         if not isinstance(given, OpenVINOCache):
             raise ValueError(
-                f"past_key_values ({type(given).__name__}) is not of this target; pass what its own `generate` returned."
+                f"past_key_values ({type(given).__name__}) is not this target's; pass what its own `generate` returned."
             )
         return given
+
+    def draft_runner(self, draft: DovetailDraft) -> Any:
+        """As `Engine.draft_runner`: the draft as an int8 graph, compiled once; None without nncf."""
+        if draft not in self._runners:
+            try:
+                from .openvino_draft import OpenVINORunner
+            except ImportError as error:
+                logger.warning(f"the draft runs in torch, which is slower here: {error}")
+                self._runners[draft] = None
+            else:
+                self._runners[draft] = OpenVINORunner(draft, properties=self._draft_properties)
+        return self._runners[draft]
 
     def session(
         self,
@@ -296,7 +315,9 @@ def engine_for(model: Any) -> OpenVINOEngine:
         ValueError: the model is no stateful export, or was loaded compiled.
     """
     if not isinstance(getattr(model, "model", None), ov.Model):
-        raise ValueError("the optimum model was loaded with compile_only=True; load it without, so its graph can be edited.")
+        raise ValueError(
+            "the optimum model was loaded with compile_only=True; load it without, so its graph can be edited."
+        )
     if not graph.is_prepared(model.model):
         graph.prepare(model.model)
         model.clear_requests()
@@ -305,7 +326,9 @@ def engine_for(model: Any) -> OpenVINOEngine:
     return OpenVINOEngine(model.model, model.request, model.config)
 
 
-def precision_properties(inference_precision: str | None = None, kv_cache_precision: str | None = None) -> dict[str, str]:
+def precision_properties(
+    inference_precision: str | None = None, kv_cache_precision: str | None = None
+) -> dict[str, str]:
     """Properties of the CPU plugin that decide what is computed; see `OpenVINOTarget.from_pretrained`."""
     inference = inference_precision or "f32"
     return {"INFERENCE_PRECISION_HINT": inference, "KV_CACHE_PRECISION": kv_cache_precision or inference}

@@ -57,14 +57,18 @@ def check_model(model: "ov.Model") -> None:
     """
     names = input_names(model)
     if "input_ids" not in names:
-        raise GraphError(f"no input `input_ids` in the graph (inputs: {', '.join(sorted(names))}); not a language model.")
+        raise GraphError(
+            f"no input `input_ids` in the graph (inputs: {', '.join(sorted(names))}); not a language model."
+        )
     if any(name.startswith("past_key_values") for name in names) or not model.get_sinks():
         raise GraphError(
             "the graph keeps no key/value state (a stateless export, or one without a cache); export it again with "
             "`dovetail export --to openvino`, or with optimum-cli and without --disable-stateful."
         )
     if not {"attention_mask", "beam_idx"} <= names:
-        raise GraphError(f"no inputs `attention_mask` and `beam_idx` in the graph (inputs: {', '.join(sorted(names))}).")
+        raise GraphError(
+            f"no inputs `attention_mask` and `beam_idx` in the graph (inputs: {', '.join(sorted(names))})."
+        )
     _logits(model)
 
 

@@ -7,9 +7,9 @@ many small operations. Nothing here waits for the draft's device until the finis
 fetched: growing a level is a fixed number of tensor operations, whatever the tree looks like.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,12 +56,64 @@ def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor 
     return features[real], torch.cat([input_ids[:-1][real], input_ids[-1:]])
 
 
+class DraftRunner(Protocol):
+    """Runs the steps of a `DovetailDraft` on some engine. `TorchRunner` is the draft itself."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def new_rows(self, capacity: int) -> Sequence[Any]:
+        """Empty key/value storage for one text; each part has a `length` that may be set back."""
+
+    def run(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: Any,
+        mask: Tensor | None,
+        logits_from: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """One step over n pairs; arguments as `DovetailDraft.step`, without the batch dimension.
+
+        Returns:
+            predicted features (n, H), and the logits (n - logits_from, V) of the last of them.
+        """
+
+
+class TorchRunner:
+    """A draft's own modules, on whatever device they are."""
+
+    def __init__(self, draft: DovetailDraft) -> None:
+        self._draft = draft
+        weight = next(draft.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def new_rows(self, capacity: int) -> list[KVRows]:
+        """As `DraftRunner.new_rows`: one for each block."""
+        return [KVRows(capacity) for _ in self._draft.layers]
+
+    def run(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: list[KVRows],
+        mask: Tensor | None,
+        logits_from: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """As `DraftRunner.run`."""
+        predicted = self._draft.step(features[None], tokens[None], rope, rows, mask)[0]
+        return predicted, self._draft.head(predicted[logits_from:])
+
+
 @dataclass
 class _Root:
-    """Where the next tree grows from: the last token and the draft's prediction of its feature (1, H)."""
+    """Where the next tree grows from: the last token, the prediction of its feature (1, H) and its logits (1, V)."""
 
     token: Tensor
     predicted: Tensor
+    logits: Tensor
 
 
 class FeatureDrafter:
@@ -71,14 +123,17 @@ class FeatureDrafter:
         draft: attached to its target; on any device.
         capacity: tokens the text may reach; the cache makes room for them at once.
         clock: where the seconds of this drafter go.
+        runner: what runs the draft's steps; None is torch.
     """
 
-    def __init__(self, draft: DovetailDraft, capacity: int, clock: PhaseClock) -> None:
+    def __init__(
+        self, draft: DovetailDraft, capacity: int, clock: PhaseClock, runner: DraftRunner | None = None
+    ) -> None:
         self.draft = draft
         self.clock = clock
-        self.rows = [KVRows(capacity) for _ in draft.layers]
-        self.device = next(draft.parameters()).device
-        self.dtype = next(draft.parameters()).dtype
+        self.runner = runner or TorchRunner(draft)
+        self.rows = self.runner.new_rows(capacity)
+        self.device, self.dtype = self.runner.device, self.runner.dtype
         self.committed = 0  # pairs of the text, without tree nodes
         self._root: _Root | None = None
 
@@ -98,9 +153,9 @@ class FeatureDrafter:
             positions = torch.arange(self.committed, self.committed + count, device=self.device)
             mask = self._causal(count) if self.committed else None
             rope = self.draft.rope_at(positions[None], self.dtype)
-            predicted = self.draft.step(features[None], tokens[None], rope, self.rows, mask)
+            predicted, logits = self.runner.run(features, tokens, rope, self.rows, mask, count - 1)
             self.committed += count
-            self._root = _Root(tokens[-1], predicted[0, -1:])
+            self._root = _Root(tokens[-1], predicted[-1:], logits)
 
     def _causal(self, count: int) -> Tensor:
         """(count, committed + count) additive: new rows see the text and each other, causally."""
@@ -129,7 +184,7 @@ class FeatureDrafter:
         assert self._root is not None, "begin() comes first"
         root, device = self._root, self.device
         start = torch.zeros(1, device=device)
-        level = expand(start, self.draft.head(root.predicted), start.long() - 1, budget.top_k)
+        level = expand(start, root.logits, start.long() - 1, budget.top_k)
         levels, outputs = [level], root.predicted
         rope_of = self._rope_by_depth(budget.depth)
         for rows in self.rows:
@@ -141,10 +196,10 @@ class FeatureDrafter:
             parents = level.parent_rows[frontier]
             own = torch.eye(frontier.shape[0], dtype=torch.bool, device=device)
             visible = torch.cat([visible[parents], own], dim=1)
-            outputs = self._run(outputs[parents], level.tokens[frontier], visible, rope_of(depth))
+            outputs, logits = self._run(outputs[parents], level.tokens[frontier], visible, rope_of(depth))
             ids = frontier + seen
             seen += level.tokens.shape[0]
-            level = expand(scores, self.draft.head(outputs), ids, budget.top_k)
+            level = expand(scores, logits, ids, budget.top_k)
             levels.append(level)
         return select(levels, root.token, budget.nodes)
 
@@ -165,15 +220,15 @@ class FeatureDrafter:
             rows.length = self.committed
         tokens: list[Tensor] = []
         scores: list[Tensor] = []
-        output = self._root.predicted
+        output, logits = self._root.predicted, self._root.logits
         rope_of = self._rope_by_depth(depth)
         for level in range(1, depth + 1):
-            token, picked_by = pick(self.draft.head(output), tokens)
+            token, picked_by = pick(logits, tokens)
             tokens.append(token)
             scores.append(picked_by)
             if level < depth:
                 visible = torch.ones(1, level, dtype=torch.bool, device=self.device)
-                output = self._run(output, token, visible, rope_of(level))
+                output, logits = self._run(output, token, visible, rope_of(level))
         return torch.cat(tokens), torch.cat(scores)
 
     def _rope_by_depth(self, depth: int) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -185,9 +240,11 @@ class FeatureDrafter:
         cos, sin = self.draft.rope_at(positions[None], self.dtype)
         return lambda d: (cos[:, d - 1 : d], sin[:, d - 1 : d])
 
-    def _run(self, features: Tensor, tokens: Tensor, visible: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """One level through the draft: (K, H), (K,), (K, tree rows) -> (K, H)."""
+    def _run(
+        self, features: Tensor, tokens: Tensor, visible: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """One level through the draft: (K, H), (K,), (K, tree rows) -> (K, H), (K, V)."""
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill(visible.logical_not(), float("-inf"))
         mask = torch.cat([mask.new_zeros(tokens.shape[0], self.committed), mask], dim=1)
-        return self.draft.step(features[None], tokens[None], rope, self.rows, mask)[0]
+        return self.runner.run(features, tokens, rope, self.rows, mask)

@@ -61,6 +61,9 @@ class Engine(Protocol):
             ValueError: the given one cannot take back rejected rows.
         """
 
+    def draft_runner(self, draft: Any) -> Any:
+        """A `DraftRunner` of this engine's for a `DovetailDraft` on the CPU, or None to run it in torch."""
+
     def session(
         self, cache: Any, *, max_length: int, max_nodes: int, prefill_chunk: int | None, model_kwargs: dict[str, Any]
     ) -> AbstractContextManager[Target]:
@@ -152,6 +155,9 @@ class TorchEngine:
                 f"past_key_values ({type(given).__name__}) cannot be used with a draft: {reason}. Pass a DynamicCache."
             )
         return given
+
+    def draft_runner(self, draft: Any) -> None:
+        """None: the draft's own modules."""
 
     def session(
         self, cache: Cache, *, max_length: int, max_nodes: int, prefill_chunk: int | None, model_kwargs: dict[str, Any]

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoding import Decoder
-from .drafting import FeatureDrafter
-from .engine import engine_of
+from .drafting import DraftRunner, FeatureDrafter, TorchRunner
+from .engine import Engine, engine_of
 from .modeling import DovetailDraft, check_fits
 from .report import GenerationReport
 from .text import Text
@@ -158,7 +158,7 @@ def _generate(
     report, budget, drafter = GenerationReport(), PLAIN, None
     if draft is not None:
         draft.report, budget = report, draft.budget
-        drafter = _drafter_for(draft, cache, text, report)
+        drafter = _drafter_for(draft, engine, cache, text, report)
     past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
     session = engine.session(
         cache,
@@ -188,18 +188,23 @@ class Turn:
     tokens: int
 
 
-def _drafter_for(draft: DovetailDraft, cache: Cache, text: Text, report: GenerationReport) -> FeatureDrafter:
+def _drafter_for(
+    draft: DovetailDraft, engine: Engine, cache: Cache, text: Text, report: GenerationReport
+) -> FeatureDrafter:
     """The drafter of the turn before, if this draft made the cache what it is; else a new one."""
+    on_cpu = draft.device.type == "cpu"
+    runner = engine.draft_runner(draft) if draft.runner == "auto" and on_cpu else None
+    runner = runner or TorchRunner(draft)
     turn = draft.turns.pop(cache, None)
-    own = next(draft.parameters())
-    if (
-        turn is not None
-        and turn.tokens == cache.get_seq_length() > 0
-        and (turn.drafter.device, turn.drafter.dtype) == (own.device, own.dtype)
-    ):
+    if turn is not None and turn.tokens == cache.get_seq_length() > 0 and _same(turn.drafter.runner, runner):
         turn.drafter.clock = report.clock
         return turn.drafter
-    return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock)
+    return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
+
+
+def _same(one: DraftRunner, other: DraftRunner) -> bool:
+    """Whether the rows of one can be gone on with by the other."""
+    return (type(one), one.device, one.dtype) == (type(other), other.device, other.dtype)
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:

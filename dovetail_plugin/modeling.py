@@ -58,6 +58,8 @@ class DovetailDraft(PreTrainedModel):
         budget: `TreeBudget` of every round; set it to try another one.
         verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
             chains only; transformers 5.8 or later).
+        runner: `"auto"` (a draft on the CPU runs in the target's engine where that has a faster way, else in
+            torch) or `"torch"`.
     """
 
     config_class = DovetailConfig
@@ -81,6 +83,7 @@ class DovetailDraft(PreTrainedModel):
         self.report: GenerationReport | None = None
         self.budget = TreeBudget(**(config.budget or {}))
         self.verification: Literal["tree", "stock"] = "tree"
+        self.runner: Literal["auto", "torch"] = "auto"
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -65,7 +65,7 @@ def test_no_command(capsys):
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2
-    assert "{generate,bench,train}" in capsys.readouterr().err
+    assert "{generate,bench,train,export}" in capsys.readouterr().err
 
 
 def test_generate(pair):

@@ -20,26 +20,35 @@ LAYERS = [
     {"generation", "candidates"},
     {"hf"},
     {"__init__"},
+    {"adapters.common", "adapters.openvino_graph", "adapters.onnxruntime_graph"},
+    {"adapters.openvino_draft"},
+    {"adapters.openvino", "adapters.onnxruntime"},
+    {"adapters.__init__"},
     {"training.config", "training.data"},
     {"training.features", "training.losses"},
     {"training.loop"},
     {"training.__init__"},
     {"cli.common"},
-    {"cli.generate", "cli.bench", "cli.train"},
+    {"cli.generate", "cli.bench", "cli.train", "cli.export"},
     {"cli.__init__"},
     {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-MODULES = sorted(".".join(f.relative_to(PACKAGE).with_suffix("").parts) for f in PACKAGE.rglob("*.py"))
+ADAPTERS = PACKAGE.parent / "adapters"  # installed as dovetail_plugin.adapters
+FILES = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in PACKAGE.rglob("*.py")}
+FILES |= {f"adapters.{f.stem}": f for f in ADAPTERS.glob("*.py")}
+MODULES = sorted(FILES)
 FORBIDDEN = {"verify": {"torch", "transformers"}, "report": {"torch", "transformers"}, "tree": {"transformers"}}
 
 
 def imports_of(module: str) -> tuple[set[str], set[str]]:
     """(modules of the package, top-level names from elsewhere) imported anywhere in a module."""
     inside, outside = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())):
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE.name}."):
+            inside.add((node.module or "").removeprefix(f"{PACKAGE.name}."))
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             outside.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.ImportFrom):

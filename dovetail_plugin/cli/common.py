@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ..configuration import DovetailConfig
 from ..modeling import DovetailDraft
@@ -22,9 +22,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A target with its tokenizer and draft."""
+    """A target, in torch or exported, with its tokenizer and draft."""
 
-    target: PreTrainedModel
+    target: Any
     tokenizer: Any
     draft: DovetailDraft
 
@@ -32,13 +32,17 @@ class LoadedPair:
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     """--target, --draft and where and how they are loaded."""
     group = parser.add_argument_group("models")
-    group.add_argument("--target", required=True, metavar="DIR_OR_ID", help="the model that talks, on the CPU")
+    targets = group.add_mutually_exclusive_group(required=True)
+    targets.add_argument("--target", metavar="DIR_OR_ID", help="the model that talks, on the CPU")
+    targets.add_argument(
+        "--target-ir", metavar="DIR_OR_ID", help="the same, exported to OpenVINO or ONNX (`dovetail export`)"
+    )
     group.add_argument("--draft", required=True, metavar="DIR_OR_ID", help="its Dovetail draft")
     group.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of both models; auto: as stored",
+        help="of both models (of the draft, with --target-ir); auto: as stored",
     )
     group.add_argument(
         "--draft-device", default="auto", help="cuda, cuda:1, cpu; auto: the GPU if there is one, else the CPU"
@@ -94,19 +98,25 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     Raises:
         ValueError: a model is not there, --draft is no draft, or the device is missing.
     """
-    check_model("--target", args.target)
+    name = args.target or args.target_ir
+    check_model("--target" if args.target else "--target-ir", name)
     kind = check_model("--draft", args.draft).model_type
     if kind != DovetailConfig.model_type:
         raise ValueError(
             f"--draft {args.draft} is a {kind} model, not a Dovetail draft; make one with `dovetail train "
-            f"--target {args.target}`."
+            f"--target {name}`."
         )
     if args.draft_device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
     draft = DovetailDraft.from_pretrained(args.draft, dtype=args.dtype, device_map=args.draft_device)
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
+    if args.target_ir:
+        from ..adapters import load_exported
+
+        target = load_exported(args.target_ir, threads=args.threads)
+    else:
+        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
     set_budget(draft, args)
-    return LoadedPair(target, AutoTokenizer.from_pretrained(args.target), draft)
+    return LoadedPair(target, AutoTokenizer.from_pretrained(name), draft)
 
 
 def set_budget(draft: DovetailDraft, args: argparse.Namespace) -> None:
