@@ -11,11 +11,11 @@ FILES = {"openvino_model.xml": "openvino", "model.onnx": "onnxruntime"}
 """What an exporter writes, and the module that drives it."""
 
 
-def load_exported(name: str, threads: int | None = None) -> Any:
+def load_exported(name: str, **options: Any) -> Any:
     """The target of an exported model: a directory or hub id with an OpenVINO IR or an ONNX graph.
 
     Args:
-        threads: CPU threads of the engine; None leaves it to the engine.
+        options: of the target's `from_pretrained`, `threads` for one.
 
     Raises:
         ValueError: it has neither file, or the graph cannot be a target.
@@ -29,7 +29,7 @@ def load_exported(name: str, threads: int | None = None) -> Any:
     if kinds[0] == "openvino":
         from .openvino import OpenVINOTarget
 
-        return OpenVINOTarget.from_pretrained(name, threads=threads)
+        return OpenVINOTarget.from_pretrained(name, **options)
     from .onnxruntime import OnnxRuntimeTarget
 
-    return OnnxRuntimeTarget.from_pretrained(name, threads=threads)
+    return OnnxRuntimeTarget.from_pretrained(name, **options)

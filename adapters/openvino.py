@@ -13,6 +13,7 @@ care where it lies. Optimum is needed only for optimum's own model objects.
 """
 
 import logging
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from dovetail_plugin.engine import Tables
-from dovetail_plugin.generation import generate_plainly
 from dovetail_plugin.modeling import DovetailDraft
 from dovetail_plugin.target import TargetOutput
-from dovetail_plugin.tree import DraftTree, ancestor_mask
+from dovetail_plugin.tree import DraftTree
 
 from . import openvino_graph as graph
+from .common import (
+    NO_BIAS,
+    PREFILL_ROWS,
+    StoredTarget,
+    seen_and_positions,
+    sliding_window,
+    stored_generation_config,
+    tables_of,
+    tree_bias,
+)
 from .openvino_graph import ov
 
 logger = logging.getLogger(__name__)
-
-HIDDEN = float(np.finfo(np.float16).min)
-"""Added to a mask where a row must not look; within the half precision that some graphs keep masks in."""
-
-PREFILL_ROWS = 512
-"""Prompt rows in one pass; bounds the memory of activations and masks."""
 
 FREE_HOLES = 128
 """Holes that are let be whatever the length of the text; see `OpenVINOSession.keep`."""
@@ -108,7 +111,7 @@ class OpenVINOSession:
     @property
     def supports_tree(self) -> bool:
         """False where the window counts rows: chains are exact there, trees are not."""
-        return self._engine.takes_positions and not self._near_window
+        return self._engine.takes_positions and not self._near_window and not self._engine.exact
 
     # --- Target protocol -----------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class OpenVINOSession:
         """As `Target.prefill`, in chunks."""
         cache, first = self._cache, self._cache.tokens
         total = first + input_ids.shape[1]
-        seen, positions = self._seen_and_positions(total, attention_mask)
+        seen, positions = seen_and_positions(total, attention_mask, tokens=first, position=cache.position)
         if self._engine.window is not None:
             self._compact()
         features, logits = [], np.empty(0)
@@ -134,15 +137,10 @@ class OpenVINOSession:
         if self._near_window:
             self._compact()
         cache, nodes = self._cache, len(tree)
-        depths, parents = tree.depths.numpy(), tree.parents.numpy()
-        bias = None
-        if not np.array_equal(parents, np.arange(nodes) - 1):
-            bias = np.zeros((1, 1, nodes, cache.slots + nodes), dtype=np.float32)
-            ancestors = ancestor_mask(tree.parents, int(depths.max())).numpy()
-            bias[0, 0, :, cache.slots :] = np.where(ancestors, 0.0, HIDDEN)
+        bias = tree_bias(tree, cache.slots)
         self._base = cache.slots
         ones = np.ones(nodes, dtype=np.int64)
-        logits, hidden = self._infer(tree.tokens.numpy(), ones, cache.position + depths, bias)
+        logits, hidden = self._infer(tree.tokens.numpy(), ones, cache.position + tree.depths.numpy(), bias)
         return TargetOutput(torch.from_numpy(logits), torch.from_numpy(hidden))
 
     def keep(self, path: list[int]) -> None:
@@ -158,23 +156,16 @@ class OpenVINOSession:
             rows[kept] = 1
         cache.tokens += len(path)
         cache.position += len(path)
-        if cache.holes > FREE_HOLES + cache.tokens // 2:
+        if self._engine.exact or cache.holes > FREE_HOLES + cache.tokens // 2:
             self._compact()
 
     def score_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits (1, T, V) of every row of a text, in one pass."""
-        seen, positions = self._seen_and_positions(input_ids.shape[1], attention_mask)
+        seen, positions = seen_and_positions(input_ids.shape[1], attention_mask, tokens=0, position=0)
         logits, _ = self._infer(input_ids[0].numpy(), seen, positions)
         return torch.from_numpy(logits)[None]
 
     # --- one pass ------------------------------------------------------------------------------
-
-    def _seen_and_positions(self, total: int, attention_mask: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """Of `total` tokens from the start of the text, those held included: mask and position ids."""
-        if attention_mask is None or bool(attention_mask.all()):
-            return np.ones(total, dtype=np.int64), np.arange(total) + self._cache.position - self._cache.tokens
-        seen = attention_mask[0].numpy().astype(np.int64)
-        return seen, np.maximum(seen.cumsum() - 1, 0)
 
     def _infer(
         self,
@@ -191,7 +182,7 @@ class OpenVINOSession:
             "input_ids": ids[None],
             "attention_mask": cache.seen[None, : cache.slots],
             "beam_idx": np.zeros(1, dtype=np.int32),
-            graph.TREE_BIAS: graph.NO_BIAS if bias is None else bias,
+            graph.TREE_BIAS: NO_BIAS if bias is None else bias,
             graph.FIRST_LOGIT_ROW: np.array([first_logit_row], dtype=np.int64),
         }
         if self._engine.takes_positions:
@@ -220,21 +211,34 @@ class OpenVINOEngine:
         model: the graph after `graph.prepare`.
         request: of the compiled graph.
         config: of the transformers model that was exported.
+
+    Attributes:
+        exact: chains only, and no hole outlives a round. Then every row of the state lies where plain
+            generation puts it, sums run in the same order and results are the same to the bit; otherwise
+            they differ by a rounding of float32, which int8 activations can make a visible one.
     """
 
     def __init__(self, model: "ov.Model", request: "ov.InferRequest", config: PretrainedConfig) -> None:
+        self.exact = False
+        self.rounding = graph.rounding(model, request)
         self.config = config
         self.text_config = config.get_text_config(decoder=True)
         self.request = request
         self.takes_positions = "position_ids" in graph.input_names(model)
         self.row_axis = graph.row_axis(model)
-        self.window = _window(self.text_config)
+        self.window = sliding_window(self.text_config)
         self._model = model
         self._current: weakref.ref[OpenVINOCache] | None = None
         self._runners: weakref.WeakKeyDictionary[DovetailDraft, Any] = weakref.WeakKeyDictionary()
         threads = request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
         self._draft_properties = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         self.set_neutral()
+        rows = request.get_compiled_model().get_property("KV_CACHE_PRECISION")
+        if rows.bitwidth < 16:
+            warnings.warn(
+                f"the key/value cache holds {rows.to_string()}, which moves logits by some hundredths: texts with and "
+                'without a draft may part. Load the target with KV_CACHE_PRECISION "f32" (or leave it out).'
+            )
 
     def check(self) -> None:
         """As `Engine.check`; the graph was looked at when it was loaded."""
@@ -242,10 +246,7 @@ class OpenVINOEngine:
     def tables(self) -> Tables:
         """As `Engine.tables`: float32 copies, decompressed if the graph stores them in fewer bits."""
         found = graph.tables(self._model)
-        embedding, head = torch.from_numpy(found.embedding), torch.from_numpy(found.head)
-        if embedding.shape == head.shape and torch.equal(embedding, head):
-            head = embedding
-        return Tables(embedding, head, None if found.bias is None else torch.from_numpy(found.bias))
+        return tables_of(found.embedding, found.head, found.bias)
 
     def cache(self, given: Any) -> OpenVINOCache:
         """As `Engine.cache`."""
@@ -302,9 +303,13 @@ class OpenVINOEngine:
                 "text at a time. Pass the whole text without past_key_values."
             )
 
+    def num_parameters(self) -> int:
+        """Numbers in the graph's matrices."""
+        return graph.num_parameters(self._model)
+
     def set_neutral(self) -> None:
         """Inputs that leave the graph's function as it was, for whoever runs the request next."""
-        self.request.set_tensor(graph.TREE_BIAS, ov.Tensor(graph.NO_BIAS))
+        self.request.set_tensor(graph.TREE_BIAS, ov.Tensor(NO_BIAS))
         self.request.set_tensor(graph.FIRST_LOGIT_ROW, ov.Tensor(np.zeros(1, dtype=np.int64)))
 
 
@@ -339,28 +344,11 @@ def _given_precisions(ov_config: dict[str, Any]) -> dict[str, Any]:
     return {ours: ov_config[theirs] for theirs, ours in names.items() if theirs in ov_config}
 
 
-def _window(config: PretrainedConfig) -> int | None:
-    """Rows that sliding layers look back, if there are such layers."""
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is not None:
-        return window if "sliding_attention" in kinds else None
-    return window if getattr(config, "use_sliding_window", True) else None
-
-
-class OpenVINOTarget(GenerationMixin):
+class OpenVINOTarget(StoredTarget):
     """A stored OpenVINO model with transformers' `generate`, with or without a draft. No optimum needed.
 
-    Made by `from_pretrained`. Plain generation runs through the same loop as drafted generation.
+    Made by `from_pretrained`.
     """
-
-    main_input_name = "input_ids"
-    _is_stateful = False
-    device = torch.device("cpu")
-    dtype = torch.float32
-
-    def __init__(self, config: PretrainedConfig, engine: OpenVINOEngine, generation_config: GenerationConfig) -> None:
-        self.config, self.dovetail_engine, self.generation_config = config, engine, generation_config
 
     @classmethod
     def from_pretrained(
@@ -370,6 +358,7 @@ class OpenVINOTarget(GenerationMixin):
         inference_precision: str = "f32",
         kv_cache_precision: str | None = None,
         threads: int | None = None,
+        exact: bool = False,
         ov_config: dict[str, Any] | None = None,
         **hub_kwargs: Any,
     ) -> "OpenVINOTarget":
@@ -379,6 +368,8 @@ class OpenVINOTarget(GenerationMixin):
             inference_precision: "f32", or "bf16" on CPUs with that: faster, and ties may fall otherwise.
             kv_cache_precision: default: as the inference precision. "u8" moves logits by some hundredths.
             threads: CPU threads of the engine; default: OpenVINO's choice.
+            exact: drafted text equals plain text to the bit with int8 weights too, at the price of trees and
+                of copying the state every round; see `OpenVINOEngine`.
             ov_config: further properties of the CPU plugin.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
@@ -401,36 +392,6 @@ class OpenVINOTarget(GenerationMixin):
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
         compiled = core.compile_model(model, "CPU", properties | (ov_config or {}))
-        try:
-            generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
-        except OSError:
-            generation_config = GenerationConfig.from_model_config(config)
-        return cls(config, OpenVINOEngine(model, compiled.create_infer_request(), config), generation_config)
-
-    def can_generate(self) -> bool:
-        """True: transformers asks."""
-        return True
-
-    def num_parameters(self) -> int:
-        """Numbers in the graph's matrices."""
-        return graph.num_parameters(self.dovetail_engine._model)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
-        """Logits (1, T, V) of a text from scratch; `generate` does not come here."""
-        session = self.dovetail_engine.session(
-            OpenVINOCache(), max_length=0, max_nodes=1, prefill_chunk=input_ids.shape[1], model_kwargs={}
-        )
-        with session as target:
-            return CausalLMOutput(logits=target.score_text(input_ids, attention_mask))
-
-    __call__ = forward
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers asks; our loop builds its inputs itself."""
-        return {"input_ids": input_ids, **kwargs}
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """No cache of transformers' making."""
-
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        return generate_plainly(self, *args, **kwargs)
+        engine = OpenVINOEngine(model, compiled.create_infer_request(), config)
+        engine.exact = exact
+        return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))

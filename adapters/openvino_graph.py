@@ -13,6 +13,7 @@ Zeros of shape (1, 1, 1, 1) and a first row 0 leave the function as it was, so w
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 try:
     import openvino as ov
@@ -24,7 +25,7 @@ except ImportError as error:  # the message is what a user reads first
 
 TREE_BIAS, FIRST_LOGIT_ROW, FEATURES = "tree_bias", "first_logit_row", "features"
 ATTENTION = "ScaledDotProductAttention"
-NO_BIAS = np.zeros((1, 1, 1, 1), dtype=np.float32)
+PRECISIONS = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
 BEHIND_THE_HEAD = {"Convert", "Multiply", "Divide", "Tanh", "Add"}
 """What may stand between the head's product and the logits: scaling, a soft cap, a bias."""
 DECOMPRESSION = {"Convert", "Subtract", "Multiply", "Add", "Reshape", "Transpose"}
@@ -104,12 +105,20 @@ def prepare(model: "ov.Model") -> None:
         mask = node.input_value(3)
         key = (mask.get_node().get_name(), mask.get_index())
         if key not in biased:
-            added = bias if mask.get_element_type() == ov.Type.f32 else ops.convert(bias, mask.get_element_type())
-            biased[key] = ops.add(mask, added).output(0)
+            biased[key] = _plus_bias(mask, bias).output(0)
         node.input(3).replace_source_output(biased[key])
     model.add_parameters([first, bias])
     model.add_results([features])
     model.validate_nodes_and_infer_types()
+
+
+def _plus_bias(mask: "ov.Output", bias: "ov.Node") -> "ov.Node":
+    """The mask with the bias added, in the mask's type; a mask of yes and no becomes zeros and large negatives."""
+    kind = mask.get_element_type()
+    if kind == ov.Type.boolean:
+        zero, hidden = ops.constant(np.float32(0)), ops.constant(np.float32(np.finfo(np.float16).min))
+        return ops.add(ops.select(mask, zero, hidden), bias)
+    return ops.add(mask, bias if kind == ov.Type.f32 else ops.convert(bias, kind))
 
 
 def tables(model: "ov.Model") -> Tables:
@@ -143,6 +152,22 @@ def num_parameters(model: "ov.Model") -> int:
     """Numbers in constants of two dimensions and more, without the scales of compressed ones."""
     shapes = [node.output(0).get_shape() for node in model.get_ops() if node.get_type_name() == "Constant"]
     return sum(int(np.prod(shape)) for shape in shapes if len(shape) >= 2 and min(shape[-2:]) > 1)
+
+
+def rounding(model: "ov.Model", request: "ov.InferRequest") -> torch.dtype:
+    """The coarsest float type that stands for the roundings of a compiled graph.
+
+    Integer weights make the CPU plugin round activations to eight bits too, about as coarse as bfloat16.
+    """
+    compiled = request.get_compiled_model()
+    precise = all(compiled.get_property(name) == ov.Type.f32 for name in PRECISIONS)
+    groups = compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")
+    integers = {ov.Type.u8, ov.Type.i8, ov.Type.u4, ov.Type.i4}
+    quantised = groups and any(
+        node.get_type_name() == "Constant" and node.get_element_type() in integers and len(node.get_output_shape(0)) > 1
+        for node in model.get_ops()
+    )
+    return torch.float32 if precise and not quantised else torch.bfloat16
 
 
 # --- finding things --------------------------------------------------------------------------------

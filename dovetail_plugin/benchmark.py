@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .engine import next_logits
+from .engine import engine_of, next_logits
 from .modeling import DovetailDraft
 from .report import PHASES
 
@@ -150,7 +150,7 @@ class Comparison:
             for name in (*PHASES, "other")
         }
         sampling = bool(self.options.get("do_sample"))
-        ties = 0 if sampling else sum(gap <= tie_tolerance(self.target.dtype) for gap in self.parted)
+        ties = 0 if sampling else sum(gap <= tie_tolerance(engine_of(self.target).rounding) for gap in self.parted)
         return BenchResult(
             plain_tokens_per_s=statistics.median(plain),
             draft_tokens_per_s=statistics.median(drafted),

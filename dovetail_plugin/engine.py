@@ -43,6 +43,8 @@ class Engine(Protocol):
     """One model and what it takes to draft for it."""
 
     config: PretrainedConfig
+    rounding: torch.dtype
+    """The coarsest float type that results pass through; torch.float32 where texts must be identical."""
 
     def check(self) -> None:
         """Refuse a model that cannot be verified, before any long work.
@@ -109,6 +111,11 @@ class TorchEngine:
         model = self._model()
         assert model is not None
         return model
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.model.dtype
 
     def check(self) -> None:
         """As `Engine.check`: encoder-decoder, state-space or hybrid models, weights that are not in memory."""

@@ -30,6 +30,9 @@ PLAIN = TreeBudget(nodes=1, depth=1, top_k=1)
 OWN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """Forward arguments that the target handles itself; all others go to the prompt's pass unchanged."""
 
+NOT_OF_FORWARD = (*OWN_ARGUMENTS, "tokenizer", "assistant_tokenizer")
+"""With what `generate` hands on beside forward arguments; it has read stop strings with them already."""
+
 
 def check_request(model: PreTrainedModel, draft: DovetailDraft, config: GenerationConfig) -> None:
     """Everything that can be refused before the prompt is looked at.
@@ -165,7 +168,7 @@ def _generate(
         max_length=past + config.max_length,
         max_nodes=budget.nodes,
         prefill_chunk=config.prefill_chunk_size,
-        model_kwargs={k: v for k, v in model_kwargs.items() if k not in OWN_ARGUMENTS and v is not None},
+        model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_OF_FORWARD and v is not None},
     )
     with session as target, torch.no_grad():
         decoder = Decoder(target, drafter, text, budget, report, cached=cached, attention_mask=mask)
