@@ -1,0 +1,200 @@
+"""ONNX Runtime targets: a directory that optimum's ONNX exporter wrote verifies drafts on the CPU.
+
+```python
+from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget
+
+target = OnnxRuntimeTarget.from_pretrained("directory-with-model.onnx-and-config.json")
+out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
+```
+
+Works with `onnxruntime` and `onnx` beside any transformers of ours. What is copied in a pass is told in
+`onnxruntime_session`, where the weights are in `onnxruntime_weights`, what is edited in `onnxruntime_graph`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+try:
+    import onnxruntime as ort
+except ImportError as error:  # the message is what a user reads first
+    raise ImportError(
+        "ONNX Runtime targets need the `onnxruntime` package: pip install 'dovetail-plugin[onnxruntime]'."
+    ) from error
+
+from dovetail_plugin.engine import Tables
+
+from . import onnxruntime_graph as graph
+from . import onnxruntime_weights as weights
+from .common import StoredTarget, sliding_window, stored_generation_config, tables_of
+from .onnxruntime_graph import onnx
+from .onnxruntime_session import OnnxRuntimeCache, OnnxRuntimeSession
+
+MODEL_FILE = "model.onnx"
+
+NOT_OPTIMUMS = (
+    "optimum's ORTModelForCausalLM objects are not taken: optimum-onnx wants a transformers older than any that "
+    "Dovetail runs with, and its models refuse further inputs. Pass the directory that they were loaded from to "
+    "OnnxRuntimeTarget.from_pretrained."
+)
+
+
+class OnnxRuntimeEngine:
+    """An inference session over an edited graph; implements `Engine`.
+
+    Args:
+        model: the graph after `graph.prepare`, with its weights in files.
+        prepared: what `graph.prepare` answered.
+        directory: where the files with the weights are.
+        config: of the transformers model that was exported.
+        options: of the session; must come from `weights.session_options`.
+        same_kernels: see `OnnxRuntimeTarget.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model: "onnx.ModelProto",
+        prepared: graph.Prepared,
+        directory: Path,
+        config: PretrainedConfig,
+        options: "ort.SessionOptions",
+        same_kernels: bool | None = None,
+    ) -> None:
+        self.config = config
+        self.text_config = config.get_text_config(decoder=True)
+        self.takes_positions = prepared.takes_positions
+        self.same_kernels = prepared.quantised if same_kernels is None else same_kernels
+        self.window = sliding_window(self.text_config)
+        self.rounding = _rounding(prepared)
+        self._model, self._prepared, self._directory = model, prepared, directory
+        self._outputs = ["logits", graph.FEATURES, *(each.new for each in prepared.rows)]
+        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def check(self) -> None:
+        """As `Engine.check`; the graph was looked at when it was loaded."""
+
+    def tables(self) -> Tables:
+        """As `Engine.tables`: float32, decompressed if the graph stores them in fewer bits."""
+        found = weights.tables(self._model, self._directory)
+        return tables_of(found.embedding, found.head, found.bias)
+
+    def cache(self, given: Any) -> OnnxRuntimeCache:
+        """As `Engine.cache`."""
+        if given is None:
+            return OnnxRuntimeCache(self._prepared.rows, self._prepared.dtype)
+        if not isinstance(given, OnnxRuntimeCache) or given.layout != self._prepared.rows:
+            what = f"past_key_values ({type(given).__name__})"
+            raise ValueError(f"{what} is not of this target; pass what its own `generate` returned.")
+        return given
+
+    def draft_runner(self, draft: Any) -> None:
+        """As `Engine.draft_runner`: None, the draft runs in torch."""
+
+    def session(
+        self,
+        cache: OnnxRuntimeCache,
+        *,
+        max_length: int,  # noqa: ARG002 - buffers grow by themselves
+        max_nodes: int,
+        prefill_chunk: int | None,
+        model_kwargs: dict[str, Any],
+    ) -> OnnxRuntimeSession:
+        """As `Engine.session`.
+
+        Raises:
+            ValueError: an argument of the forward pass that the graph has no input for.
+        """
+        if model_kwargs:
+            raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}.")
+        return OnnxRuntimeSession(self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk)
+
+    def num_parameters(self) -> int:
+        """Numbers in the graph's matrices."""
+        return graph.num_parameters(self._model)
+
+    def run(self, inputs: dict[str, "ort.OrtValue"]) -> list[np.ndarray]:
+        """One pass: logits, features, new rows of every layer."""
+        return [value.numpy() for value in self._session.run_with_ort_values(self._outputs, inputs)]
+
+
+def _rounding(prepared: graph.Prepared) -> torch.dtype:
+    """The coarsest float type that stands for the graph's roundings.
+
+    Products with packed weights may round activations to eight bits, which is about as coarse as bfloat16.
+    """
+    if prepared.quantised:
+        return torch.bfloat16
+    return torch.float32 if prepared.dtype == np.float32 else torch.float16
+
+
+def engine_for(model: Any) -> OnnxRuntimeEngine:
+    """No engine: this refuses optimum's model objects.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{type(model).__name__}: {NOT_OPTIMUMS}")
+
+
+class OnnxRuntimeTarget(StoredTarget):
+    """A stored ONNX model with transformers' `generate`, with or without a draft. No optimum needed.
+
+    Made by `from_pretrained`. Optimum's own model objects (`ORTModelForCausalLM`) are not taken: optimum-onnx wants
+    transformers below 4.58, Dovetail 5.5 or later.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        file_name: str = MODEL_FILE,
+        same_kernels: bool | None = None,
+        threads: int | None = None,
+        options: dict[str, str] | None = None,
+        **hub_kwargs: Any,
+    ) -> "OnnxRuntimeTarget":
+        """Load what `optimum-cli export onnx --task text-generation-with-past` wrote. The files are only read.
+
+        Weights are not loaded twice: the edited graph refers to them where they lie in the user's files, and
+        ONNX Runtime maps those, so the files must stay as they are while the target is in use.
+
+        Args:
+            file_name: the graph's, within the directory, such as "onnx/model_q4.onnx".
+            same_kernels: run single rows as two. ONNX Runtime multiplies one row with quantised weights by another
+                kernel than several, so a plain step rounds otherwise than a tree and ties may fall otherwise. With
+                it drafted and plain text agree more often; a plain step costs what two rows cost, a tree nothing.
+                Default: for graphs with MatMulNBits.
+            threads: CPU threads of the engine; default: ONNX Runtime's choice.
+            options: further entries of the session's configuration, such as
+                {"session.intra_op.allow_spinning": "0"}.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+
+        Raises:
+            OSError: there is no config.json, no graph, or a file with weights is missing.
+            ValueError: the graph is not one of a decoder-only language model with past keys and values.
+        """
+        if not isinstance(pretrained_model_name_or_path, (str, Path)):
+            raise ValueError(f"got {type(pretrained_model_name_or_path).__name__}: {NOT_OPTIMUMS}")
+        name = str(pretrained_model_name_or_path)
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        file = Path(cached_file(name, file_name, **hub_kwargs))
+        try:
+            model = onnx.load(file, load_external_data=False)
+            for beside in weights.external_files(model):
+                cached_file(name, str(Path(file_name).parent / beside), **hub_kwargs)
+            directory = weights.point_to_files(model, file)
+            prepared = graph.prepare(model)
+        except graph.GraphError as error:
+            raise ValueError(f"{name}: {error}") from error
+        session_options = weights.session_options(directory)
+        if threads is not None:
+            session_options.intra_op_num_threads = threads
+        for key, value in (options or {}).items():
+            session_options.add_session_config_entry(key, value)
+        engine = OnnxRuntimeEngine(model, prepared, directory, config, session_options, same_kernels)
+        return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))
