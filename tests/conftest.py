@@ -2,6 +2,7 @@
 
 import random
 
+import engines
 import pytest
 import torch
 from families import tiny_target
@@ -9,6 +10,22 @@ from families import tiny_target
 import dovetail_plugin.generation
 from dovetail_plugin import DovetailDraft, DraftTree
 from dovetail_plugin.drafting import FeatureDrafter
+
+
+def pytest_addoption(parser):
+    engines.add_options(parser)
+
+
+def pytest_configure(config):
+    engines.choose(config)
+
+
+def pytest_ignore_collect(collection_path):
+    return None if engines.runs(collection_path) else True
+
+
+def pytest_collection_modifyitems(items):
+    engines.skip_what_is_torchs(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,8 +47,10 @@ def draft(llama):
 
 def random_tree(root: int, truth: list[int], budget, rng: random.Random, vocab: int) -> DraftTree:
     """A random tree below `root` that holds a random stretch of the true continuation among decoys."""
-    tokens, parents, depths = [root], [-1], [0]
     on_path, right = 0, rng.randint(0, min(len(truth), budget.depth))
+    if budget.top_k == 1:
+        return random_chain([root, *truth[:right]], budget, rng, vocab)
+    tokens, parents, depths = [root], [-1], [0]
     while len(tokens) < budget.nodes:
         grow_right = depths[on_path] < right and rng.random() < 0.5
         shallow = [i for i, d in enumerate(depths) if d < budget.depth]
@@ -48,6 +67,14 @@ def random_tree(root: int, truth: list[int], budget, rng: random.Random, vocab: 
         if grow_right:
             on_path = len(tokens) - 1
     return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(depths), torch.zeros(len(tokens)))
+
+
+def random_chain(start: list[int], budget, rng: random.Random, vocab: int) -> DraftTree:
+    """As many of the given tokens as the budget allows, then decoys, each below the one before."""
+    nodes = min(budget.nodes, budget.depth + 1)
+    tokens = [*start, *(rng.randrange(vocab) for _ in range(nodes))][:nodes]
+    count = torch.arange(nodes)
+    return DraftTree(torch.tensor(tokens), count - 1, count, torch.zeros(nodes))
 
 
 @pytest.fixture

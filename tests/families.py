@@ -1,5 +1,8 @@
 """Tiny random targets of the families that the tests run over. fp32, a few layers, vocabulary 97."""
 
+from typing import Any
+
+import engines
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -53,7 +56,12 @@ SLIDING = {
 }
 
 
-def tiny_target(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
+def tiny_target(model_type: str, seed: int = 0, **overrides) -> Any:
+    """The model of `tiny_model` as a target of the engine under test."""
+    return engines.current().target(tiny_model(model_type, seed, **overrides))
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model with logits spread widely enough that greedy text is not one repeated token."""
     torch.manual_seed(seed)
     fields = {k: v for k, v in (COMMON | FULL_ATTENTION.get(model_type, {}) | overrides).items() if v is not None}

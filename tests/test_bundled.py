@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import engines
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,8 @@ def prompts():
 
 
 def load(dtype):
-    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype)
+    target = engines.current().target(AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype), own_runner=True)
+    target.config._name_or_path = str(TARGET)  # wherever an export of it is
     return target, DovetailDraft.from_pretrained(DRAFT, dtype=dtype)
 
 
@@ -57,6 +59,7 @@ def test_options_fp32(prompts, options):
     assert compare(torch.float32, prompts[17:21], **options).result().identical == 4
 
 
+@pytest.mark.torch_only("bfloat16 weights")
 def test_greedy_bf16_differs_only_at_ties(prompts):
     result = compare(torch.bfloat16, prompts[:12]).result()
     assert result.identical + result.ties == 12
@@ -65,13 +68,20 @@ def test_greedy_bf16_differs_only_at_ties(prompts):
 
 
 @pytest.mark.slow
-def test_two_hundred_texts(prompts):
+def test_two_hundred_texts():
     """All prompts of the package, 128 tokens each."""
     every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)
     assert compare(torch.float32, every, max_new_tokens=128).result().identical == 200
+
+
+@pytest.mark.slow
+@pytest.mark.torch_only("bfloat16 weights")
+def test_two_hundred_texts_bf16():
+    every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)
     assert compare(torch.bfloat16, every, max_new_tokens=128).result().differences == 0
 
 
+@pytest.mark.torch_only("the files of the pair")
 def test_pair_is_small_and_complete():
     files = [f for directory in (TARGET, DRAFT) for f in directory.iterdir()]
     assert sum(f.stat().st_size for f in files) <= 30e6

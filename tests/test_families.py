@@ -1,8 +1,9 @@
 """Greedy text with a draft is plain generate's, token for token, over model families and tree shapes (fp32)."""
 
+import engines
 import pytest
 import torch
-from families import FULL_ATTENTION, SLIDING, SLIDING_WINDOW, prompt, tiny_target
+from families import FULL_ATTENTION, SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 
@@ -19,6 +20,17 @@ def both(target, draft, ids, **options):
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+def test_plain_text_is_torchs(model_type, fields):
+    """What drafted text is compared with below: an engine's plain text, which has to be torch's own."""
+    if engines.is_current("torch"):
+        pytest.skip("plain generate is transformers' own")
+    model = tiny_model(model_type, **fields)
+    options = dict(max_new_tokens=60, do_sample=False)
+    text = engines.current().target(model).generate(prompt(), **options)
+    assert torch.equal(text, model.generate(prompt(), **options))
+
+
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
 def test_rejecting_draft(model_type, fields):
     """A random draft: nearly everything is rejected and rolled back, in every shape of tree."""
     target = tiny_target(model_type, **fields)
@@ -29,14 +41,17 @@ def test_rejecting_draft(model_type, fields):
         assert torch.equal(plain, drafted), budget
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", pytest.param("eager", marks=pytest.mark.torch_only("an implementation of transformers"))]
+)
 @pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
 def test_accepting_draft(model_type, fields, attention, oracle):
     """A draft that knows much of the text: paths are accepted, cache rows move, the window slides over them."""
-    if attention == "sdpa" and model_type == "gemma2":
-        pytest.skip("Gemma 2 has no sdpa attention in transformers")
     target = tiny_target(model_type, **fields)
-    target.set_attn_implementation(attention)
+    if engines.is_current("torch"):
+        if attention == "sdpa" and model_type == "gemma2":
+            pytest.skip("Gemma 2 has no sdpa attention in transformers")
+        target.set_attn_implementation(attention)
     draft = DovetailDraft.for_target(target)
     ids = prompt(30)
     plain = target.generate(ids, max_new_tokens=60, do_sample=False)

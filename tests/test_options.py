@@ -150,14 +150,49 @@ def test_return_dict(llama, draft, oracle):
     assert len(drafted.scores) == len(plain.scores) == len(drafted.logits) == 30
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.cat(getattr(drafted, name)), torch.cat(getattr(plain, name)))
-    cache, wanted = drafted.past_key_values, plain.past_key_values
-    assert cache.get_seq_length() == wanted.get_seq_length() == 17 + 29
+    assert drafted.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == 17 + 29
+
+
+@pytest.mark.torch_only("transformers' cache classes")
+def test_returned_cache(llama, draft, oracle):
+    options = dict(max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+    plain = llama.generate(prompt(), **options)
+    oracle(plain.sequences, 17)
+    cache, wanted = llama.generate(prompt(), **options, assistant_model=draft).past_key_values, plain.past_key_values
     for layer, stock in zip(cache.layers, wanted.layers, strict=True):
         assert type(layer) is type(stock)
         torch.testing.assert_close(layer.keys, stock.keys, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.values, stock.values, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("whole_text", [True, False], ids=["whole text", "only new tokens"])
+def test_turns(model_type, whole_text):
+    """Four turns with the cache that the turn before returned, from plain to drafted generation and back."""
+    target = tiny_target(model_type, **({"sliding_window": 24} if model_type == "mistral" else {}))
+    draft = DovetailDraft.for_target(target)
+    options = dict(max_new_tokens=15, do_sample=False, eos_token_id=None)
+    wanted = [prompt()]
+    for turn in range(4):  # first of all: some engines hold one text at a time
+        wanted[-1] = target.generate(wanted[-1], **options)
+        wanted.append(torch.cat([wanted[-1], prompt(6, seed=turn)], dim=1))
+    for order in ((True, True, True, True), (False, True, False, True), (True, False, True, True)):
+        cache, text, known = None, prompt(), 0
+        for turn, drafted in enumerate(order):
+            extra = {"assistant_model": draft} if drafted else {}
+            mask = torch.ones(1, text.shape[1], dtype=torch.long)
+            given = text if whole_text else text[:, known:]
+            out = target.generate(
+                given, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options, **extra
+            )
+            text = out.sequences if whole_text else torch.cat([text[:, :known], out.sequences], dim=1)
+            cache, known = out.past_key_values, out.past_key_values.get_seq_length()
+            assert torch.equal(text, wanted[turn])
+            assert known == text.shape[1] - 1
+            text = torch.cat([text, prompt(6, seed=turn)], dim=1)
+
+
+@pytest.mark.torch_only("transformers' cache classes")
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 @pytest.mark.parametrize("with_config", [True, False], ids=["windowed cache", "full cache"])
 @pytest.mark.parametrize("whole_text", [True, False], ids=["whole text", "only new tokens"])
@@ -187,18 +222,18 @@ def test_draft_remembers_earlier_turns(llama):
     torch.manual_seed(5)
     draft = DovetailDraft.for_target(llama)
     options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, assistant_model=draft)
-    cache = DynamicCache(config=llama.config)
-    text = prompt()
+    cache, text, turns = None, prompt(), []
     for turn in range(3):
-        text = llama.generate(text, past_key_values=cache, **options)
-        reused = draft.report.rounds
-        whole = llama.generate(text[:, :-30], **options)
-        assert torch.equal(text, whole)
-        assert reused == draft.report.rounds
+        out = llama.generate(text, past_key_values=cache, return_dict_in_generate=True, **options)
+        cache = out.past_key_values
+        turns.append((out.sequences, draft.report.rounds))
         assert len(draft.turns) == 1
-        text = torch.cat([text, prompt(6, seed=turn)], dim=1)
-    del cache
+        text = torch.cat([out.sequences, prompt(6, seed=turn)], dim=1)
+    del cache, out
     assert len(draft.turns) == 0
+    for text, rounds in turns:
+        assert torch.equal(text, llama.generate(text[:, :-30], **options))
+        assert rounds == draft.report.rounds
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

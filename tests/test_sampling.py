@@ -2,9 +2,10 @@
 
 import itertools
 
+import engines
 import pytest
 import torch
-from families import tiny_target
+from families import tiny_model
 from scipy.stats import chisquare
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -17,9 +18,10 @@ DRAWS = 1500
 
 @pytest.fixture(scope="module")
 def small():
-    target = tiny_target("llama", vocab_size=VOCAB, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    model = tiny_model("llama", vocab_size=VOCAB, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    model.lm_head.weight.data *= 0.4
+    target = engines.current().target(model)
     target.generation_config.eos_token_id = None
-    target.lm_head.weight.data *= 0.4
     torch.manual_seed(3)
     draft = DovetailDraft.for_target(target)
     for parameter in draft.parameters():

@@ -1,0 +1,189 @@
+"""The engines that the tests run over, one of them at a time: `pytest --engine NAME`.
+
+`families.tiny_target` and the bundled target pass through `current().target`, so one test file serves all
+engines. Tests that are about the inside of torch targets are marked `torch_only`. A further engine is one more
+class here with an entry in `ENGINES`, and a script that exports a checkpoint for it.
+"""
+
+import atexit
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from transformers import PreTrainedModel
+
+TESTS = Path(__file__).resolve().parent
+SHARED_FILES = {
+    "test_bad_input.py",
+    "test_bundled.py",
+    "test_families.py",
+    "test_options.py",
+    "test_sampling.py",
+}
+"""Test files that run over every engine."""
+
+
+class EngineUnderTest(Protocol):
+    """How tests get a target of one engine."""
+
+    own_files: set[str] | None
+    """Test files of this engine alone; None: all files."""
+
+    def target(self, model: PreTrainedModel, own_runner: bool = False) -> Any:
+        """A target that computes what `model` does, in fp32.
+
+        Args:
+            own_runner: drafts may run in the engine too, which takes seconds to prepare; else they run in torch.
+        """
+
+
+class Exporter:
+    """Stored models of an engine, made when they are first asked for and found again by their content.
+
+    Args:
+        script: reads requests as tests/export_openvino.py does.
+        python: of the environment that has what the script imports.
+        directory: where exports stay.
+    """
+
+    def __init__(self, script: Path, python: str, directory: Path) -> None:
+        self._command, self.directory = [python, str(script)], directory
+        self._process: subprocess.Popen[str] | None = None
+
+    def path(self, model: PreTrainedModel, kind: str = "f32") -> Path:
+        """The directory with this model's export. Not to be written to."""
+        with tempfile.TemporaryDirectory() as source:
+            model.save_pretrained(source)
+            config = json.loads((Path(source) / "config.json").read_text())
+            config.pop("transformers_version")
+            digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+            for file in sorted(Path(source).glob("*.safetensors")):
+                digest.update(file.read_bytes())
+            out = self.directory / f"{config['model_type']}-{kind}-{digest.hexdigest()[:16]}"
+            if not out.exists():
+                self._export(source, out, kind)
+        return out
+
+    def _export(self, source: str, out: Path, kind: str) -> None:
+        part = out.with_name(out.name + ".part")  # an export that was interrupted is not taken for a whole one
+        shutil.rmtree(part, ignore_errors=True)
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"source": source, "out": str(part), "kind": kind}) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        log = self.directory / "export.log"
+        if not answer:
+            raise RuntimeError(f"{' '.join(self._command)} ended; see {log}.")
+        if error := json.loads(answer)["error"]:
+            raise RuntimeError(f"{out.name} could not be exported: {error} (see {log})")
+        part.rename(out)
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / "export.log").open("a") as log:
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+            atexit.register(self._process.terminate)
+        return self._process
+
+
+class Torch:
+    """The model itself."""
+
+    own_files = None
+
+    def __init__(self, _config: pytest.Config) -> None:
+        pass
+
+    def target(self, model: PreTrainedModel, own_runner: bool = False) -> PreTrainedModel:
+        return model
+
+
+class OpenVINO:
+    """An `OpenVINOTarget` of the model's export."""
+
+    own_files = {"test_openvino.py"}
+
+    def __init__(self, config: pytest.Config) -> None:
+        directory = Path(config.getoption("--exports")) / "openvino"
+        self.exporter = Exporter(TESTS / "export_openvino.py", config.getoption("--exporter"), directory)
+
+    def target(self, model: PreTrainedModel, own_runner: bool = False, kind: str = "f32", **options: Any) -> Any:
+        from dovetail_plugin.adapters.openvino import OpenVINOTarget
+
+        target = OpenVINOTarget.from_pretrained(self.exporter.path(model, kind), **({"threads": 1} | options))
+        if not own_runner:
+            target.dovetail_engine.draft_runner = lambda _draft: None
+        return target
+
+
+class OnnxRuntime:
+    """An `OnnxRuntimeTarget` of the model's export, made in an environment of its own."""
+
+    own_files = {"test_onnxruntime.py"}
+
+    def __init__(self, config: pytest.Config) -> None:
+        directory = Path(config.getoption("--exports")) / "onnxruntime"
+        self.exporter = Exporter(TESTS / "export_onnx.py", config.getoption("--exporter"), directory)
+
+    def target(self, model: PreTrainedModel, own_runner: bool = False, kind: str = "f32", **options: Any) -> Any:
+        from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget
+
+        return OnnxRuntimeTarget.from_pretrained(self.exporter.path(model, kind), **({"threads": 1} | options))
+
+
+ENGINES = {"torch": Torch, "openvino": OpenVINO, "onnxruntime": OnnxRuntime}
+
+_current: EngineUnderTest | None = None
+
+
+def current() -> Any:
+    """The engine chosen for this session."""
+    assert _current is not None, "tests/conftest.py chooses the engine when pytest is configured"
+    return _current
+
+
+def is_current(name: str) -> bool:
+    """Whether this engine was chosen."""
+    return type(_current) is ENGINES[name]
+
+
+# --- called by conftest.py -------------------------------------------------------------------------
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """The options of the test run."""
+    group = parser.getgroup("engines")
+    group.addoption("--engine", choices=sorted(ENGINES), default="torch", help="what runs the targets")
+    group.addoption("--exporter", default=sys.executable, help="python that has the engine's exporter (default: this)")
+    group.addoption("--exports", default=str(TESTS.parent / "build" / "exports"), help="where exported models stay")
+
+
+def choose(config: pytest.Config) -> None:
+    """Make the engine of the command line the current one."""
+    global _current
+    _current = ENGINES[config.getoption("--engine")](config)
+
+
+def runs(file: Path) -> bool:
+    """Whether a test file is for the current engine."""
+    own = current().own_files
+    return own is None or not file.name.startswith("test_") or file.name in SHARED_FILES | own
+
+
+def skip_what_is_torchs(items: list[pytest.Item]) -> None:
+    """Tests marked `torch_only(reason)`, where another engine runs."""
+    if is_current("torch"):
+        return
+    for item in items:
+        if mark := item.get_closest_marker("torch_only"):
+            item.add_marker(pytest.mark.skip(reason=f"torch only: {mark.args[0]}"))
