@@ -69,7 +69,8 @@ def draft_graph(draft: DovetailDraft, weights: str = "int8") -> "ov.Model":
         weights: "int8" or "f32".
     """
     config = draft.config
-    exact = DovetailDraft(config).float().eval()
+    with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, take no draws from the user's text
+        exact = DovetailDraft(config).float().eval()
     exact.load_state_dict(draft.state_dict())
     exact.head_weight = draft.head_weight.float()
     exact.head_bias = None if draft.head_bias is None else draft.head_bias.float()
