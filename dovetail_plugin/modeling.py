@@ -126,7 +126,8 @@ class DovetailDraft(PreTrainedModel):
             ValueError: the target's vocabulary or hidden size is not this draft's, or it has no usable tables.
         """
         check_fits(self.config, target)
-        _warn_of_other_target(self.config, target)
+        if isinstance(target, PreTrainedModel):  # an exported one is named by its directory, whatever it was before
+            _warn_of_other_target(self.config, target)
         tables = engine_of(target).tables()
         if tables.embedding.shape[1] != self.config.hidden_size:
             raise ValueError(
