@@ -2,6 +2,8 @@
 # make test          the test suite, from nothing (about ten minutes on two cores)
 # make test-all      with the slow tests
 # make test-oldest   the suite with the oldest supported transformers
+# make test-openvino           tests over OpenVINO targets and optimum-intel's models (transformers 5.5)
+# make test-openvino-runtime   the same with openvino alone (newest transformers); the other environment exports
 # make lint          ruff and mypy
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
 
@@ -10,7 +12,7 @@ PAIR = examples/tiny_pair
 TARGET = $(PAIR)/dovetail-tiny-target
 DRAFT = $(PAIR)/dovetail-tiny-draft
 
-.PHONY: setup demo test test-all test-oldest lint bench clean
+.PHONY: setup demo test test-all test-oldest test-openvino test-openvino-runtime lint bench clean
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -21,6 +23,19 @@ setup: .venv/installed
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e ".[test]"
+	touch $@
+
+# optimum-intel asks for torchvision, which nothing here needs: so without its dependencies.
+.venv-openvino/installed: pyproject.toml constraints-openvino.txt
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/pip install -q -c constraints-openvino.txt -e ".[test]" optimum nncf openvino requests setuptools
+	.venv-openvino/bin/pip install -q --no-deps -c constraints-openvino.txt optimum-intel
+	rm -rf build/exports/openvino
+	touch $@
+
+.venv-openvino-runtime/installed: pyproject.toml constraints.txt constraints-openvino.txt
+	$(PYTHON) -m venv .venv-openvino-runtime
+	.venv-openvino-runtime/bin/pip install -q -c constraints.txt -e ".[test]" $$(grep '^openvino==' constraints-openvino.txt)
 	touch $@
 
 demo: setup
@@ -37,6 +52,12 @@ test-all: setup
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -m "not slow"
 
+test-openvino: .venv-openvino/installed
+	.venv-openvino/bin/python -m pytest -m "not slow" --engine openvino
+
+test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
+	.venv-openvino-runtime/bin/python -m pytest -m "not slow" --engine openvino --exporter .venv-openvino/bin/python
+
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -46,4 +67,4 @@ bench: setup
 	.venv/bin/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

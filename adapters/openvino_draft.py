@@ -75,6 +75,7 @@ def draft_graph(draft: DovetailDraft, weights: str = "int8") -> "ov.Model":
     exact.head_weight = draft.head_weight.float()
     exact.head_bias = None if draft.head_bias is None else draft.head_bias.float()
     n, past, size, heads, dim = 3, 5, config.hidden_size, config.num_key_value_heads, config.head_dim
+    assert heads is not None and dim is not None  # the configuration fills them in
     example = (
         torch.zeros(1, n, size),
         torch.zeros(1, n, size),
@@ -94,7 +95,7 @@ def draft_graph(draft: DovetailDraft, weights: str = "int8") -> "ov.Model":
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
 
 
-def _make_stateful(model: "ov.Model", heads: int | None, dim: int | None) -> None:
+def _make_stateful(model: "ov.Model", heads: int, dim: int) -> None:
     """Name inputs and outputs, and turn the past rows into the request's state."""
     for port, name in zip(model.inputs, INPUTS, strict=False):
         port.get_tensor().set_names({name})

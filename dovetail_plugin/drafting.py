@@ -131,7 +131,7 @@ class FeatureDrafter:
     ) -> None:
         self.draft = draft
         self.clock = clock
-        self.runner = runner or TorchRunner(draft)
+        self.runner: DraftRunner = runner or TorchRunner(draft)
         self.rows = self.runner.new_rows(capacity)
         self.device, self.dtype = self.runner.device, self.runner.dtype
         self.committed = 0  # pairs of the text, without tree nodes

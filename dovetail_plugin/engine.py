@@ -43,8 +43,10 @@ class Engine(Protocol):
     """One model and what it takes to draft for it."""
 
     config: PretrainedConfig
-    rounding: torch.dtype
-    """The coarsest float type that results pass through; torch.float32 where texts must be identical."""
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """The coarsest float type that results pass through; torch.float32 where texts must be identical."""
 
     def check(self) -> None:
         """Refuse a model that cannot be verified, before any long work.
