@@ -28,8 +28,8 @@ TREE_BIAS, FIRST_LOGIT_ROW, FEATURES, POSITIONS = "tree_bias", "first_logit_row"
 HEADS = {"MatMul", "MatMulNBits"}
 BEHIND_THE_HEAD = {"Cast", "Mul", "Div", "Tanh", "Add", "Identity"}
 """What may stand between the head's product and the logits: scaling, a soft cap, a bias."""
-ON_SCORES = {"Cast", "Mul", "Div", "Tanh"}
-"""What may stand between the product of queries and keys and the mask's Add."""
+ON_SCORES = {"Cast", "Mul", "Div", "Tanh", "Add", "Reshape"}
+"""What may stand between the product of queries and keys and the mask's Add: scaling, a soft cap, ALiBi."""
 ON_ANGLES = {"Cast", "Concat", "Mul", "Transpose", "Identity", "MatMul", "Unsqueeze"}
 """What may stand between position ids and the cosines of rotary embeddings."""
 OVER_ALL_ROWS = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
@@ -232,7 +232,7 @@ def _masks(links: Links, layers: int) -> list[_Place]:
             continue  # a router's softmax, say
         add = links.maker[name]
         products = [_is_product(links, source) for source in add.input]
-        if sum(products) == 1:
+        if sum(products) == 1 and not links.is_constant(add.input[products.index(False)]):
             found.append(_Place(add, products.index(False)))
     if len(found) != layers:
         raise GraphError(
@@ -243,9 +243,9 @@ def _masks(links: Links, layers: int) -> list[_Place]:
 
 
 def _is_product(links: Links, name: str) -> bool:
-    """Whether a value is made of a matrix product, scaled or soft-capped perhaps."""
-    while links.kind(name) in ON_SCORES:
-        name = next((s for s in links.maker[name].input if not links.is_constant(s)), "")
+    """Whether a value is a matrix product with at most some scaling after it."""
+    if links.kind(name) in ON_SCORES:
+        return any(_is_product(links, source) for source in links.maker[name].input)
     return links.kind(name) in ("MatMul", "FusedMatMul")
 
 
