@@ -6,7 +6,10 @@ own modules; the key/value rows live in the state of one request for each text, 
 stay as holes that the mask hides, as in `openvino.py`.
 """
 
+import contextlib
+import io
 import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -46,15 +49,15 @@ class _Step(nn.Module):
 
     def __init__(self, draft: DovetailDraft) -> None:
         super().__init__()
-        self.draft = draft
+        self.fusion, self.layers, self._head = draft.fusion, draft.layers, draft.head
 
     def forward(self, features, embeddings, cos, sin, mask, logit_rows, beam_idx, past):
         pairs = zip(past[::2], past[1::2], strict=True)
         rows = [_Past(keys.index_select(0, beam_idx), values.index_select(0, beam_idx)) for keys, values in pairs]
-        x = self.draft.fusion(features, embeddings)
-        for layer, own in zip(self.draft.layers, rows, strict=True):
+        x = self.fusion(features, embeddings)
+        for layer, own in zip(self.layers, rows, strict=True):
             x = layer(x, (cos, sin), own, mask)
-        logits = self.draft.head(x.index_select(1, logit_rows))
+        logits = self._head(x.index_select(1, logit_rows))
         return x, logits, *(tensor for own in rows for tensor in (own.keys, own.values))
 
 
@@ -86,13 +89,15 @@ def draft_graph(draft: DovetailDraft, weights: str = "int8") -> "ov.Model":
         torch.zeros(1, dtype=torch.int32),
         [torch.zeros(1, heads, past, dim) for _ in range(2 * config.num_hidden_layers)],
     )
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: deprecation in torch, Python numbers that are constants here
         model = ov.convert_model(_Step(exact), example_input=example)
     _make_stateful(model, heads, dim)
     if weights == "f32":
         return model
     nncf.set_log_level(logging.ERROR)
-    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars: this takes a second
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
 
 
 def _make_stateful(model: "ov.Model", heads: int, dim: int) -> None:

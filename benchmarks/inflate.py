@@ -103,7 +103,9 @@ class Rule:
 RULES = {
     r"embed_tokens\.weight$": Rule("zeros"),
     r"lm_head\.weight$": Rule("random"),
-    r"norm\.weight$": Rule("ones", added="zeros"),  # the source block also times sqrt(H/H2): the mean is over more entries
+    r"norm\.weight$": Rule(
+        "ones", added="zeros"
+    ),  # the source block also times sqrt(H/H2): the mean is over more entries
     r"_proj\.bias$": Rule("zeros"),
     r"(q|k|v|gate|up)_proj\.weight$": Rule("random"),  # added columns meet the stream's zeros
     r"(o|down)_proj\.weight$": Rule("zeros", added="random"),  # drops added heads and units

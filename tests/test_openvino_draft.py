@@ -1,0 +1,112 @@
+"""A draft as an OpenVINO graph: the same steps as in torch, rows set back as holes, and a way out without nncf."""
+
+import sys
+
+import pytest
+import torch
+from families import prompt, tiny_target
+
+pytest.importorskip("openvino")
+nncf = pytest.importorskip("nncf")
+
+from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin.adapters import openvino_draft
+from dovetail_plugin.adapters.openvino_draft import OpenVINORunner
+from dovetail_plugin.drafting import FeatureDrafter
+from dovetail_plugin.report import PhaseClock
+
+BUDGET = TreeBudget(nodes=10, depth=4, top_k=3)
+
+
+@pytest.fixture(scope="module", params=[("dgf", 1), ("dgf", 3), ("concat", 2)], ids=["dgf1", "dgf3", "concat2"])
+def pair(request):
+    fusion, blocks = request.param
+    torch.manual_seed(3)
+    draft = DovetailDraft.for_target(tiny_target("llama"), blocks=blocks, fusion=fusion)
+    return draft, OpenVINORunner(draft, weights="f32")
+
+
+def rounds(draft, runner, count=6):
+    """Trees of several rounds in which different numbers of tokens were accepted."""
+    generator = torch.Generator().manual_seed(1)
+    drafter = FeatureDrafter(draft, 8, PhaseClock(), runner)
+    drafter.begin(torch.randn(11, 32, generator=generator), prompt(12)[0])
+    for number in range(count):
+        yield drafter.grow(BUDGET)
+        accepted = number % 4 + 1
+        tokens = torch.randint(3, 97, (accepted,), generator=generator)
+        drafter.advance(torch.randn(accepted, 32, generator=generator), tokens)
+
+
+def assert_same_trees(one, other):
+    for wanted, got in zip(one, other, strict=True):
+        assert torch.equal(got.tokens, wanted.tokens)
+        assert torch.equal(got.parents, wanted.parents)
+        torch.testing.assert_close(got.scores, wanted.scores, atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_trees_as_in_torch(pair):
+    draft, runner = pair
+    assert_same_trees(list(rounds(draft, None)), list(rounds(draft, runner)))
+
+
+def test_the_same_trees_when_holes_are_taken_out(pair, monkeypatch):
+    draft, runner = pair
+    monkeypatch.setattr(openvino_draft, "SPARE_HOLES", 0)
+    taken_out = []
+    compact = openvino_draft.StateRows._compact
+
+    def counted(rows):
+        taken_out.append(rows.slots - rows.length)
+        compact(rows)
+        assert rows.slots == rows.length == rows.request.query_state()[0].state.shape[2]
+
+    monkeypatch.setattr(openvino_draft.StateRows, "_compact", counted)
+    assert_same_trees(list(rounds(draft, None)), list(rounds(draft, runner)))
+    assert sum(taken_out) > 0
+
+
+def test_holes_are_bounded(pair, monkeypatch):
+    draft, runner = pair
+    monkeypatch.setattr(openvino_draft, "SPARE_HOLES", 20)
+    drafter = FeatureDrafter(draft, 8, PhaseClock(), runner)
+    drafter.begin(torch.randn(11, 32), prompt(12)[0])
+    for _ in range(30):
+        drafter.grow(BUDGET)
+        drafter.advance(torch.randn(1, 32), torch.tensor([5]))
+        own = drafter.rows[0]
+        assert own.slots <= 2 * own.length + 20 + BUDGET.top_k
+
+
+def test_two_texts_at_a_time_do_not_mix(pair):
+    draft, runner = pair
+    alone = list(rounds(draft, runner))
+    first, second = rounds(draft, runner), rounds(draft, runner)
+    mixed = [(one, other) for one, other in zip(first, second, strict=True)]
+    assert_same_trees(alone, [one for one, _ in mixed])
+    assert_same_trees(alone, [other for _, other in mixed])
+
+
+def test_int8_drafts_nearly_the_same(pair):
+    """Compression costs acceptance only; scores stay within what eight bits can do on random weights."""
+    draft, _ = pair
+    runner = OpenVINORunner(draft)
+    exact, rough = next(rounds(draft, None)), next(rounds(draft, runner))
+    assert abs(exact.scores[1] - rough.scores[1]) < 0.5
+    assert not torch.equal(exact.scores, rough.scores)
+
+
+def test_without_nncf_the_draft_runs_in_torch(monkeypatch):
+    from dovetail_plugin.adapters import openvino
+
+    draft = DovetailDraft.for_target(tiny_target("llama"))
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.delitem(sys.modules, "dovetail_plugin.adapters.openvino_draft")
+    said = []
+    monkeypatch.setattr(openvino.logger, "warning", said.append)
+    engine = openvino.OpenVINOEngine.__new__(openvino.OpenVINOEngine)
+    engine._runners, engine._draft_properties = {}, {}
+    assert engine.draft_runner(draft) is None
+    assert engine.draft_runner(draft) is None
+    assert len(said) == 1
+    assert "dovetail-plugin[openvino]" in said[0]
