@@ -52,7 +52,12 @@ class OnnxRuntimeEngine:
         directory: where the files with the weights are.
         config: of the transformers model that was exported.
         options: of the session; must come from `weights.session_options`.
-        same_kernels: see `OnnxRuntimeTarget.from_pretrained`.
+        same_kernels, exact: see `OnnxRuntimeTarget.from_pretrained`.
+
+    Attributes:
+        takes_positions: whether the graph has position ids; else a row's place in the cache is its position.
+        window: rows that sliding layers look back, if there are such layers.
+        rounding: as `Engine.rounding`.
     """
 
     def __init__(
@@ -62,14 +67,16 @@ class OnnxRuntimeEngine:
         directory: Path,
         config: PretrainedConfig,
         options: "ort.SessionOptions",
-        same_kernels: bool | None = None,
+        *,
+        same_kernels: bool = False,
+        exact: bool = False,
     ) -> None:
         self.config = config
         self.text_config = config.get_text_config(decoder=True)
         self.takes_positions = prepared.takes_positions
-        self.same_kernels = prepared.quantised if same_kernels is None else same_kernels
+        self.exact, self.same_kernels = exact, same_kernels or exact
         self.window = sliding_window(self.text_config)
-        self.rounding = _rounding(prepared)
+        self.rounding = torch.float32 if exact else _rounding(prepared)
         self._model, self._prepared, self._directory = model, prepared, directory
         self._outputs = ["logits", graph.FEATURES, *(each.new for each in prepared.rows)]
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -153,7 +160,8 @@ class OnnxRuntimeTarget(StoredTarget):
         pretrained_model_name_or_path: str | Path,
         *,
         file_name: str = MODEL_FILE,
-        same_kernels: bool | None = None,
+        same_kernels: bool = False,
+        exact: bool = False,
         threads: int | None = None,
         options: dict[str, str] | None = None,
         **hub_kwargs: Any,
@@ -165,10 +173,14 @@ class OnnxRuntimeTarget(StoredTarget):
 
         Args:
             file_name: the graph's, within the directory, such as "onnx/model_q4.onnx".
-            same_kernels: run single rows as two. ONNX Runtime multiplies one row with quantised weights by another
-                kernel than several, so a plain step rounds otherwise than a tree and ties may fall otherwise. With
-                it drafted and plain text agree more often; a plain step costs what two rows cost, a tree nothing.
-                Default: for graphs with MatMulNBits.
+            same_kernels: run single rows as two. ONNX Runtime multiplies one row by another kernel than several, so
+                a plain step rounds otherwise than a tree. The price is that a plain step costs what two rows cost;
+                trees cost nothing more. By itself it removes one of two causes; `exact` removes both.
+            exact: drafted text equals plain text to the bit, with packed weights too: single rows run as two, drafts
+                are chains, and the runtime gets its keys and values without free rows, so every sum runs in the
+                order of plain decoding. The price is the acceptance of trees and a copy of the cache every pass.
+                Without it sums differ by a rounding of float32, which activations in eight bits can make a visible
+                one: texts of such models may part at ties.
             threads: CPU threads of the engine; default: ONNX Runtime's choice.
             options: further entries of the session's configuration, such as
                 {"session.intra_op.allow_spinning": "0"}.
@@ -196,5 +208,7 @@ class OnnxRuntimeTarget(StoredTarget):
             session_options.intra_op_num_threads = threads
         for key, value in (options or {}).items():
             session_options.add_session_config_entry(key, value)
-        engine = OnnxRuntimeEngine(model, prepared, directory, config, session_options, same_kernels)
+        engine = OnnxRuntimeEngine(
+            model, prepared, directory, config, session_options, same_kernels=same_kernels, exact=exact
+        )
         return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))

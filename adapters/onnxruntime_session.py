@@ -30,6 +30,7 @@ class RunsPasses(Protocol):
     text_config: PretrainedConfig
     takes_positions: bool
     same_kernels: bool
+    exact: bool
     window: int | None
 
     def run(self, inputs: dict[str, "ort.OrtValue"]) -> list[np.ndarray]:
@@ -98,12 +99,13 @@ class OnnxRuntimeSession:
     def _counts_rows(self, new: int) -> bool:
         """Whether the graph takes a row's place in the cache for its place in the text, in a pass of `new` rows.
 
-        So it is where the graph has no positions, and where a sliding window could reach into the text: there the
-        runtime gets copies of the buffers without their free rows, and drafts are chains.
+        So it is where the graph has no positions, and where a sliding window could reach into the text; and an exact
+        engine wants it so. There the runtime gets copies of the buffers without their free rows, and drafts are
+        chains.
         """
-        window = self._engine.window
-        near = window is not None and self._cache.capacity + new >= window
-        return near or not self._engine.takes_positions
+        engine = self._engine
+        near_window = engine.window is not None and self._cache.capacity + new >= engine.window
+        return near_window or engine.exact or not engine.takes_positions
 
     @property
     def supports_tree(self) -> bool:
