@@ -31,6 +31,8 @@ from dovetail_plugin.tree import DraftTree
 
 ROWS = (1, 2, 4, 8, 16, 32)
 CONTEXT = 128
+OWN = ("dir", "budget", "group", "runner")
+"""Settings of an engine that are ours: where it is, its draft's budget and runner, its dynamic quantisation's group."""
 
 
 @dataclass
@@ -58,8 +60,8 @@ def parse_engine(text: str) -> tuple[str, dict[str, str]]:
 
 
 def load_contender(name: str, settings: dict[str, str], draft_dir: Path, budget: TreeBudget) -> Contender:
-    """Load an exported engine; settings other than dir and budget go to its `from_pretrained`."""
-    options: dict[str, Any] = {key: value for key, value in settings.items() if key not in ("dir", "budget", "group")}
+    """Load an exported engine; settings other than OWN go to its `from_pretrained`."""
+    options: dict[str, Any] = {key: value for key, value in settings.items() if key not in OWN}
     if "exact" in options:
         options["exact"] = options["exact"] == "true"
     if "group" in settings:
@@ -67,7 +69,9 @@ def load_contender(name: str, settings: dict[str, str], draft_dir: Path, budget:
     if "budget" in settings:
         budget = parse_budget(settings["budget"])
     target = load_exported(settings["dir"], **options)
-    return Contender(name, target, DovetailDraft.from_pretrained(draft_dir), budget)
+    draft = DovetailDraft.from_pretrained(draft_dir)
+    draft.runner = settings.get("runner", "auto")
+    return Contender(name, target, draft, budget)
 
 
 def stock_pass(model: Any, ids: torch.Tensor) -> Any:

@@ -17,6 +17,7 @@ optimum writes the files, and its versions are particular (docs/adapters.md has 
 TASK = "text-generation-with-past"
 NEEDS = {"openvino": ("optimum.intel", "optimum-intel"), "onnx": ("optimum.exporters.onnx", "optimum-onnx")}
 WEIGHTS = {"openvino": ("fp32", "fp16", "int8", "int4"), "onnx": ("fp32",)}
+DEFAULT_WEIGHTS = {"openvino": "int8", "onnx": "fp32"}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,7 +32,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--target", required=True, metavar="DIR_OR_ID", help="the model to export")
     parser.add_argument("--to", required=True, choices=sorted(NEEDS), help="the format")
     parser.add_argument(
-        "--weights", default="int8", choices=WEIGHTS["openvino"], help="how weights are stored; onnx: fp32 only"
+        "--weights",
+        default=None,
+        choices=WEIGHTS["openvino"],
+        help="how weights are stored; default: int8 for openvino, fp32 for onnx, which has no other",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="gets the graph, config and tokenizer")
     parser.set_defaults(run=run)
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", args.to, "--model", args.target]
     command += ["--task", TASK]
     if args.to == "openvino":
-        command += ["--weight-format", args.weights]
+        command += ["--weight-format", weights]
     return subprocess.run([*command, args.out], check=False).returncode
 
 
