@@ -48,10 +48,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError: no such model, or the format does not store such weights.
         ImportError: the exporter is not installed.
     """
-    if args.weights not in WEIGHTS[args.to]:
-        raise ValueError(
-            f"--weights {args.weights} does not go with --to {args.to}; use {', '.join(WEIGHTS[args.to])}."
-        )
+    weights = args.weights or DEFAULT_WEIGHTS[args.to]
+    if weights not in WEIGHTS[args.to]:
+        raise ValueError(f"--weights {weights} does not go with --to {args.to}; use {', '.join(WEIGHTS[args.to])}.")
     check_model("--target", args.target)
     module, package = NEEDS[args.to]
     if not _is_there(module):
