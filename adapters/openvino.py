@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 FREE_HOLES = 128
 """Holes that are let be whatever the length of the text; see `OpenVINOSession.keep`."""
 
+NO_TOKEN = np.array([[-1]], dtype=np.int64)
+"""Left as input when a session ends: whoever runs the request next puts its own there."""
+
 MODEL_FILE = "openvino_model.xml"
 
 
@@ -188,7 +191,7 @@ class OpenVINOSession:
         if self._engine.takes_positions:
             inputs["position_ids"] = positions[None].astype(np.int64)
         request = self._engine.request
-        request.infer(inputs)
+        request.infer(inputs, share_inputs=True)  # tensors of our own each time: others may have left theirs
         return request.get_tensor("logits").data[0].copy(), request.get_tensor(graph.FEATURES).data[0].copy()
 
     def _compact(self) -> None:
@@ -297,7 +300,7 @@ class OpenVINOEngine:
         if cache.slots == 0:
             self.request.reset_state()
             self._current = weakref.ref(cache)
-        elif self._current is None or self._current() is not cache:
+        elif self._current is None or self._current() is not cache or self._was_run_by_others():
             raise ValueError(
                 "past_key_values is from an earlier generation, and its rows are gone: an OpenVINO target holds one "
                 "text at a time. Pass the whole text without past_key_values."
@@ -311,6 +314,11 @@ class OpenVINOEngine:
         """Inputs that leave the graph's function as it was, for whoever runs the request next."""
         self.request.set_tensor(graph.TREE_BIAS, ov.Tensor(NO_BIAS))
         self.request.set_tensor(graph.FIRST_LOGIT_ROW, ov.Tensor(np.zeros(1, dtype=np.int64)))
+        self.request.set_tensor("input_ids", ov.Tensor(NO_TOKEN))
+
+    def _was_run_by_others(self) -> bool:
+        """Whether the request, which an optimum model shares, has run since `set_neutral`."""
+        return not np.array_equal(self.request.get_tensor("input_ids").data, NO_TOKEN)
 
 
 def engine_for(model: Any) -> OpenVINOEngine:

@@ -61,6 +61,7 @@ def check_model(model: "ov.Model") -> None:
         raise GraphError(
             f"no input `input_ids` in the graph (inputs: {', '.join(sorted(names))}); not a language model."
         )
+    _logits(model)
     if any(name.startswith("past_key_values") for name in names) or not model.get_sinks():
         raise GraphError(
             "the graph keeps no key/value state (a stateless export, or one without a cache); export it again with "
@@ -70,7 +71,6 @@ def check_model(model: "ov.Model") -> None:
         raise GraphError(
             f"no inputs `attention_mask` and `beam_idx` in the graph (inputs: {', '.join(sorted(names))})."
         )
-    _logits(model)
 
 
 def is_prepared(model: "ov.Model") -> bool:
