@@ -92,8 +92,12 @@ class Exporter:
                 self._process = subprocess.Popen(
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
                 )
-            atexit.register(self._process.terminate)
+            atexit.register(self._end)
         return self._process
+
+    def _end(self) -> None:
+        assert self._process is not None
+        self._process.communicate()  # closes its stdin, which is its end
 
 
 class Torch:

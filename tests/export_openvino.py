@@ -39,7 +39,8 @@ def export(source: str, out: str, kind: str) -> None:
 
 def main() -> None:
     """Answer requests until stdin ends; whatever libraries print goes to stderr."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
         error = None
         try:
