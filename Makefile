@@ -4,6 +4,7 @@
 # make test-oldest   the suite with the oldest supported transformers
 # make test-openvino           tests over OpenVINO targets and optimum-intel's models (transformers 5.5)
 # make test-openvino-runtime   the same with openvino alone (newest transformers); the other environment exports
+# make test-onnxruntime        tests over ONNX Runtime targets (newest transformers); a further environment exports
 # make lint          ruff and mypy
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
 
@@ -12,7 +13,8 @@ PAIR = examples/tiny_pair
 TARGET = $(PAIR)/dovetail-tiny-target
 DRAFT = $(PAIR)/dovetail-tiny-draft
 
-.PHONY: setup demo test test-all test-oldest test-openvino test-openvino-runtime lint bench clean
+.PHONY: setup demo test test-all test-oldest test-openvino test-openvino-runtime \
+  test-onnxruntime lint bench clean
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -38,6 +40,19 @@ setup: .venv/installed
 	.venv-openvino-runtime/bin/pip install -q -c constraints.txt -e ".[test]" $$(grep '^openvino==' constraints-openvino.txt)
 	touch $@
 
+.venv-onnx-export/installed: constraints-onnx-export.txt
+	$(PYTHON) -m venv .venv-onnx-export
+	.venv-onnx-export/bin/pip install -q -c constraints-onnx-export.txt \
+	  torch transformers optimum optimum-onnx onnx onnx_ir onnxruntime safetensors
+	rm -rf build/exports/onnxruntime
+	touch $@
+
+.venv-onnxruntime/installed: pyproject.toml constraints.txt constraints-onnx-export.txt
+	$(PYTHON) -m venv .venv-onnxruntime
+	.venv-onnxruntime/bin/pip install -q -c constraints.txt -e ".[test]" \
+	  $$(grep -E '^(onnx|onnxruntime)==' constraints-onnx-export.txt)
+	touch $@
+
 demo: setup
 	.venv/bin/dovetail generate --target $(TARGET) --draft $(DRAFT) --dtype float32 --compare \
 	  --max-new-tokens 200 \
@@ -57,6 +72,9 @@ test-openvino: .venv-openvino/installed
 
 test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
 	.venv-openvino-runtime/bin/python -m pytest -m "not slow" --engine openvino --exporter .venv-openvino/bin/python
+
+test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
+	.venv-onnxruntime/bin/python -m pytest -m "not slow" --engine onnxruntime --exporter .venv-onnx-export/bin/python
 
 lint: setup
 	.venv/bin/ruff format --check .

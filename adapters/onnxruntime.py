@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 try:
     import onnxruntime as ort
@@ -193,6 +193,8 @@ class OnnxRuntimeTarget(StoredTarget):
         if not isinstance(pretrained_model_name_or_path, (str, Path)):
             raise ValueError(f"got {type(pretrained_model_name_or_path).__name__}: {NOT_OPTIMUMS}")
         name = str(pretrained_model_name_or_path)
+        if cached_file(name, CONFIG_NAME, **hub_kwargs) is None:
+            raise OSError(f"{name} has no {CONFIG_NAME}; copy it from the model that was exported.")
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
         file = Path(cached_file(name, file_name, **hub_kwargs))
         try:

@@ -32,7 +32,7 @@ ON_SCORES = {"Cast", "Mul", "Div", "Tanh", "Add", "Reshape"}
 """What may stand between the product of queries and keys and the mask's Add: scaling, a soft cap, ALiBi."""
 ON_ANGLES = {"Cast", "Concat", "Mul", "Transpose", "Identity", "MatMul", "Unsqueeze"}
 """What may stand between position ids and the cosines of rotary embeddings."""
-OVER_ALL_ROWS = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
+OVER_ALL_ROWS = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 """Operators whose result for one row depends on the other rows of the pass."""
 EXPORT_AGAIN = "export it with `optimum-cli export onnx --task text-generation-with-past`"
 
@@ -77,7 +77,7 @@ class Links:
         return node is not None and all(self.is_constant(source) for source in node.input)
 
     def readers(self, name: str) -> Iterator["NodeProto"]:
-        """The nodes that read a value."""
+        """Who reads a value."""
         return (node for node in self.graph.node if name in node.input)
 
     def kind(self, name: str) -> str:
@@ -135,11 +135,9 @@ def prepare(model: "onnx.ModelProto") -> Prepared:
     nodes = [node for index, old in enumerate(graph.node) for node in (*before.get(index, ()), old)]
     del graph.node[:]
     graph.node.extend(nodes)
-    outputs = [helper.make_tensor_value_info("logits", element, None)]
-    outputs += [helper.make_tensor_value_info(FEATURES, TensorProto.FLOAT, None)]
-    outputs += [helper.make_tensor_value_info(each.new, element, None) for each in rows]
+    kinds = {"logits": element, FEATURES: TensorProto.FLOAT} | {each.new: element for each in rows}
     del graph.output[:]
-    graph.output.extend(outputs)
+    graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items())
     del graph.value_info[:]  # shapes of values that are other values now
     quantised = any(node.op_type == "MatMulNBits" for node in graph.node)
     return Prepared(rows, np.dtype(helper.tensor_dtype_to_np_dtype(element)), takes_positions, quantised)
@@ -162,11 +160,8 @@ def behind_head(links: Links) -> list["NodeProto"]:
         path.append(node)
         name = next((source for source in node.input if not links.is_constant(source)), node.input[0])
     if links.kind(name) not in HEADS:
-        found = links.maker[name].name if name in links.maker else name
-        raise GraphError(
-            f"looked for the head's {' or '.join(sorted(HEADS))} in front of `logits` and found "
-            f"{links.kind(name) or 'nothing'} {found!r}."
-        )
+        found = f"{links.kind(name)} {links.maker[name].name!r}" if name in links.maker else repr(name)
+        raise GraphError(f"looked for the head's {' or '.join(sorted(HEADS))} in front of `logits` and found {found}.")
     return [*path, links.maker[name]]
 
 
@@ -176,9 +171,8 @@ def num_parameters(model: "onnx.ModelProto") -> int:
     inside = {name for node in packed for name in node.input[1:]}
     inside |= {name for node in model.graph.node if node.op_type == "GatherBlockQuantized" for name in node.input[2:]}
     plain = [t for t in model.graph.initializer if len(t.dims) > 1 and t.name not in inside]
-    return sum(attribute(node, "N") * attribute(node, "K") for node in packed) + sum(
-        int(np.prod(tensor.dims)) for tensor in plain
-    )
+    sizes = [attribute(node, "N") * attribute(node, "K") for node in packed]
+    return sum(sizes) + sum(int(np.prod(tensor.dims)) for tensor in plain)
 
 
 def attribute(node: "NodeProto", name: str, default: int = 0) -> int:

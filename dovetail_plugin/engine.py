@@ -21,6 +21,7 @@ from .target import Target, TorchTarget
 
 ADAPTERS = {
     "optimum.intel.openvino": "dovetail_plugin.adapters.openvino",
+    "optimum.onnxruntime": "dovetail_plugin.adapters.onnxruntime",
 }
 """Package of a model's class -> module of ours with `engine_for(model)`; imported when such a model comes."""
 

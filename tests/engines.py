@@ -133,7 +133,7 @@ class OpenVINO:
 class OnnxRuntime:
     """An `OnnxRuntimeTarget` of the model's export, made in an environment of its own."""
 
-    own_files = {"test_onnxruntime.py"}
+    own_files = {"test_onnxruntime.py", "test_onnxruntime_files.py"}
 
     def __init__(self, config: pytest.Config) -> None:
         directory = Path(config.getoption("--exports")) / "onnxruntime"

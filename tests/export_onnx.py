@@ -1,7 +1,9 @@
 """Export checkpoints to ONNX with optimum-onnx: requests come in on stdin, one JSON object a line.
 
-    {"source": DIR, "out": DIR, "kind": "f32" | "int8" | "int4" | "without_cache" | "encoder" | "dynamic"}
+    {"source": DIR, "out": DIR, "kind": KIND}
 
+KIND is "f32"; "int8" or "int4" for packed weights, with "_rounded" for products in eight bits too; "dynamic",
+"without_cache" or "encoder" for what cannot be a target.
 Answers and purpose as in tests/export_openvino.py. optimum-onnx wants a transformers below 4.58, so this runs in an
 environment of its own. The checkpoint's config is rewritten to what that reads.
 """
@@ -42,17 +44,20 @@ def export(source: str, out: str, kind: str) -> None:
     file = Path(out) / "model.onnx"
     if kind == "dynamic":
         quantize_dynamic(str(file), str(file))
-    if kind in ("int8", "int4"):
-        model = onnx.load(file)
-        onnx.save(quantised(model, bits=int(kind[3:])), file)
+    if kind.startswith("int"):
+        onnx.save(quantised(onnx.load(file), bits=int(kind[3]), rounded=kind.endswith("_rounded")), file)
 
 
-def quantised(model: "onnx.ModelProto", bits: int) -> "onnx.ModelProto":
-    """The model with MatMulNBits for its products and, in four bits, GatherBlockQuantized for its embedding."""
+def quantised(model: "onnx.ModelProto", bits: int, rounded: bool) -> "onnx.ModelProto":
+    """The model with MatMulNBits for its products and, in four bits, GatherBlockQuantized for its embedding.
+
+    rounded: activations are rounded to eight bits in the products, which is how fast ones are made.
+    """
     kinds = ("MatMul", "Gather") if bits == 4 else ("MatMul",)
     config = DefaultWeightOnlyQuantConfig(
         block_size=BLOCK,
         is_symmetric=bits == 4,  # both ways of zero points are met
+        accuracy_level=4 if rounded else 0,
         quant_format=quant_utils.QuantFormat.QOperator,
         op_types_to_quantize=kinds,
         bits=bits,

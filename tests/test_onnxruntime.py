@@ -1,0 +1,271 @@
+"""ONNX Runtime targets: their graphs, their buffers and packed weights. Runs with `--engine onnxruntime`.
+
+That texts are right is tested by the files that run over every engine.
+"""
+
+import random
+from pathlib import Path
+
+import engines
+import numpy as np
+import pytest
+import torch
+from conftest import random_tree
+from families import VOCAB, prompt, tiny_model
+from test_families import CASES, IDS
+
+if not engines.is_current("onnxruntime"):
+    pytest.skip("runs with --engine onnxruntime", allow_module_level=True)
+
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin.adapters import onnxruntime_graph as graph
+from dovetail_plugin.adapters import onnxruntime_session as sessions
+from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget
+from dovetail_plugin.engine import engine_of
+from dovetail_plugin.tree import DraftTree
+
+GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
+TREES = [(name, fields) for name, fields in CASES if not fields.get("sliding_window")]
+
+
+def export(kind="f32", model_type="llama", **fields) -> Path:
+    """The directory of a tiny model's export; not to be written to."""
+    return engines.current().exporter.path(tiny_model(model_type, **fields), kind)
+
+
+def open_session(target, cache=None, max_nodes=30):
+    engine = engine_of(target)
+    return engine.session(
+        cache or engine.cache(None), max_length=500, max_nodes=max_nodes, prefill_chunk=None, model_kwargs={}
+    )
+
+
+def chain(tokens: list[int]) -> DraftTree:
+    count = torch.arange(len(tokens))
+    return DraftTree(torch.tensor(tokens), count - 1, count, torch.zeros(len(tokens)))
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def torch_rows(model, ids):
+    """(logits, features) of all rows of a text, by torch."""
+    return model(input_ids=ids).logits[0], model.base_model(input_ids=ids).last_hidden_state[0]
+
+
+# --- what is computed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+def test_logits_and_features_are_torchs(model_type, fields):
+    model = tiny_model(model_type, **fields)
+    target, ids = engines.current().target(model), prompt(40)
+    logits, features = torch_rows(model, ids)
+    close(target(ids).logits[0], logits)
+    with open_session(target) as session:
+        output = session.prefill(ids, None)
+    close(output.logits, logits[-1:])
+    close(output.features, features)
+
+
+@pytest.mark.parametrize("same_kernels", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 17])
+def test_two_rows_for_one(same_kernels, length):
+    """Single rows run as two, in the prompt, in the head and in a tree, and nobody sees the second."""
+    model = tiny_model("llama")
+    target, ids = engines.current().target(model, same_kernels=same_kernels), prompt(length + 1)
+    logits, features = torch_rows(model, ids)
+    with open_session(target) as session:
+        output = session.prefill(ids[:, :-1], None)
+        close(output.logits, logits[-2:-1])
+        close(output.features, features[:-1])
+        output = session.score(chain(ids[0, -1:].tolist()))
+        close(output.logits, logits[-1:])
+        close(output.features, features[-1:])
+        session.keep([0])
+        assert session._cache.get_seq_length() == length + 1
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [*TREES, ("mistral", {"sliding_window": 200})], ids=str)
+def test_tree_scores_are_those_of_its_paths(model_type, fields):
+    """Every node of several trees, against torch's run over the text and the node's path; paths are kept between."""
+    model, rng = tiny_model(model_type, **fields), random.Random(3)
+    target, ids = engines.current().target(model), prompt(30)
+    truth = [5, 9, 11, 40, 41, 42]
+    with open_session(target) as session:
+        assert session.supports_tree
+        session.prefill(ids, None)
+        text = ids[0].tolist()
+        for _ in range(3):
+            tree = random_tree(3, truth, TreeBudget(14, 5, 4), rng, VOCAB)
+            output = session.score(tree)
+            paths = [_path(tree, node) for node in range(len(tree))]
+            for node, path in enumerate(paths):
+                whole = torch.tensor([text + tree.tokens[path].tolist()])
+                logits, features = torch_rows(model, whole)
+                close(output.logits[node], logits[-1])
+                close(output.features[node], features[-1])
+            longest = max(paths, key=len)
+            session.keep(longest)
+            text += tree.tokens[longest].tolist()
+        assert session._cache.get_seq_length() == len(text)
+
+
+def _path(tree, node):
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = int(tree.parents[node])
+    return path[::-1]
+
+
+def test_positions_become_an_input_where_the_graph_counts_them():
+    """Gemma's export has no position ids; without them drafts could be chains only."""
+    directory = export(model_type="gemma", head_dim=8)
+    names = {value.name for value in onnx.load(directory / "model.onnx").graph.input}
+    assert graph.POSITIONS not in names
+    with open_session(OnnxRuntimeTarget.from_pretrained(directory, threads=1)) as session:
+        assert session.supports_tree
+
+
+def test_window_turns_trees_into_chains():
+    target = engines.current().target(tiny_model("mistral", sliding_window=24))
+    with open_session(target) as session:
+        assert not session.supports_tree
+
+
+# --- buffers ---------------------------------------------------------------------------------------
+
+
+def test_only_what_is_kept_is_written(oracle):
+    """Buffers hold the tokens of the text, in order, and few free rows, whatever was rejected."""
+    target = engines.current().target(tiny_model("llama"))
+    plain = target.generate(prompt(), **GREEDY, return_dict_in_generate=True)
+    oracle(plain.sequences, 17)
+    draft = DovetailDraft.for_target(target)
+    drafted = target.generate(prompt(), **GREEDY, return_dict_in_generate=True, assistant_model=draft)
+    assert torch.equal(plain.sequences, drafted.sequences)
+    one, other = plain.past_key_values, drafted.past_key_values
+    assert one.get_seq_length() == other.get_seq_length() == 17 + 39
+    assert other.capacity <= 17 + 39 + sessions.STEP
+    for rows, wanted in zip(other.rows, one.rows, strict=True):
+        np.testing.assert_allclose(rows[:, :, :56], wanted[:, :, :56], atol=1e-4)
+        assert not rows[:, :, 56:].any()
+
+
+def test_several_texts_at_a_time():
+    """Caches are their own owners: two texts go on in turns."""
+    target = engines.current().target(tiny_model("llama"))
+    draft = DovetailDraft.for_target(target)
+    options = dict(GREEDY, max_new_tokens=9, return_dict_in_generate=True, assistant_model=draft)
+    texts = [prompt(seed=1), prompt(seed=2)]
+    caches = [None, None]
+    for _ in range(3):
+        for index, text in enumerate(texts):
+            out = target.generate(text, past_key_values=caches[index], **options)
+            texts[index], caches[index] = out.sequences, out.past_key_values
+    for seed, text in zip((1, 2), texts, strict=True):
+        whole = target.generate(prompt(seed=seed), **dict(GREEDY, max_new_tokens=27))
+        assert torch.equal(text, whole)
+
+
+def test_cache_of_another_target_is_refused():
+    first = engines.current().target(tiny_model("llama"))
+    other = engines.current().target(tiny_model("llama", num_hidden_layers=2))
+    cache = engine_of(other).cache(None)
+    with pytest.raises(ValueError, match="is not of this target"):
+        first.generate(prompt(), past_key_values=cache, **GREEDY)
+
+
+def test_padding_stays_hidden_in_later_turns():
+    target = engines.current().target(tiny_model("llama"))
+    ids = torch.cat([torch.zeros(1, 9, dtype=torch.long), prompt()], dim=1)
+    mask = (torch.arange(26) >= 9).long()[None]
+    out = target.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    mask = torch.cat([mask, mask.new_ones(1, 40)], dim=1)
+    again = target.generate(out.sequences, attention_mask=mask, past_key_values=out.past_key_values, **GREEDY)
+    assert torch.equal(again[:, 9:], target.generate(prompt(), **dict(GREEDY, max_new_tokens=80)))
+
+
+def test_prompt_in_chunks(monkeypatch):
+    target, ids = engines.current().target(tiny_model("llama")), prompt(300)
+    whole = target.generate(ids, **GREEDY)
+    for size in (1, 7, 64, 100):
+        assert torch.equal(whole, target.generate(ids, prefill_chunk_size=size, **GREEDY))
+
+
+# --- packed weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_tables_are_what_the_graph_computes_with(kind):
+    """The head unpacked is the head's answer to unit vectors; the embedding is the lookup's answer to every id."""
+    directory = export(kind)
+    tables = engine_of(OnnxRuntimeTarget.from_pretrained(directory, threads=1)).tables()
+    model = onnx.load(directory / "model.onnx")
+    links = graph.Links(model.graph)
+    head = graph.head_of(links)
+    assert head.op_type == "MatMulNBits"
+    assert torch.equal(tables.embedding, torch.from_numpy(_answer(model, "input_ids", np.arange(VOCAB)[None])))
+    unit = np.eye(tables.head.shape[1], dtype=np.float32)
+    close(tables.head.T, torch.from_numpy(_answer(model, head.input[0], unit, head.output[0])))
+
+
+def _answer(model, fed, value, wanted=None):
+    """What a part of a graph says to a value: the first reader of it, or the node that makes `wanted`."""
+    node = next(n for n in model.graph.node if fed in n.input and (wanted is None or wanted in n.output))
+    kind = TensorProto.INT64 if value.dtype == np.int64 else TensorProto.FLOAT
+    stored = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
+    part = helper.make_graph(
+        [node],
+        "part",
+        [helper.make_tensor_value_info(fed, kind, value.shape)],
+        [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
+        stored,
+    )
+    small = helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
+    session = ort.InferenceSession(small.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {fed: value})[0].reshape(-1, session.get_outputs()[0].shape[-1] or value.shape[-1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_packed_models(kind, oracle):
+    """Drafted text is plain text on a packed tiny model, both ways; products there are in float32."""
+    target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1, same_kernels=True)
+    assert engine_of(target).rounding == torch.bfloat16
+    draft, plain = DovetailDraft.for_target(target), target.generate(prompt(), **GREEDY)
+    assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=draft))
+    oracle(plain, 17)
+    assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=draft))
+    assert draft.report.acceptance_length > 1.2
+
+
+@pytest.mark.parametrize("kind", ["f32", "int8", "int4", "int8_rounded", "int4_rounded"])
+def test_exact_targets_are_equal_to_the_bit(kind):
+    """Logits of one row a pass, and of chains with decoys behind them, over 150 tokens: no bit differs."""
+    target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1, exact=True)
+    assert engine_of(target).rounding == torch.float32
+    text = target.generate(prompt(), **dict(GREEDY, max_new_tokens=150))[0, 17:].tolist()
+    alone = _in_chains(target, text, 1, 0)
+    for rows, decoys in ((2, 0), (3, 5), (8, 0), (1, 7), (16, 3)):
+        assert torch.equal(alone, _in_chains(target, text, rows, decoys)), (rows, decoys)
+
+
+def _in_chains(target, text, rows, decoys):
+    """Logits of every token of the text behind the prompt, scored `rows` at a time with decoys behind."""
+    found = []
+    with open_session(target) as session:
+        assert not session.supports_tree
+        session.prefill(prompt(), None)
+        for start in range(0, len(text), rows):
+            part = text[start : start + rows]
+            output = session.score(chain(part + [7] * decoys))
+            found.append(output.logits[: len(part)])
+            session.keep(list(range(len(part))))
+    return torch.cat(found)
