@@ -121,7 +121,7 @@ class OnnxRuntimeEngine:
 
     def num_parameters(self) -> int:
         """Numbers in the graph's matrices."""
-        return graph.num_parameters(self._model)
+        return weights.num_parameters(self._model)
 
     def run(self, inputs: dict[str, "ort.OrtValue"]) -> list[np.ndarray]:
         """One pass: logits, features, new rows of every layer."""
@@ -129,11 +129,8 @@ class OnnxRuntimeEngine:
 
 
 def _rounding(prepared: graph.Prepared) -> torch.dtype:
-    """The coarsest float type that stands for the graph's roundings.
-
-    Products with packed weights may round activations to eight bits, which is about as coarse as bfloat16.
-    """
-    if prepared.quantised:
+    """The coarsest float type that stands for the graph's roundings; eight bits are about as coarse as bfloat16."""
+    if prepared.rounds:
         return torch.bfloat16
     return torch.float32 if prepared.dtype == np.float32 else torch.float16
 

@@ -53,12 +53,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made of a graph. dtype: of keys, values and logits; quantised: weights in fewer bits."""
+    """What `prepare` made of a graph. dtype: of keys, values and logits; rounds: activations to fewer bits."""
 
     rows: list[Rows]
     dtype: np.dtype
     takes_positions: bool
-    quantised: bool
+    rounds: bool
 
 
 class Links:
@@ -139,8 +139,8 @@ def prepare(model: "onnx.ModelProto") -> Prepared:
     del graph.output[:]
     graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items())
     del graph.value_info[:]  # shapes of values that are other values now
-    quantised = any(node.op_type == "MatMulNBits" for node in graph.node)
-    return Prepared(rows, np.dtype(helper.tensor_dtype_to_np_dtype(element)), takes_positions, quantised)
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(element))
+    return Prepared(rows, dtype, takes_positions, any(map(_rounds, graph.node)))
 
 
 def head_of(links: Links) -> "NodeProto":
@@ -165,19 +165,14 @@ def behind_head(links: Links) -> list["NodeProto"]:
     return [*path, links.maker[name]]
 
 
-def num_parameters(model: "onnx.ModelProto") -> int:
-    """Numbers in weights of two dimensions and more; packed ones count as what they stand for."""
-    packed = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    inside = {name for node in packed for name in node.input[1:]}
-    inside |= {name for node in model.graph.node if node.op_type == "GatherBlockQuantized" for name in node.input[2:]}
-    plain = [t for t in model.graph.initializer if len(t.dims) > 1 and t.name not in inside]
-    sizes = [attribute(node, "N") * attribute(node, "K") for node in packed]
-    return sum(sizes) + sum(int(np.prod(tensor.dims)) for tensor in plain)
-
-
 def attribute(node: "NodeProto", name: str, default: int = 0) -> int:
     """An integer attribute of a node."""
     return next((a.i for a in node.attribute if a.name == name and a.type == AttributeProto.INT), default)
+
+
+def _rounds(node: "NodeProto") -> bool:
+    """Whether activations are rounded; ONNX Runtime makes such products of DequantizeLinear by itself."""
+    return node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level") > 1
 
 
 # --- finding and changing things -------------------------------------------------------------------

@@ -93,6 +93,16 @@ def tables(model: "onnx.ModelProto", directory: Path) -> FloatTables:
     return FloatTables(_embedding(model, directory), matrix, bias)
 
 
+def num_parameters(model: "onnx.ModelProto") -> int:
+    """Numbers in weights of two dimensions and more; packed ones count as what they stand for."""
+    packed = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    inside = {name for node in packed for name in node.input[1:]}
+    inside |= {name for node in model.graph.node if node.op_type == "GatherBlockQuantized" for name in node.input[2:]}
+    plain = [t for t in model.graph.initializer if len(t.dims) > 1 and t.name not in inside]
+    sizes = [attribute(node, "N") * attribute(node, "K") for node in packed]
+    return sum(sizes) + sum(int(np.prod(tensor.dims)) for tensor in plain)
+
+
 # --- bytes -----------------------------------------------------------------------------------------
 
 

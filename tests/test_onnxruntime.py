@@ -236,14 +236,19 @@ def _answer(model, fed, value, wanted=None):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packed_models(kind, oracle):
-    """Drafted text is plain text on a packed tiny model, both ways; products there are in float32."""
+    """Drafted text is plain text on a packed tiny model, whose products are in float32."""
     target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1, same_kernels=True)
-    assert engine_of(target).rounding == torch.bfloat16
     draft, plain = DovetailDraft.for_target(target), target.generate(prompt(), **GREEDY)
     assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=draft))
     oracle(plain, 17)
     assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=draft))
     assert draft.report.acceptance_length > 1.2
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f32", "float32"), ("int4", "float32"), ("int4_rounded", "bfloat16")])
+def test_rounding_of_activations_is_known(kind, dtype):
+    target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1)
+    assert engine_of(target).rounding == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("kind", ["f32", "int8", "int4", "int8_rounded", "int4_rounded"])
