@@ -71,10 +71,10 @@ test-openvino: .venv-openvino/installed
 	.venv-openvino/bin/python -m pytest -m "not slow" --engine openvino
 
 test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
-	.venv-openvino-runtime/bin/python -m pytest -m "not slow" --engine openvino --exporter .venv-openvino/bin/python
+	.venv-openvino-runtime/bin/python -m pytest -m "not slow" --engine=openvino --exporter=.venv-openvino/bin/python
 
 test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
-	.venv-onnxruntime/bin/python -m pytest -m "not slow" --engine onnxruntime --exporter .venv-onnx-export/bin/python
+	.venv-onnxruntime/bin/python -m pytest -m "not slow" --engine=onnxruntime --exporter=.venv-onnx-export/bin/python
 
 lint: setup
 	.venv/bin/ruff format --check .
