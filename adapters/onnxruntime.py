@@ -47,9 +47,8 @@ class OnnxRuntimeEngine:
     """An inference session over an edited graph; implements `Engine`.
 
     Args:
-        model: the graph after `graph.prepare`, with its weights in files.
+        stored: the graph, after `graph.prepare`, and where its weights are.
         prepared: what `graph.prepare` answered.
-        directory: where the files with the weights are.
         config: of the transformers model that was exported.
         options: of the session; must come from `weights.session_options`.
         same_kernels, exact: see `OnnxRuntimeTarget.from_pretrained`.
@@ -62,9 +61,8 @@ class OnnxRuntimeEngine:
 
     def __init__(
         self,
-        model: "onnx.ModelProto",
+        stored: weights.Stored,
         prepared: graph.Prepared,
-        directory: Path,
         config: PretrainedConfig,
         options: "ort.SessionOptions",
         *,
@@ -77,16 +75,18 @@ class OnnxRuntimeEngine:
         self.exact, self.same_kernels = exact, same_kernels or exact
         self.window = sliding_window(self.text_config)
         self.rounding = torch.float32 if exact else _rounding(prepared)
-        self._model, self._prepared, self._directory = model, prepared, directory
+        self._stored, self._prepared = stored, prepared
         self._outputs = ["logits", graph.FEATURES, *(each.new for each in prepared.rows)]
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(
+            stored.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
 
     def check(self) -> None:
         """As `Engine.check`; the graph was looked at when it was loaded."""
 
     def tables(self) -> Tables:
         """As `Engine.tables`: float32, decompressed if the graph stores them in fewer bits."""
-        found = weights.tables(self._model, self._directory)
+        found = weights.tables(self._stored)
         return tables_of(found.embedding, found.head, found.bias)
 
     def cache(self, given: Any) -> OnnxRuntimeCache:
@@ -121,7 +121,7 @@ class OnnxRuntimeEngine:
 
     def num_parameters(self) -> int:
         """Numbers in the graph's matrices."""
-        return weights.num_parameters(self._model)
+        return weights.num_parameters(self._stored.model)
 
     def run(self, inputs: dict[str, "ort.OrtValue"]) -> list[np.ndarray]:
         """One pass: logits, features, new rows of every layer."""
@@ -142,6 +142,15 @@ def engine_for(model: Any) -> OnnxRuntimeEngine:
         ValueError: always.
     """
     raise ValueError(f"{type(model).__name__}: {NOT_OPTIMUMS}")
+
+
+def _stored(name: str, file_name: str, hub_kwargs: dict[str, Any]) -> weights.Stored:
+    """The graph of a directory or hub id, with all files that its weights are in at hand."""
+    file = Path(cached_file(name, file_name, **hub_kwargs))
+    model = onnx.load(file, load_external_data=False)
+    for beside in weights.external_files(model):
+        cached_file(name, str(Path(file_name).parent / beside), **hub_kwargs)
+    return weights.point_to_files(model, file)
 
 
 class OnnxRuntimeTarget(StoredTarget):
@@ -193,21 +202,15 @@ class OnnxRuntimeTarget(StoredTarget):
         if cached_file(name, CONFIG_NAME, **hub_kwargs) is None:
             raise OSError(f"{name} has no {CONFIG_NAME}; copy it from the model that was exported.")
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        file = Path(cached_file(name, file_name, **hub_kwargs))
         try:
-            model = onnx.load(file, load_external_data=False)
-            for beside in weights.external_files(model):
-                cached_file(name, str(Path(file_name).parent / beside), **hub_kwargs)
-            directory = weights.point_to_files(model, file)
-            prepared = graph.prepare(model)
+            stored = _stored(name, file_name, hub_kwargs)
+            prepared = graph.prepare(stored.model)
         except graph.GraphError as error:
             raise ValueError(f"{name}: {error}") from error
-        session_options = weights.session_options(directory)
+        session_options = weights.session_options(stored.directory)
         if threads is not None:
             session_options.intra_op_num_threads = threads
         for key, value in (options or {}).items():
             session_options.add_session_config_entry(key, value)
-        engine = OnnxRuntimeEngine(
-            model, prepared, directory, config, session_options, same_kernels=same_kernels, exact=exact
-        )
+        engine = OnnxRuntimeEngine(stored, prepared, config, session_options, same_kernels=same_kernels, exact=exact)
         return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))

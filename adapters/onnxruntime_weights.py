@@ -36,13 +36,19 @@ def external_files(model: "onnx.ModelProto") -> list[str]:
     return sorted({_entry(tensor, "location") for tensor in model.graph.initializer if _is_external(tensor)})
 
 
-def point_to_files(model: "onnx.ModelProto", file: Path) -> Path:
-    """Take the large weights out of the graph and say where they lie: in `file` itself, or beside it.
+@dataclass(frozen=True)
+class Stored:
+    """A graph without its large weights, and the directory that their locations in it are relative to."""
 
-    Links are followed (a hub's snapshot consists of links into one directory).
+    model: "onnx.ModelProto"
+    directory: Path
 
-    Returns:
-        the directory that the weights' locations are relative to.
+
+def point_to_files(model: "onnx.ModelProto", file: Path) -> Stored:
+    """The graph, with the places of its large weights: in `file` itself, or beside it.
+
+    Links are followed (a hub's snapshot consists of links into one directory). The given model is used up; its
+    memory still holds the weights and is free once the caller lets it go.
 
     Raises:
         GraphError: the weights lie in more than one directory.
@@ -66,18 +72,16 @@ def point_to_files(model: "onnx.ModelProto", file: Path) -> Path:
     if len(directories) > 1:
         listed = ", ".join(sorted(map(str, directories)))
         raise GraphError(f"graph and weights lie in different directories ({listed}); put them into one.")
-    return real.parent
+    return Stored(onnx.ModelProto.FromString(model.SerializeToString()), real.parent)
 
 
-def tables(model: "onnx.ModelProto", directory: Path) -> FloatTables:
+def tables(stored: Stored) -> FloatTables:
     """Embedding table and head.
-
-    Args:
-        model: after `point_to_files`, which gave the directory.
 
     Raises:
         GraphError: the embedding is not a lookup, or the head is packed in an unknown way.
     """
+    model, directory = stored.model, stored.directory
     links = Links(model.graph)
     head = head_of(links)
     if head.op_type == "MatMulNBits":

@@ -82,8 +82,7 @@ def test_weights_stay_in_their_files():
     """No large weight is in the graph that the session is made from."""
     directory = export(hidden_size=128, intermediate_size=256)
     file = directory / "model.onnx"
-    model = onnx.load(file, load_external_data=False)
-    weights.point_to_files(model, file)
+    model = weights.point_to_files(onnx.load(file, load_external_data=False), file).model
     assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < weights.SMALL
     assert model.ByteSize() < file.stat().st_size / 2
 
