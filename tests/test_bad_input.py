@@ -45,6 +45,7 @@ def test_wrong_hidden_size(refused):
     assert "dovetail train" in message
 
 
+@pytest.mark.torch_only("an export is named by its directory, which says nothing")
 def test_draft_of_another_target(llama, draft, monkeypatch):
     """The sizes fit, the names do not: one warning with both, and the text is still right."""
     monkeypatch.setattr(llama.config, "_name_or_path", "org/this-target")

@@ -21,7 +21,6 @@ def prompts():
 
 def load(dtype):
     target = engines.current().target(AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype), own_runner=True)
-    target.config._name_or_path = str(TARGET)  # wherever an export of it is
     return target, DovetailDraft.from_pretrained(DRAFT, dtype=dtype)
 
 

@@ -332,7 +332,6 @@ def test_compressed_bundled_target_parts_only_at_ties(kind):
 
     model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
     target = engines.current().target(model, own_runner=True, kind=kind)
-    target.config._name_or_path = str(TARGET)
     comparison = Comparison(target, DovetailDraft.from_pretrained(DRAFT), {"max_new_tokens": 64, "do_sample": False})
     for input_ids in load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 8):
         comparison.add(input_ids)
@@ -442,6 +441,12 @@ def test_preparing_a_draft_takes_no_random_numbers():
     plain = target.generate(prompt(), **options)
     torch.manual_seed(3)
     assert torch.equal(plain, target.generate(prompt(), **options, assistant_model=draft))
+
+
+def test_name_of_the_directory_is_no_reason_to_warn(llama, draft, recwarn):
+    draft.config.target_name_or_path = "org/the-model-that-was-exported"
+    llama.generate(prompt(), **GREEDY, assistant_model=DovetailDraft(draft.config))
+    assert not [w for w in recwarn if "was trained for" in str(w.message)]
 
 
 # --- bad input -------------------------------------------------------------------------------------
