@@ -126,7 +126,7 @@ class OnnxRuntimeSession:
             logits, hidden = self._run(ids, seen[rows], positions[rows], last_only=True)
             features.append(torch.from_numpy(hidden))
             cache.append(self._new, seen[rows])
-        cache.position = int(positions[-1]) + 1
+            cache.position = int(positions[rows.stop - 1]) + 1  # right at every chunk: a prompt may be interrupted
         return TargetOutput(torch.from_numpy(logits), torch.cat(features))
 
     def score(self, tree: DraftTree) -> TargetOutput:

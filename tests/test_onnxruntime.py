@@ -200,6 +200,25 @@ def test_prompt_in_chunks(monkeypatch):
         assert torch.equal(whole, target.generate(ids, prefill_chunk_size=size, **GREEDY))
 
 
+def test_interrupted_prompt(monkeypatch):
+    """What was run of a prompt is a whole cache: the rest can be run behind it."""
+    target, ids = engines.current().target(tiny_model("llama")), prompt(30)
+    engine, passes = engine_of(target), []
+    cache, run = engine.cache(None), engine.run
+
+    def second_pass_fails(inputs):
+        passes.append(inputs)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return run(inputs)
+
+    monkeypatch.setattr(engine, "run", second_pass_fails)
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(ids, past_key_values=cache, prefill_chunk_size=10, **GREEDY)
+    assert cache.get_seq_length() == cache.position == 10
+    assert torch.equal(target.generate(ids, past_key_values=cache, **GREEDY), target.generate(ids, **GREEDY))
+
+
 # --- packed weights --------------------------------------------------------------------------------
 
 
