@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
+from helpers import ROOT, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -170,6 +171,16 @@ def test_recurrent_state(refused, model_type):
     message = refused("rolled back|take back", target=target)
     assert type(target).__name__ in message
     assert "without a draft" in message
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_engine_that_is_not_installed(engine):
+    """The message names the extra to install; the rest of the package does without it."""
+    code = f"import dovetail_plugin, sys; sys.modules['{engine}'] = None; import dovetail_plugin.adapters.{engine}"
+    done = run_python("-c", code, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: ")
+    assert f"pip install 'dovetail-plugin[{engine}]'" in done.stderr
 
 
 @pytest.mark.parametrize("field", ["nodes", "depth", "top_k"])
