@@ -21,7 +21,7 @@ LAYERS = [
     {"hf"},
     {"__init__"},
     {"adapters.common", "adapters.openvino_graph", "adapters.onnxruntime_graph"},
-    {"adapters.openvino_draft"},
+    {"adapters.openvino_draft", "adapters.onnxruntime_weights", "adapters.onnxruntime_session"},
     {"adapters.openvino", "adapters.onnxruntime"},
     {"adapters.__init__"},
     {"training.config", "training.data"},
