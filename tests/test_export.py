@@ -1,4 +1,4 @@
-"""`dovetail export` and `--target-ir`: what is refused, and the way from a checkpoint to text where optimum is there."""
+"""`dovetail export` and `--target-ir`: what is refused, and where optimum is there the way from checkpoint to text."""
 
 import importlib.util
 

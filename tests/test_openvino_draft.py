@@ -6,14 +6,14 @@ import pytest
 import torch
 from families import prompt, tiny_target
 
-pytest.importorskip("openvino")
-nncf = pytest.importorskip("nncf")
-
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.adapters import openvino_draft
-from dovetail_plugin.adapters.openvino_draft import OpenVINORunner
 from dovetail_plugin.drafting import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
+
+pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+openvino_draft = pytest.importorskip("dovetail_plugin.adapters.openvino_draft")
+OpenVINORunner = openvino_draft.OpenVINORunner
 
 BUDGET = TreeBudget(nodes=10, depth=4, top_k=3)
 
