@@ -59,6 +59,8 @@ class OnnxRuntimeEngine:
         rounding: as `Engine.rounding`.
     """
 
+    runs_in_torch = False
+
     def __init__(
         self,
         stored: weights.Stored,

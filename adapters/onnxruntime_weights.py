@@ -198,11 +198,12 @@ def _run(model: "onnx.ModelProto", name: str, directory: Path, *, fed: str | Non
 
 
 def session_options(directory: Path):
-    """Options of a session whose weights lie in `directory`."""
+    """Options of a session whose weights lie in `directory`, and whose idle threads leave the cores to the draft."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

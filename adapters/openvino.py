@@ -221,6 +221,8 @@ class OpenVINOEngine:
             they differ by a rounding of float32, which int8 activations can make a visible one.
     """
 
+    runs_in_torch = False
+
     def __init__(self, model: "ov.Model", request: "ov.InferRequest", config: PretrainedConfig) -> None:
         self.exact = False
         self.rounding = graph.rounding(model, request)

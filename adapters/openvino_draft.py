@@ -175,6 +175,7 @@ class OpenVINORunner:
     """
 
     device, dtype = torch.device("cpu"), torch.float32
+    runs_in_torch = False
 
     def __init__(self, draft: DovetailDraft, weights: str = "int8", properties: dict[str, Any] | None = None) -> None:
         precision = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY"}

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -237,20 +236,6 @@ def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
         return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return torch.tensor([ids])
-
-
-@contextlib.contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """Run the block with this many torch threads (ValueError below 1); None leaves them alone."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}.")
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def provenance() -> dict[str, Any]:

@@ -61,6 +61,7 @@ class DraftRunner(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    runs_in_torch: bool
 
     def new_rows(self, capacity: int) -> Sequence[Any]:
         """Empty key/value storage for one text; each part has a `length` that may be set back."""
@@ -83,6 +84,8 @@ class DraftRunner(Protocol):
 
 class TorchRunner:
     """A draft's own modules, on whatever device they are."""
+
+    runs_in_torch = True
 
     def __init__(self, draft: DovetailDraft) -> None:
         self._draft = draft

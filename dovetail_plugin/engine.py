@@ -7,7 +7,8 @@ kind of model a target is.
 
 import importlib
 import weakref
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +49,9 @@ class Engine(Protocol):
     @property
     def rounding(self) -> torch.dtype:
         """The coarsest float type that results pass through; torch.float32 where texts must be identical."""
+
+    runs_in_torch: bool
+    """Whether passes need torch's threads."""
 
     def check(self) -> None:
         """Refuse a model that cannot be verified, before any long work.
@@ -103,6 +107,8 @@ def _find_engine(model: Any) -> Engine:
 
 class TorchEngine:
     """A transformers model, run by torch and unmodified."""
+
+    runs_in_torch = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = weakref.ref(model)  # the engine is remembered by its model and must not keep it alive
@@ -191,3 +197,17 @@ def next_logits(model: Any, input_ids: Tensor) -> Tensor:
     )
     with session as target:
         return target.prefill(input_ids, None).logits
+
+
+@contextmanager
+def thread_count(threads: int | None) -> Iterator[None]:
+    """Run the block with this many torch threads (ValueError below 1); None leaves them alone."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}.")
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

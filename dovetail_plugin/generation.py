@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoding import Decoder
 from .drafting import DraftRunner, FeatureDrafter, TorchRunner
-from .engine import Engine, engine_of
+from .engine import Engine, engine_of, thread_count
 from .modeling import DovetailDraft, check_fits
 from .report import GenerationReport
 from .text import Text
@@ -170,7 +170,9 @@ def _generate(
         prefill_chunk=config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_OF_FORWARD and v is not None},
     )
-    with session as target, torch.no_grad():
+    in_torch = engine.runs_in_torch or (drafter is not None and drafter.runner.runs_in_torch)
+    # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
+    with session as target, torch.no_grad(), thread_count(None if in_torch else 1):
         decoder = Decoder(target, drafter, text, budget, report, cached=cached, attention_mask=mask)
         decoder.run()
     text.end()

@@ -13,11 +13,11 @@ from dovetail_plugin.benchmark import (
     Run,
     load_prompts,
     provenance,
-    thread_count,
     tie_tolerance,
     timed_generate,
     top_gap_at_difference,
 )
+from dovetail_plugin.engine import thread_count
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..benchmark import Comparison, load_prompts, thread_count
+from ..benchmark import Comparison, load_prompts
+from ..engine import thread_count
 from .common import (
     HelpFormatter,
     add_budget_arguments,

@@ -5,7 +5,8 @@ import argparse
 import torch
 from transformers import TextStreamer
 
-from ..benchmark import Run, encode_prompt, thread_count, timed_generate
+from ..benchmark import Run, encode_prompt, timed_generate
+from ..engine import thread_count
 from .common import (
     HelpFormatter,
     add_budget_arguments,
