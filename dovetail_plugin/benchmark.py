@@ -28,6 +28,10 @@ from .modeling import DovetailDraft
 from .report import PHASES
 
 
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
+"""Whose versions are kept with results, where they are installed."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One generation. tokens: new ones. seconds: of the whole call of `generate`, prompt included."""
@@ -241,7 +245,7 @@ def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
 def provenance() -> dict[str, Any]:
     """Command, code version, package versions and machine, for results that are kept."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "accelerate", "safetensors"):
+    for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     program = Path(sys.argv[0]).name.replace("__main__.py", f"python -m {__package__}")
