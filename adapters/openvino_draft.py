@@ -1,5 +1,5 @@
-"""A draft as an OpenVINO graph, for machines without a GPU: beside an OpenVINO target it is two to three times
-as fast as in torch, its weights being read as int8.
+"""A draft as an OpenVINO graph, for machines without a GPU: beside an OpenVINO target it is twice as fast as in
+torch, its weights being read as int8.
 
 Enters: a `DovetailDraft` attached to its target. Leaves: a `DraftRunner`. The graph is traced from the draft's
 own modules; the key/value rows live in the state of one request for each text, where rows of rejected nodes
