@@ -27,7 +27,6 @@ from .engine import engine_of, next_logits
 from .modeling import DovetailDraft
 from .report import PHASES
 
-
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
 """Whose versions are kept with results, where they are installed."""
 
