@@ -37,12 +37,12 @@ OWN = ("dir", "budget", "group", "runner")
 
 @dataclass
 class Contender:
-    """An engine with the target's weights, its draft and the budget that suits it."""
+    """An engine with the target's weights, its draft and its budget (None: the policy's)."""
 
     name: str
     target: Any
     draft: DovetailDraft
-    budget: TreeBudget
+    budget: TreeBudget | None
 
 
 def parse_engine(text: str) -> tuple[str, dict[str, str]]:
@@ -59,7 +59,7 @@ def parse_engine(text: str) -> tuple[str, dict[str, str]]:
     return name, {"dir": parts[0]} | {key: value for key, _, value in pairs}
 
 
-def load_contender(name: str, settings: dict[str, str], draft_dir: Path, budget: TreeBudget) -> Contender:
+def load_contender(name: str, settings: dict[str, str], draft_dir: Path, budget: TreeBudget | None) -> Contender:
     """Load an exported engine; settings other than OWN go to its `from_pretrained`."""
     options: dict[str, Any] = {key: value for key, value in settings.items() if key not in OWN}
     if "exact" in options:
@@ -138,7 +138,7 @@ def speeds(contenders: list[Contender], prompts: list[torch.Tensor], new_tokens:
     for input_ids in tqdm(prompts, desc="texts", unit="prompt"):
         for comparison in comparisons.values():
             comparison.add(input_ids)
-    budgets = {c.name: f"{c.budget.nodes}/{c.budget.depth}/{c.budget.top_k}" for c in contenders}
+    budgets = {c.name: str(c.budget or "policy") for c in contenders}
     return {name: asdict(c.result(budget=budgets[name])) for name, c in comparisons.items()}
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True, help="for torch, in its stored dtype")
     parser.add_argument("--draft", type=Path, required=True)
     parser.add_argument("--engine", type=parse_engine, action="append", default=[], help="NAME=DIR[,key=value...]")
-    parser.add_argument("--budget", type=parse_budget, default=TreeBudget(8, 4, 3), help="where an engine gives none")
+    parser.add_argument("--budget", type=parse_budget, default=None, help="default: the policy's")
     parser.add_argument("--count", type=int, default=8, help="prompts")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9, help="of every pass")

@@ -42,7 +42,7 @@ def compare(name, target, draft, budget, *, count, new_tokens, out, **options) -
         parameters=target.num_parameters(),
         draft_parameters=draft.num_parameters(),
         dtype=str(target.dtype).removeprefix("torch."),
-        budget=f"{budget.nodes}/{budget.depth}/{budget.top_k}",
+        budget=str(budget or "policy"),
         **comparison.options,
     )
     print(f"\n{name}, {result.settings['dtype']}, budget {result.settings['budget']}\n{result.table()}\n", flush=True)
@@ -50,24 +50,23 @@ def compare(name, target, draft, budget, *, count, new_tokens, out, **options) -
         file.write(result.json_line() + "\n")
 
 
-def parse_budget(text: str) -> TreeBudget:
-    """`N/D/K` as in the method.
+def parse_budget(text: str) -> TreeBudget | None:
+    """`N/D/K` as in the method, or `policy`.
 
     Raises:
-        argparse.ArgumentTypeError: it is not three numbers.
+        argparse.ArgumentTypeError: it is neither.
     """
     try:
-        nodes, depth, top_k = (int(part) for part in text.split("/"))
-        return TreeBudget(nodes, depth, top_k)
+        return None if text == "policy" else TreeBudget.parse(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected nodes/depth/top_k, e.g. 16/6/8, got {text!r} ({error})") from error
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["bundled", "inflated"], default=None)
     parser.add_argument("--shape", default="1b", help="of the inflated pair, see inflate.py")
-    parser.add_argument("--budget", type=parse_budget, default=None, help="nodes/depth/top_k instead of the usual ones")
+    parser.add_argument("--budget", type=parse_budget, default=None, help="nodes/depth/top_k; default: the policy's")
     parser.add_argument("--count", type=int, default=None, help="prompts (default: 30 bundled, 12 inflated)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="default: both, for the bundled")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.jsonl")
@@ -75,13 +74,11 @@ def main() -> None:
     if args.only != "inflated":
         for dtype in [args.dtype] if args.dtype else ["bfloat16", "float32"]:
             target, draft = load_bundled(getattr(torch, dtype))
-            budget = args.budget or draft.budget
-            compare("bundled pair", target, draft, budget, count=args.count or 30, new_tokens=128, out=args.out)
+            compare("bundled pair", target, draft, args.budget, count=args.count or 30, new_tokens=128, out=args.out)
     if args.only != "bundled":
         target, draft = inflate_pair(*load_bundled(torch.float32), args.shape, dtype=torch.bfloat16)
-        budget = args.budget or TreeBudget(nodes=8, depth=5, top_k=4)
         name = f"inflated pair, {args.shape}"
-        compare(name, target, draft, budget, count=args.count or 12, new_tokens=64, out=args.out)
+        compare(name, target, draft, args.budget, count=args.count or 12, new_tokens=64, out=args.out)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ up at its first differing token, where reduced precision may only have broken a 
 
 import contextlib
 import json
-import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import machine
 from .engine import engine_of, next_logits
 from .modeling import DovetailDraft
 from .report import PHASES
@@ -252,12 +251,7 @@ def provenance() -> dict[str, Any]:
         "command": " ".join([program, *sys.argv[1:]]),
         "git": _git_revision(),
         "versions": versions,
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "machine": machine.describe(),
     }
 
 
@@ -271,16 +265,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
-
-
-def _cpu_name() -> str:
-    """Model name and the vector extensions that matter for speed."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*:\s*(.+)", info)
-    flags = re.search(r"flags\s*:\s*(.+)", info)
-    known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-    have = [flag for flag in known if flags and flag in flags.group(1).split()]
-    return f"{name.group(1).strip() if name else platform.machine()} ({' '.join(have)})"

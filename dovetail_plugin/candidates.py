@@ -15,10 +15,11 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .drafting import FeatureDrafter, without_padding
 from .modeling import DovetailDraft
 from .report import GenerationReport, Round
+from .tree import TreeBudget
 
 
 class DovetailCandidateGenerator(CandidateGenerator):
-    """Drafts a chain of `draft.budget.depth` tokens each round for the stock loop.
+    """Drafts a chain of `draft.budget.depth` tokens (or `TreeBudget`'s default) each round for the stock loop.
 
     Args:
         draft: the draft model.
@@ -70,7 +71,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
             self.report.prompt_tokens = input_ids.shape[1]
             return input_ids, None
         self._follow(input_ids, model_outputs.hidden_states[-1][0], model_kwargs or {}, int(n_last_matches))
-        depth = min(self.draft.budget.depth, self._max_length - input_ids.shape[1] - 1)
+        depth = min((self.draft.budget or TreeBudget()).depth, self._max_length - input_ids.shape[1] - 1)
         self._drafted = max(depth, 0)
         if depth < 1:
             return input_ids, None

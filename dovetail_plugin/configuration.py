@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from .acceptance import BINS
+
 # The fields have Llama's names, as in the reference checkpoints, so that tools which read `config.json`
 # (vLLM among them) find what they look for.
 
@@ -31,7 +33,8 @@ class DovetailConfig(PretrainedConfig):
         logit_softcap: the target's final logit soft cap (Gemma 2), or None.
         logit_scale: factor between the target's head and its logits (Cohere, Granite).
         target_name_or_path: the target this draft was trained for.
-        budget: default draft budget, `{"nodes": N, "depth": D, "top_k": K}`, or None for the library's.
+        calibration: how often nodes of each draft probability were accepted on held-out text, by bin of
+            `acceptance.EDGES`, under "greedy" and "sampling"; training measures it. None takes rules of thumb.
 
     Raises:
         ValueError: a size is not positive, heads do not divide, or `fusion` is unknown.
@@ -54,7 +57,7 @@ class DovetailConfig(PretrainedConfig):
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     target_name_or_path: str | None = None
-    budget: dict[str, int] | None = None
+    calibration: dict[str, list[float]] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -85,9 +88,12 @@ class DovetailConfig(PretrainedConfig):
             )
         if self.fusion not in ("dgf", "concat"):
             raise ValueError(f'fusion must be "dgf" or "concat", got {self.fusion!r}.')
-        for name, value in (self.budget or {}).items():
-            if name not in ("nodes", "depth", "top_k") or not isinstance(value, int) or value < 1:
-                raise ValueError(f"budget must be nodes, depth and top_k, each at least 1, got {self.budget}.")
+        for name, rates in (self.calibration or {}).items():
+            if name not in ("greedy", "sampling") or len(rates) != BINS or not all(0.0 <= r <= 1.0 for r in rates):
+                raise ValueError(
+                    f"calibration must hold {BINS} rates between 0 and 1 under greedy and sampling, got "
+                    f"{len(rates)} under {name!r}."
+                )
 
     @classmethod
     def for_target(

@@ -1,10 +1,10 @@
 """The loop: prefill, then rounds of draft, verify, accept, keep. The only file that knows their order.
 
-    prompt -> target.prefill -> drafter.begin
-    round:  drafter.grow -> target.score -> accept -> target.keep -> drafter.advance
+    prompt -> target.prefill -> drafter.begin -> (once on this machine) probe
+    round:  rounds.next -> drafter.grow -> target.score -> accept -> target.keep -> drafter.advance -> rounds.observe
 
-Enters: a target, a drafter and the text, all prepared. Leaves: the finished text and a report. A drafter
-that fails costs speed, never text: the loop goes on with trees of one node, which is plain decoding.
+Enters: a target, a drafter, the text and the budgets of its rounds, all prepared. Leaves: the finished text and a
+report. A drafter that fails costs speed, never text: the loop goes on with trees of one node, which is plain decoding.
 """
 
 import logging
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import machine
 from .drafting import Drafter, without_padding
-from .report import GenerationReport, Round
+from .policy import PLAIN, FixedRounds, Outcome, RoundPlan, Rounds
+from .probe import measure
+from .report import PHASES, GenerationReport, Round
 from .target import Target, TargetOutput
 from .text import Text
 from .tree import DraftTree, TreeBudget
@@ -29,7 +32,8 @@ class Decoder:
     """One generation. `run` is the algorithm; the rest is what makes a failing draft harmless.
 
     drafter: None decodes plainly, through the same code.
-    budget: of every round; cut where the text may not grow that far.
+    rounds: how much each round may draft; cut where the text may not grow that far.
+    vary_threads: whether the number of torch's threads may be chosen; whoever runs this restores it.
     cached: tokens at the start of the text whose rows the target holds from earlier turns.
     attention_mask: (1, tokens before the first new one) with 0 at padding, or None.
     """
@@ -37,10 +41,11 @@ class Decoder:
     target: Target
     drafter: Drafter | None
     text: Text
-    budget: TreeBudget
+    rounds: Rounds
     report: GenerationReport
     cached: int = 0
     attention_mask: Tensor | None = None
+    vary_threads: bool = False
 
     def run(self) -> None:
         """Generate until the text stops."""
@@ -50,8 +55,13 @@ class Decoder:
         output = self.target.prefill(text.ids[:, self.cached :], self.attention_mask)
         choice = text.choose(output.logits)
         self._begin(output)
-        report.clock.reset()
         report.prefill_s = time.perf_counter() - start_s
+
+        start_s = time.perf_counter()
+        if not choice.stop:
+            self._prepare(choice.token)
+        report.probe_s = time.perf_counter() - start_s
+        report.clock.reset()
 
         start_s = time.perf_counter()
         last, stop = choice.token, choice.stop
@@ -62,16 +72,43 @@ class Decoder:
         report.new_tokens = text.length - text.prompt_tokens
 
     def _round(self, last: int) -> Acceptance:
-        clock, text = self.report.clock, self.text
-        tree = self._grow(last)
+        start_s = time.perf_counter()
+        clock, text, context = self.report.clock, self.text, self.text.length
+        before = dict(clock.seconds)
+        plan = self.rounds.next(context, self._bound())
+        tree = self._grow(last, plan)
+        forecast = self.rounds.forecast(plan, len(tree), context)
         with clock.phase("verify"):
             output = self.target.score(tree)
         with clock.phase("accept"):
             acceptance = accept(tree, lambda node: text.choose(output.logits[node : node + 1]))
             self.target.keep(acceptance.path)
         self._advance(output, acceptance)  # in the last round too: another turn may follow
-        self.report.rounds.append(Round(len(tree), len(acceptance.tokens)))
+        seconds = {name: clock.seconds[name] - before[name] for name in PHASES}
+        seconds["other"] = max(time.perf_counter() - start_s - sum(seconds.values()), 0.0)
+        drafted = plan.budget.nodes > 1 and self.drafter is not None
+        self.report.rounds.append(
+            Round(
+                nodes=len(tree),
+                emitted=len(acceptance.tokens),
+                depth=int(tree.depths.max()),
+                widths=tuple(plan.judge.widths) if plan.judge else None,
+                context=context,
+                seconds=seconds,
+                predicted_s=forecast.cost.total_s if forecast.cost else None,
+                predicted_tokens=forecast.tokens,
+            )
+        )
+        self.rounds.observe(Outcome(tree, acceptance, context, drafted, seconds), forecast)
         return acceptance
+
+    def _bound(self) -> TreeBudget:
+        """What any tree must stay within: the policy's limits, the room in the text and in the target's positions."""
+        room = self.text.room
+        if self.target.max_length is not None:  # no node beyond the target's positions
+            room = min(room, self.target.max_length - self.text.length + 1)
+        bound = self.rounds.limits.clipped(max(room, 1)) if self.drafter is not None else PLAIN
+        return bound if self.target.supports_tree else bound.as_chain()
 
     # --- the draft, whose failures are not ours ------------------------------------------------
 
@@ -81,19 +118,36 @@ class Decoder:
         features, ids = without_padding(output.features, self.text.ids[0], self.attention_mask)
         try:
             self.drafter.begin(features, ids)
+            if self.rounds.drafting:
+                self.drafter.catch_up()
         except Exception as error:
             self._give_up(error)
 
-    def _grow(self, last: int) -> DraftTree:
-        room = self.text.room
-        if self.target.max_length is not None:  # no node beyond the target's positions
-            room = min(room, self.target.max_length - self.text.length + 1)
-        budget = self.budget.clipped(max(room, 1))
-        if not self.target.supports_tree:
-            budget = budget.as_chain()
-        if self.drafter is not None and budget.nodes > 1:
+    def _prepare(self, token: int) -> None:
+        drafter = self.drafter
+        if drafter is None:
+            return
+        try:
+            measured = self.rounds.prepare(
+                lambda: measure(
+                    self.target,
+                    drafter,
+                    token=token,
+                    context=self.text.length,
+                    limits=self._bound(),
+                    vary_threads=self.vary_threads,
+                )
+            )
+        except Exception as error:
+            self._give_up(error)
+            return
+        if measured is not None and measured.threads is not None and self.vary_threads:
+            machine.use(measured.threads, measured.processors)
+
+    def _grow(self, last: int, plan: RoundPlan) -> DraftTree:
+        if self.drafter is not None and plan.budget.nodes > 1:
             try:
-                return self.drafter.grow(budget)
+                return self.drafter.grow(plan.budget, plan.judge)
             except Exception as error:
                 self._give_up(error)
         return DraftTree.root(last)
@@ -110,7 +164,7 @@ class Decoder:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self.drafter = None
+        self.drafter, self.rounds = None, FixedRounds(PLAIN)
         message = f"drafting stopped, generation goes on without it: {type(error).__name__}: {error}"
         self.report.warnings.append(message)
         logger.warning(message)

@@ -1,16 +1,18 @@
 """Drafting: accepted features and tokens in, a `DraftTree` out. Owns the draft's key/value cache.
 
 The cache holds one row for every pair (target feature, next token) of the text so far, made from true
-target features only; rows of tree nodes are appended behind them and dropped at the next `advance`, so
-the prompt is never run twice. Trees grow in inference mode, which takes a seventh off the launch of the
-many small operations. Nothing here waits for the draft's device until the finished tree is
-fetched: growing a level is a fixed number of tensor operations, whatever the tree looks like.
+target features only; rows of tree nodes are appended behind them and dropped when the text goes on, so
+the prompt is never run twice. What the text gained is run when the next tree is asked for, so text that is
+decoded plainly costs the draft nothing until then. Trees grow in inference mode, which takes a seventh off the
+launch of the many small operations. Nothing waits for the draft's device inside a level; between levels a judge, if
+there is one, reads the level's scores.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +26,27 @@ class DraftError(RuntimeError):
     """The draft cannot go on (its logits are not numbers, say); the text is not affected."""
 
 
+class Judge(Protocol):
+    """Decides while a tree grows, from cumulative log-probabilities of candidates, on the CPU."""
+
+    def width(self, scores: np.ndarray) -> int:
+        """Rows of the level below these candidates; 0 stops."""
+
+    def rows(self, scores: np.ndarray) -> int:
+        """Nodes of the tree, the root included, out of all candidates."""
+
+
 class Drafter(Protocol):
     """Proposes trees. Implementations own their state; the loop owns the order of the calls."""
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
         """Start a text or a turn: features (T, F) of its last T tokens, input_ids (T + 1,) with one more token."""
 
-    def grow(self, budget: TreeBudget) -> DraftTree:
-        """The tree below the last token, on the CPU."""
+    def catch_up(self) -> None:
+        """Run what `begin` and `advance` have handed over; `grow` does so too."""
+
+    def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
+        """The tree below the last token, on the CPU: all that the budget allows, or what the judge takes of it."""
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:
         """The text grew: features (A, F) of the accepted rows, tokens (A,) emitted after each of them."""
@@ -138,17 +153,26 @@ class FeatureDrafter:
         self.rows = self.runner.new_rows(capacity)
         self.device, self.dtype = self.runner.device, self.runner.dtype
         self.committed = 0  # pairs of the text, without tree nodes
+        self._pending: list[tuple[Tensor, Tensor]] = []  # features and next tokens that were not run yet
         self._root: _Root | None = None
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
         """As `Drafter.begin`; after an earlier turn of the same text its rows stay and this goes on behind them."""
         self.advance(features, input_ids[1:])
 
-    @torch.inference_mode()
     def advance(self, features: Tensor, tokens: Tensor) -> None:
+        """As `Drafter.advance`."""
+        self._pending.append((features, tokens))
+
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """As `Drafter.catch_up`."""
+        if not self._pending:
+            return
         with self.clock.phase("transfer"):
-            features = features.to(device=self.device, dtype=self.dtype, non_blocking=True)
-            tokens = tokens.to(device=self.device, non_blocking=True)
+            features = self._here(torch.cat([features for features, _ in self._pending]).to(self.dtype))
+            tokens = self._here(torch.cat([tokens for _, tokens in self._pending]))
+        self._pending.clear()
         with self.clock.phase("draft"):
             for rows in self.rows:
                 rows.length = self.committed
@@ -160,19 +184,26 @@ class FeatureDrafter:
             self.committed += count
             self._root = _Root(tokens[-1], predicted[-1:], logits)
 
+    def _here(self, tensor: Tensor) -> Tensor:
+        """On the draft's device; to a GPU through pinned memory, so that nobody waits for the copy."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+            tensor = tensor.pin_memory()  # torch reuses such memory only when copies from it are done
+        return tensor.to(self.device, non_blocking=True)
+
     def _causal(self, count: int) -> Tensor:
         """(count, committed + count) additive: new rows see the text and each other, causally."""
         mask = torch.full((count, count), float("-inf"), dtype=self.dtype, device=self.device).triu(1)
         return torch.cat([mask.new_zeros(count, self.committed), mask], dim=1)
 
-    def grow(self, budget: TreeBudget) -> DraftTree:
-        """The tree below the last token, on the CPU.
+    def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
+        """As `Drafter.grow`.
 
         Raises:
             DraftError: a score is not a number.
         """
+        self.catch_up()
         with self.clock.phase("draft"):
-            tree = self.grow_on_device(budget)
+            tree = self.grow_on_device(budget, judge)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # so that the fetch below is timed alone
         with self.clock.phase("transfer"):
@@ -182,9 +213,9 @@ class FeatureDrafter:
         return tree
 
     @torch.inference_mode()
-    def grow_on_device(self, budget: TreeBudget) -> DraftTree:
-        """As `grow`, but the tree stays on the draft's device and nothing waits for it."""
-        assert self._root is not None, "begin() comes first"
+    def grow_on_device(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
+        """As `grow`, but the tree stays on the draft's device; without a judge nothing waits for it."""
+        assert self._root is not None and not self._pending, "begin() and catch_up() come first"
         root, device = self._root, self.device
         start = torch.zeros(1, device=device)
         level = expand(start, root.logits, start.long() - 1, budget.top_k)
@@ -195,7 +226,10 @@ class FeatureDrafter:
         visible = torch.zeros(1, 0, dtype=torch.bool, device=device)  # tree rows the parents see
         seen = 0  # candidates of the levels above
         for depth in range(1, budget.depth):
-            scores, frontier = level.scores.topk(min(budget.top_k, level.scores.shape[0]))
+            width = budget.top_k if judge is None else judge.width(_fetched(level.scores))
+            if width == 0:
+                break
+            scores, frontier = level.scores.topk(min(width, level.scores.shape[0]))
             parents = level.parent_rows[frontier]
             own = torch.eye(frontier.shape[0], dtype=torch.bool, device=device)
             visible = torch.cat([visible[parents], own], dim=1)
@@ -204,7 +238,8 @@ class FeatureDrafter:
             seen += level.tokens.shape[0]
             level = expand(scores, logits, ids, budget.top_k)
             levels.append(level)
-        return select(levels, root.token, budget.nodes)
+        nodes = budget.nodes if judge is None else judge.rows(_fetched(torch.cat([lv.scores for lv in levels])))
+        return select(levels, root.token, nodes)
 
     def grow_chain(
         self, depth: int, pick: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]
@@ -218,6 +253,7 @@ class FeatureDrafter:
         Returns:
             tokens (depth,) int64 and scores (depth, V), on the draft's device.
         """
+        self.catch_up()
         assert self._root is not None, "begin() comes first"
         for rows in self.rows:
             rows.length = self.committed
@@ -251,3 +287,15 @@ class FeatureDrafter:
         mask = mask.masked_fill(visible.logical_not(), float("-inf"))
         mask = torch.cat([mask.new_zeros(tokens.shape[0], self.committed), mask], dim=1)
         return self.runner.run(features, tokens, rope, self.rows, mask)
+
+
+def _fetched(scores: Tensor) -> np.ndarray:
+    """Scores (M,) on the CPU, for a judge.
+
+    Raises:
+        DraftError: one is not a number.
+    """
+    fetched = scores.cpu().numpy()
+    if not np.isfinite(fetched).all():
+        raise DraftError("the draft's logits are not finite numbers")
+    return fetched

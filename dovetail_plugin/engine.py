@@ -7,8 +7,7 @@ kind of model a target is.
 
 import importlib
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -197,17 +196,3 @@ def next_logits(model: Any, input_ids: Tensor) -> Tensor:
     )
     with session as target:
         return target.prefill(input_ids, None).logits
-
-
-@contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """Run the block with this many torch threads (ValueError below 1); None leaves them alone."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}.")
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -4,28 +4,35 @@ Enters: what `GenerationMixin.generate` hands to a decoding method. Leaves: toke
 `GenerateDecoderOnlyOutput`. `hf.py` decides when this runs; `decoding.py` holds the loop itself.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from . import records
+from .cost import Shape
 from .decoding import Decoder
 from .drafting import DraftRunner, FeatureDrafter, TorchRunner
-from .engine import Engine, engine_of, thread_count
+from .engine import Engine, engine_of
+from .machine import thread_count
 from .modeling import DovetailDraft, check_fits
+from .policy import PLAIN, FixedRounds, Rounds
 from .report import GenerationReport
 from .text import Text
-from .tree import TreeBudget
 
 DRAFT_ROWS = 1024
 """Rows the draft's cache makes room for beyond the prompt; it doubles when they are used up."""
-
-PLAIN = TreeBudget(nodes=1, depth=1, top_k=1)
-"""The budget of plain decoding."""
 
 OWN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """Forward arguments that the target handles itself; all others go to the prompt's pass unchanged."""
@@ -158,22 +165,33 @@ def _generate(
     _check_prompt(model, input_ids, synced_gpus, model_kwargs)
     cached, mask = _cached_tokens(input_ids, cache, model_kwargs.get("attention_mask"), config)
     text = Text(input_ids, processors=processors, criteria=criteria, config=config, streamer=streamer)
-    report, budget, drafter = GenerationReport(), PLAIN, None
+    report, drafter = GenerationReport(), None
+    rounds: Rounds = FixedRounds(PLAIN)
     if draft is not None:
-        draft.report, budget = report, draft.budget
+        draft.report = report
         drafter = _drafter_for(draft, engine, cache, text, report)
+        rounds = _rounds_for(draft, model, engine, drafter.runner, config)
     past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
     session = engine.session(
         cache,
         max_length=past + config.max_length,
-        max_nodes=budget.nodes,
+        max_nodes=rounds.limits.nodes,
         prefill_chunk=config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_OF_FORWARD and v is not None},
     )
     in_torch = engine.runs_in_torch or (drafter is not None and drafter.runner.runs_in_torch)
     # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
     with session as target, torch.no_grad(), thread_count(None if in_torch else 1):
-        decoder = Decoder(target, drafter, text, budget, report, cached=cached, attention_mask=mask)
+        decoder = Decoder(
+            target,
+            drafter,
+            text,
+            rounds,
+            report,
+            cached=cached,
+            attention_mask=mask,
+            vary_threads=engine.runs_in_torch and draft is not None and draft.policy.threads == "auto",
+        )
         decoder.run()
     text.end()
     if draft is not None and drafter is not None and decoder.drafter is drafter:  # it did not fail
@@ -205,6 +223,46 @@ def _drafter_for(
         turn.drafter.clock = report.clock
         return turn.drafter
     return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
+
+
+def _rounds_for(
+    draft: DovetailDraft, model: Any, engine: Engine, runner: DraftRunner, config: GenerationConfig
+) -> Rounds:
+    """The user's budget every round if there is one, else the policy's."""
+    if draft.budget is not None:
+        return FixedRounds(draft.budget)
+    key = records.key_of(
+        engine=type(engine).__name__,
+        model=_digest(model.config),
+        name=model.config.name_or_path,
+        rounding=engine.rounding,
+        draft=_digest(draft.config),
+        draft_on=[type(runner).__name__, runner.device, runner.dtype],
+        limits=asdict(draft.policy.limits),
+        torch=torch.__version__,
+    )
+    return draft.policy.rounds(
+        key,
+        temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
+        shape=_shape(model),
+        calibration=draft.config.calibration,
+    )
+
+
+def _digest(config: PretrainedConfig) -> str:
+    return hashlib.sha256(config.to_json_string().encode()).hexdigest()[:16]
+
+
+def _shape(model: Any) -> Shape | None:
+    """Sizes that tell what context costs; None for a model whose config does not give them."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = config.num_hidden_layers
+    return Shape(model.num_parameters(), 2 * layers * kv_heads * head_dim, layers * heads * head_dim)
 
 
 def _same(one: DraftRunner, other: DraftRunner) -> bool:

@@ -27,6 +27,7 @@ from .blocks import Block, ConcatFusion, GatedFusion, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
 from .engine import engine_of
+from .policy import DeviceSplitPolicy
 from .report import GenerationReport
 from .tree import TreeBudget
 
@@ -55,12 +56,15 @@ class DovetailDraft(PreTrainedModel):
 
     Attributes:
         report: the `GenerationReport` of the latest generation with this draft, or None.
-        budget: `TreeBudget` of every round; set it to try another one.
+        budget: `TreeBudget` of every round; None lets the policy choose each of them.
+        policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one.
         verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
             chains only; transformers 5.8 or later).
         runner: `"auto"` (a draft on the CPU runs in the target's engine where that has a faster way, else in
             torch) or `"torch"`.
     """
+
+    budget: TreeBudget | None = None
 
     config_class = DovetailConfig
     base_model_prefix = ""
@@ -81,7 +85,7 @@ class DovetailDraft(PreTrainedModel):
         self._attached_to: weakref.ref[PreTrainedModel] | None = None
         self.turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # cache -> its drafter
         self.report: GenerationReport | None = None
-        self.budget = TreeBudget(**(config.budget or {}))
+        self.policy = DeviceSplitPolicy()
         self.verification: Literal["tree", "stock"] = "tree"
         self.runner: Literal["auto", "torch"] = "auto"
         self.post_init()

@@ -36,6 +36,21 @@ class TreeBudget:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
+    def __str__(self) -> str:
+        return f"{self.nodes}/{self.depth}/{self.top_k}"
+
+    @staticmethod
+    def parse(text: str) -> "TreeBudget":
+        """`N/D/K` as in the method, e.g. "16/6/8".
+
+        Raises:
+            ValueError: it is not three whole numbers above 0.
+        """
+        parts = text.split("/")
+        if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+            raise ValueError(f"a budget is nodes/depth/top_k, e.g. 16/6/8, got {text!r}.")
+        return TreeBudget(*(int(part) for part in parts))
+
     def clipped(self, new_tokens: int) -> "TreeBudget":
         """This budget with no level deeper than the `new_tokens` (1 or more) the text may still grow by."""
         depth = min(self.depth, new_tokens - 1)

@@ -8,7 +8,7 @@ import torch
 from families import tiny_target
 
 import dovetail_plugin.generation
-from dovetail_plugin import DovetailDraft, DraftTree
+from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
 from dovetail_plugin.drafting import FeatureDrafter
 
 
@@ -32,6 +32,13 @@ def pytest_collection_modifyitems(items):
 def _one_thread():
     """Tiny models gain nothing from threads, and shared machines lose."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_budget(monkeypatch, tmp_path):
+    """Rounds that do not depend on how fast the machine is; tests of the policy undo it, and keep their own records."""
+    monkeypatch.setattr(DovetailDraft, "budget", TreeBudget())
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "records"))
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +110,8 @@ def oracle(monkeypatch):
                 if self.known is not None:
                     self.known += len(tokens)
 
-            def grow(self, budget):
-                super().grow(budget)
+            def grow(self, budget, judge=None):
+                super().grow(budget, judge)
                 return random_tree(text[self.known - 1], text[self.known :], budget, rng, vocab)
 
         monkeypatch.setattr(dovetail_plugin.generation, "FeatureDrafter", OracleDrafter)

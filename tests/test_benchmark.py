@@ -17,7 +17,7 @@ from dovetail_plugin.benchmark import (
     timed_generate,
     top_gap_at_difference,
 )
-from dovetail_plugin.engine import thread_count
+from dovetail_plugin.machine import thread_count
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
 

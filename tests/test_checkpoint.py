@@ -167,8 +167,8 @@ def test_unattached_draft_does_not_run(llama):
         ("head_dim", 0),
         ("head_dim", 7),
         ("fusion", "sum"),
-        ("budget", {"nodes": 0}),
-        ("budget", {"leaves": 3}),
+        ("calibration", {"greedy": [0.5]}),
+        ("calibration", {"beam": [0.5] * 18}),
     ],
 )
 def test_config_validation(field, value):

@@ -93,7 +93,11 @@ def test_prompt_is_never_run_again():
     for _ in range(3):
         drafter.grow(TreeBudget(16, 4, 5))
         drafter.advance(features[:2], ids[:2])
-    assert sizes == [30] + [5, 5, 5, 2] * 3  # the prompt, then three levels below the first and two rows a round
+    # The prompt, then three levels below the first and two rows a round; the last two wait for a further tree.
+    assert sizes == [30] + [5, 5, 5, 2] * 2 + [5, 5, 5]
+    drafter.advance(features[:3], ids[:3])
+    drafter.grow(TreeBudget(4, 1, 5))
+    assert sizes[-1] == 5
 
 
 @torch.no_grad()
@@ -170,6 +174,7 @@ def test_draft_step_mixes_no_devices(fusion):
         assert drafter.device.type == "cuda"
         drafter.begin(torch.empty(6, 32), torch.arange(7))
         for _ in range(2):
+            drafter.catch_up()
             tree = drafter.grow_on_device(TreeBudget(9, 3, 4))
             assert {t.device.type for t in (tree.tokens, tree.parents, tree.depths, tree.scores)} == {"cuda"}
             assert tree.to("cpu").tokens.device.type == "cpu"

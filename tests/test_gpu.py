@@ -61,6 +61,7 @@ def test_growing_a_tree_never_waits_for_the_device():
         drafter.begin(torch.randn(6, 32), prompt(7)[0])
         torch.cuda.set_sync_debug_mode("error")
         try:
+            drafter.catch_up()
             drafter.grow_on_device(TreeBudget(16, 5, 6))
         finally:
             torch.cuda.set_sync_debug_mode("default")

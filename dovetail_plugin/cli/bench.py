@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..benchmark import Comparison, load_prompts
-from ..engine import thread_count
+from ..machine import thread_count
 from .common import (
     HelpFormatter,
     add_budget_arguments,
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             draft_parameters=pair.draft.num_parameters(),
             dtype=str(pair.target.dtype).removeprefix("torch."),
             draft_device=str(pair.draft.device),
-            budget=f"{pair.draft.budget.nodes}/{pair.draft.budget.depth}/{pair.draft.budget.top_k}",
+            budget=str(pair.draft.budget or "policy"),
             **comparison.options,
         )
         line = result.json_line()

@@ -51,13 +51,18 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """--nodes, --depth, --top-k: the draft budget."""
-    group = parser.add_argument_group("draft budget (default: the draft's own)")
-    group.add_argument(
-        "--nodes", type=int, default=None, help="rows the target verifies in a round, the last token included"
+    """--nodes, --depth, --top-k: a draft budget instead of the policy's."""
+    default = TreeBudget()
+    group = parser.add_argument_group(
+        "draft budget",
+        "By default every round drafts what pays on this machine. With one of these, all rounds draft the same.",
     )
-    group.add_argument("--depth", type=int, default=None, help="levels of the draft tree")
-    group.add_argument("--top-k", type=int, default=None, help="nodes grown further on a level; 1 drafts a chain")
+    for option, value, text in (
+        ("--nodes", default.nodes, "rows the target verifies in a round, the last token included"),
+        ("--depth", default.depth, "levels of the draft tree"),
+        ("--top-k", default.top_k, "nodes grown further on a level; 1 drafts a chain"),
+    ):
+        group.add_argument(option, type=int, default=None, help=f"{text} ({value} where another one is given)")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,10 +125,6 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
 
 
 def set_budget(draft: DovetailDraft, args: argparse.Namespace) -> None:
-    """Replace those parts of the draft's budget that were given."""
-    own = draft.budget
-    draft.budget = TreeBudget(
-        nodes=own.nodes if args.nodes is None else args.nodes,
-        depth=own.depth if args.depth is None else args.depth,
-        top_k=own.top_k if args.top_k is None else args.top_k,
-    )
+    """Fix the draft's budget if a part of it was given."""
+    given = {name: getattr(args, name) for name in ("nodes", "depth", "top_k") if getattr(args, name) is not None}
+    draft.budget = TreeBudget(**given) if given else None

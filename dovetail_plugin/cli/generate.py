@@ -6,7 +6,7 @@ import torch
 from transformers import TextStreamer
 
 from ..benchmark import Run, encode_prompt, timed_generate
-from ..engine import thread_count
+from ..machine import thread_count
 from .common import (
     HelpFormatter,
     add_budget_arguments,
