@@ -22,8 +22,8 @@ PRIOR_WEIGHT = 6.0
 FORGET = 0.995
 """What a round leaves of the weight of those before it: some two hundred rounds are remembered."""
 
-GREEDY = np.clip(CENTERS**0.8, 0.0, 0.97)
-"""Rule of thumb for greedy targets: likely tokens are taken more often than the draft believes."""
+GREEDY = 1.0 - (1.0 - CENTERS) ** 1.8
+"""Rule of thumb for greedy targets: likely tokens are taken more often than the draft believes (of the bundled pair)."""
 
 SAMPLING = CENTERS * 0.9
 """Rule of thumb at temperature 1: as likely as the draft believes, a little less for its errors."""

@@ -117,8 +117,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, rows, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = within_range(x + self.self_attn(self.input_layernorm(x), rope, rows, mask))
+        return within_range(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+def within_range(x: Tensor) -> Tensor:
+    """The residual stream of a draft in fp16, kept finite: bf16 weights may drive it beyond fp16's range."""
+    return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
 
 
 class GatedFusion(nn.Module):

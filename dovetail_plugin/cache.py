@@ -73,12 +73,13 @@ class KVRows:
 
         Args:
             start: first row that may move.
-            path: (count,) int64 on this device, ascending, counted from `start`.
+            path: (count,) int64, ascending, counted from `start`.
         """
         if self._keys is None or self._values is None:  # a layer that shares another layer's rows
             return
         if path is not None:
             end = start + count
+            path = path.to(self._keys.device)  # layers of one target may lie on two devices
             self._keys[:, :, start:end] = self._keys.index_select(2, path + start)
             self._values[:, :, start:end] = self._values.index_select(2, path + start)
         self.length = start + count

@@ -218,7 +218,7 @@ class FeatureDrafter:
         assert self._root is not None and not self._pending, "begin() and catch_up() come first"
         root, device = self._root, self.device
         start = torch.zeros(1, device=device)
-        level = expand(start, root.logits, start.long() - 1, budget.top_k)
+        level = expand(start, root.logits, start.long() - 1, budget.top_k, self.draft.token_ids)
         levels, outputs = [level], root.predicted
         rope_of = self._rope_by_depth(budget.depth)
         for rows in self.rows:
@@ -236,7 +236,7 @@ class FeatureDrafter:
             outputs, logits = self._run(outputs[parents], level.tokens[frontier], visible, rope_of(depth))
             ids = frontier + seen
             seen += level.tokens.shape[0]
-            level = expand(scores, logits, ids, budget.top_k)
+            level = expand(scores, logits, ids, budget.top_k, self.draft.token_ids)
             levels.append(level)
         nodes = budget.nodes if judge is None else judge.rows(_fetched(torch.cat([lv.scores for lv in levels])))
         return select(levels, root.token, nodes)
@@ -262,7 +262,7 @@ class FeatureDrafter:
         output, logits = self._root.predicted, self._root.logits
         rope_of = self._rope_by_depth(depth)
         for level in range(1, depth + 1):
-            token, picked_by = pick(logits, tokens)
+            token, picked_by = pick(self.draft.over_vocabulary(logits), tokens)
             tokens.append(token)
             scores.append(picked_by)
             if level < depth:

@@ -25,6 +25,7 @@ from .cost import Shape
 from .decoding import Decoder
 from .drafting import DraftRunner, FeatureDrafter, TorchRunner
 from .engine import Engine, engine_of
+from .graph_runner import runner_for
 from .machine import thread_count
 from .modeling import DovetailDraft, check_fits
 from .policy import PLAIN, FixedRounds, Rounds
@@ -170,7 +171,7 @@ def _generate(
     if draft is not None:
         draft.report = report
         drafter = _drafter_for(draft, engine, cache, text, report)
-        rounds = _rounds_for(draft, model, engine, drafter.runner, config)
+        rounds = rounds_for(draft, model, engine, drafter.runner, config)
     past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
     session = engine.session(
         cache,
@@ -215,9 +216,7 @@ def _drafter_for(
     draft: DovetailDraft, engine: Engine, cache: Cache, text: Text, report: GenerationReport
 ) -> FeatureDrafter:
     """The drafter of the turn before, if this draft made the cache what it is; else a new one."""
-    on_cpu = draft.device.type == "cpu"
-    runner = engine.draft_runner(draft) if draft.runner == "auto" and on_cpu else None
-    runner = runner or TorchRunner(draft)
+    runner = draft_runner_for(draft, engine)
     turn = draft.turns.pop(cache, None)
     if turn is not None and turn.tokens == cache.get_seq_length() > 0 and _same(turn.drafter.runner, runner):
         turn.drafter.clock = report.clock
@@ -225,7 +224,15 @@ def _drafter_for(
     return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
 
 
-def _rounds_for(
+def draft_runner_for(draft: DovetailDraft, engine: Engine) -> DraftRunner:
+    """What runs the draft's steps fastest: CUDA graphs on a GPU, the target's engine on a CPU, if it has a way."""
+    if draft.runner == "auto" and draft.device.type == "cuda":
+        return runner_for(draft)
+    own = engine.draft_runner(draft) if draft.runner == "auto" and draft.device.type == "cpu" else None
+    return own or TorchRunner(draft)
+
+
+def rounds_for(
     draft: DovetailDraft, model: Any, engine: Engine, runner: DraftRunner, config: GenerationConfig
 ) -> Rounds:
     """The user's budget every round if there is one, else the policy's."""

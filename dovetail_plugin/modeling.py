@@ -17,11 +17,12 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .blocks import Block, ConcatFusion, GatedFusion, RotaryEmbedding
 from .cache import KVRows
@@ -60,11 +61,19 @@ class DovetailDraft(PreTrainedModel):
         policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one.
         verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
             chains only; transformers 5.8 or later).
-        runner: `"auto"` (a draft on the CPU runs in the target's engine where that has a faster way, else in
-            torch) or `"torch"`.
+        runner: `"auto"` (the fastest way of the device: CUDA graphs on a GPU, the target's engine on a CPU where that
+            has one) or `"torch"`.
+        embedding_device: where the target's embedding table stays, if not beside the draft; `"cpu"` saves its bytes
+            on a small GPU and costs a short wait a level.
+        draft_vocab_size: the draft proposes only this many tokens, the most frequent ones of its training, which
+            saves bytes and time of the head; None proposes all.
+
+    The last two count when the draft meets its target.
     """
 
     budget: TreeBudget | None = None
+    embedding_device: str | None = None
+    draft_vocab_size: int | None = None
 
     config_class = DovetailConfig
     base_model_prefix = ""
@@ -82,6 +91,7 @@ class DovetailDraft(PreTrainedModel):
         self.register_buffer("embed_weight", None, persistent=False)
         self.register_buffer("head_weight", None, persistent=False)
         self.register_buffer("head_bias", None, persistent=False)
+        self.register_buffer("token_ids", None, persistent=False)  # of the head's rows, where it is cut
         self._attached_to: weakref.ref[PreTrainedModel] | None = None
         self.turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # cache -> its drafter
         self.report: GenerationReport | None = None
@@ -127,7 +137,8 @@ class DovetailDraft(PreTrainedModel):
         trained for another target.
 
         Raises:
-            ValueError: the target's vocabulary or hidden size is not this draft's, or it has no usable tables.
+            ValueError: the target's vocabulary or hidden size is not this draft's, or it has no usable tables;
+                `draft_vocab_size` is no part of the vocabulary.
         """
         check_fits(self.config, target)
         if isinstance(target, PreTrainedModel):  # an exported one is named by its directory, whatever it was before
@@ -140,9 +151,18 @@ class DovetailDraft(PreTrainedModel):
             )
         weight = next(self.parameters())
         place = dict(device=weight.device, dtype=weight.dtype)
-        self.embed_weight = tables.embedding.to(**place)
-        self.head_weight = self.embed_weight if tables.head is tables.embedding else tables.head.to(**place)
-        self.head_bias = None if tables.bias is None else tables.bias.to(**place)
+        if self.embedding_device is None:
+            self.embed_weight = tables.embedding.to(**place)
+        else:  # in the target's dtype, so that on its device it is the target's own
+            self.embed_weight = tables.embedding.to(self.embedding_device)
+        head, bias, self.token_ids = tables.head, tables.bias, None
+        if self.draft_vocab_size is not None:
+            ids = frequent_tokens(self.name_or_path, self.draft_vocab_size, self.config.vocab_size).to(head.device)
+            head, bias = head[ids], None if bias is None else bias[ids]
+            self.token_ids = ids.to(weight.device)
+        tied = head is tables.embedding and self.embedding_device is None
+        self.head_weight = self.embed_weight if tied else head.to(**place)
+        self.head_bias = None if bias is None else bias.to(**place)
         self._attached_to = weakref.ref(target)
 
     def attach_once(self, target: PreTrainedModel) -> None:
@@ -161,10 +181,13 @@ class DovetailDraft(PreTrainedModel):
                 "this draft has no embedding table yet: it borrows the target's. Pass the draft to "
                 "target.generate(assistant_model=draft), or call draft.attach(target) first."
             )
-        return F.embedding(tokens, self.embed_weight)
+        if self.embedding_device is None:
+            return F.embedding(tokens, self.embed_weight)
+        rows = F.embedding(tokens.to(self.embed_weight.device), self.embed_weight)
+        return rows.to(device=tokens.device, dtype=next(self.parameters()).dtype)
 
     def head(self, features: Tensor) -> Tensor:
-        """The target's logits of predicted features: (..., H) -> (..., V).
+        """The target's logits of predicted features: (..., H) -> (..., V), or those of `token_ids` where it is cut.
 
         Raises:
             ValueError: no target is attached.
@@ -177,6 +200,13 @@ class DovetailDraft(PreTrainedModel):
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """Logits (..., V) of the whole vocabulary: tokens that a cut head does not propose get -inf."""
+        if self.token_ids is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        return whole.index_copy(-1, self.token_ids, logits)
 
     # --- forward -------------------------------------------------------------------------------
 
@@ -268,6 +298,27 @@ class DovetailDraft(PreTrainedModel):
             ) from error
         _check_loaded(pretrained_model_name_or_path, info)
         return (draft, info) if wants_info else draft
+
+
+TOKEN_ORDER = "token_order.npy"
+"""Beside a checkpoint: (V,) int32 token ids, the most frequent of the training text first."""
+
+
+def frequent_tokens(name: str, count: int, vocab_size: int) -> Tensor:
+    """(count,) int64 ids, ascending, of the most frequent tokens by the checkpoint's own file.
+
+    Without one the lowest ids are taken, which are the most frequent ones in byte-pair vocabularies.
+
+    Raises:
+        ValueError: `count` is no part of the vocabulary.
+    """
+    if not 1 <= count <= vocab_size:
+        raise ValueError(f"draft_vocab_size must be between 1 and the target's {vocab_size} tokens, got {count}.")
+    file = cached_file(name, TOKEN_ORDER, _raise_exceptions_for_missing_entries=False) if name else None
+    if file is None:
+        return torch.arange(count)
+    order = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.int64))
+    return order[:count].sort().values
 
 
 def _check_loaded(name: object, info: dict[str, Any]) -> None:

@@ -241,6 +241,14 @@ class DeviceSplitPolicy:
         self.modes: dict[tuple[str, float], Mode] = {}
         self._lock = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock: a copy of a draft brings a policy of its own, which knows what this one knew."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
     def rounds(
         self,
         key: str,

@@ -148,7 +148,7 @@ class Level:
     parent_ids: Tensor
 
 
-def expand(scores: Tensor, logits: Tensor, ids: Tensor, top_k: int) -> Level:
+def expand(scores: Tensor, logits: Tensor, ids: Tensor, top_k: int, token_ids: Tensor | None = None) -> Level:
     """Children of a frontier: the `top_k` likeliest tokens of each of its K rows.
 
     Args:
@@ -156,12 +156,14 @@ def expand(scores: Tensor, logits: Tensor, ids: Tensor, top_k: int) -> Level:
         logits: (K, V) draft logits, any float type; probabilities are taken in fp32.
         ids: (K,) int64 places of the frontier among all candidates (-1 for the root).
         top_k: children of a row; fewer if the vocabulary is smaller.
+        token_ids: (V,) int64 the target's id of each logit; None where they are in order.
     """
     top_k = min(top_k, logits.shape[-1])
     logprobs, tokens = logits.log_softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
     logprobs = logprobs.clamp(max=0)  # a child must not outrank its parent by rounding, see `select`
     rows = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(top_k)
-    return Level(tokens.flatten(), (scores[:, None] + logprobs).flatten(), rows, ids[rows])
+    tokens = tokens.flatten() if token_ids is None else token_ids[tokens.flatten()]
+    return Level(tokens, (scores[:, None] + logprobs).flatten(), rows, ids[rows])
 
 
 def select(levels: list[Level], root_token: Tensor, nodes: int) -> DraftTree:

@@ -69,6 +69,7 @@ def test_growing_a_tree_never_waits_for_the_device():
 
 def test_out_of_memory_on_the_gpu_costs_no_text(llama, monkeypatch):
     draft = DovetailDraft.for_target(llama).to("cuda")
+    draft.runner = "torch"  # which calls `step`
     original, calls = draft.step, []
 
     def step(*args, **kwargs):

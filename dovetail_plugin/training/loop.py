@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -24,7 +25,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from ..modeling import DovetailDraft
+from ..modeling import TOKEN_ORDER, DovetailDraft
+from .calibration import Calibration
 from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl
 from .features import FeatureCache, digest, fingerprint, target_features
@@ -93,7 +95,8 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
     first = run.load_state() if resume else 0
     run.train(first)
     if accelerator.is_main_process:
-        _save(config, draft, run.history)
+        draft.config.calibration = run.calibration()
+        _save(config, draft, run.history, token_order(sequences, draft.config.vocab_size))
     accelerator.wait_for_everyone()
     return draft
 
@@ -228,6 +231,15 @@ class _Run:
             agreement += losses.agreement.cpu() * count_rows([self.sequences[number]], len(row_counts))
         return expected_acceptance_length(agreement / row_counts.clamp(min=1))
 
+    def calibration(self) -> dict[str, list[float]]:
+        """Of the held-out sequences, as deep as the rollout."""
+        self.draft.eval()
+        calibration = Calibration()
+        for number in range(self.train_count, len(self.sequences)):
+            features, batch = self._inputs([number])
+            calibration.add(self.draft, features, batch, passes=self.config.rollout)
+        return calibration.rates()
+
     def _key(self) -> dict[str, Any]:
         """What a resumed run must share with the interrupted one to end as if it had not been interrupted."""
         numbers = {k: v for k, v in asdict(self.config).items() if k not in MAY_CHANGE}
@@ -267,9 +279,18 @@ class _Run:
         return progress["step"]
 
 
-def _save(config: TrainingConfig, draft: DovetailDraft, history: History) -> None:
+def token_order(sequences: list[Sequence], vocab_size: int) -> np.ndarray:
+    """(V,) int32 token ids, the most frequent of these sequences first; for drafts with a cut head."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for sequence in sequences:
+        counts += torch.bincount(sequence.input_ids, minlength=vocab_size)
+    return counts.argsort(descending=True, stable=True).to(torch.int32).numpy()
+
+
+def _save(config: TrainingConfig, draft: DovetailDraft, history: History, order: np.ndarray) -> None:
     dtype = getattr(torch, config.save_dtype)
     draft.to(dtype).save_pretrained(config.out)
+    np.save(config.out / TOKEN_ORDER, order, allow_pickle=False)
     AutoTokenizer.from_pretrained(config.target).save_pretrained(config.out)
     numbers = {k: v for k, v in asdict(config).items() if not isinstance(v, (Path, tuple))}
     numbers["target"] = draft.config.target_name_or_path

@@ -13,6 +13,7 @@ p - 1, and attends true rows up to p - s + 1 and predicted rows after that: exac
 s - 1 of a tree sees (HASS, Zhang et al. 2024; EAGLE-3's training-time test).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,37 @@ def count_rows(sequences: list[Sequence], passes: int) -> Tensor:
     return torch.tensor([float(sum(int(s.written[p + 1 :].sum()) for s in sequences)) for p in range(1, passes + 1)])
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a batch; R = T - 2 rows, aligned as in the module docstring.
+
+    number: from 1. predicted: (B, R, H). logits: (B, R, V) of the draft. counted: (B, R) bool.
+    """
+
+    number: int
+    predicted: Tensor
+    logits: Tensor
+    counted: Tensor
+
+
+def roll_out(
+    draft: DovetailDraft, features: Tensor, batch: Batch, *, passes: int, noise: Tensor | None = None
+) -> Iterator[Pass]:
+    """Run the draft `passes` times over a batch; arguments as `draft_losses`."""
+    inputs = features if noise is None else features + noise
+    inputs, tokens = inputs[:, :-2], batch.input_ids[:, 1:-1]
+    rows = torch.arange(tokens.shape[1], device=tokens.device)
+    counted = batch.written[:, 2:] & (rows[None] + 2 < batch.lengths[:, None])
+    rope = draft.rope_at(rows[None], inputs.dtype)
+    caches = [GrowingRows() for _ in draft.layers]
+    for number in range(1, passes + 1):
+        mask = None if number == 1 else rollout_mask(len(rows), number, inputs.dtype, inputs.device)
+        predicted = draft.step(inputs, tokens, rope, caches, mask)  # type: ignore[arg-type]
+        yield Pass(number, predicted, draft.head(predicted).float(), counted & (rows >= number - 1))
+        # Pass s + 1 reads at row p what pass s predicted at row p - 1; row 0 has nothing before it.
+        inputs = torch.cat([inputs[:, :1], predicted[:, :-1]], dim=1)
+
+
 def draft_losses(
     draft: DovetailDraft,
     features: Tensor,
@@ -93,28 +125,19 @@ def draft_losses(
         row_counts: (passes,) from `count_rows` of the whole step that this batch is a part of; None if it
             is no part of anything.
     """
-    inputs = features if noise is None else features + noise
-    inputs, tokens, wanted = inputs[:, :-2], batch.input_ids[:, 1:-1], features[:, 1:-1]
-    rows = torch.arange(tokens.shape[1], device=tokens.device)
-    counted = batch.written[:, 2:] & (rows[None] + 2 < batch.lengths[:, None])
+    wanted = features[:, 1:-1]
     with torch.no_grad():
         target_logits = draft.head(wanted).float()
         target_probs, target_best = target_logits.softmax(-1), target_logits.argmax(-1)
-    rope = draft.rope_at(rows[None], inputs.dtype)
-    caches = [GrowingRows() for _ in draft.layers]
     totals, agreements = [], []
-    for number in range(1, passes + 1):
-        mask = None if number == 1 else rollout_mask(len(rows), number, inputs.dtype, inputs.device)
-        predicted = draft.step(inputs, tokens, rope, caches, mask)  # type: ignore[arg-type]
-        at = counted & (rows >= number - 1)
-        share = 1.0 / (at.sum() if row_counts is None else row_counts[number - 1]).clamp(min=1)
-        feature = F.smooth_l1_loss(predicted.float(), wanted.float(), reduction="none").mean(-1)
-        logprobs = draft.head(predicted).float().log_softmax(-1)
+    for done in roll_out(draft, features, batch, passes=passes, noise=noise):
+        at = done.counted
+        share = 1.0 / (at.sum() if row_counts is None else row_counts[done.number - 1]).clamp(min=1)
+        feature = F.smooth_l1_loss(done.predicted.float(), wanted.float(), reduction="none").mean(-1)
+        logprobs = done.logits.log_softmax(-1)
         token = -(target_probs * logprobs).sum(-1)
         totals.append(torch.stack([(feature * at).sum(), (token * at).sum()]) * share)
         agreements.append(((logprobs.argmax(-1) == target_best) & at).sum() * share)
-        # Pass s + 1 reads at row p what pass s predicted at row p - 1; row 0 has nothing before it.
-        inputs = torch.cat([inputs[:, :1], predicted[:, :-1]], dim=1)
     feature, token = torch.stack(totals).mean(0)
     return Losses(feature, token, torch.stack(agreements).detach())
 
