@@ -22,8 +22,14 @@ PRIOR_WEIGHT = 6.0
 FORGET = 0.995
 """What a round leaves of the weight of those before it: some two hundred rounds are remembered."""
 
+FADE = 0.2
+"""What `fade` leaves."""
+
+REFIT_FROM, REFIT_EVERY = 16, 4
+"""Rounds after which the curve is not fitted anew every round, and how often then: a fit takes a while."""
+
 GREEDY = 1.0 - (1.0 - CENTERS) ** 1.8
-"""Rule of thumb for greedy targets: likely tokens are taken more often than the draft believes (of the bundled pair)."""
+"""Rule of thumb for greedy targets: likely tokens are taken more often than the draft believes (a fit)."""
 
 SAMPLING = CENTERS * 0.9
 """Rule of thumb at temperature 1: as likely as the draft believes, a little less for its errors."""
@@ -40,6 +46,7 @@ class AcceptanceCurve:
         assert prior.shape == (BINS,)
         self._prior = prior
         self._hits, self._trials = np.zeros(BINS), np.zeros(BINS)
+        self._rounds = 0
         self._rates = self._fit()
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
@@ -53,6 +60,13 @@ class AcceptanceCurve:
         bins = np.searchsorted(EDGES, np.exp(scores))
         self._hits = FORGET * self._hits + np.bincount(bins, accepted, minlength=BINS)
         self._trials = FORGET * self._trials + np.bincount(bins, minlength=BINS)
+        self._rounds += 1
+        if self._rounds < REFIT_FROM or self._rounds % REFIT_EVERY == 0:
+            self._rates = self._fit()
+
+    def fade(self) -> None:
+        """Forget most of what was accepted: the text may be another one by now."""
+        self._hits, self._trials, self._rounds = FADE * self._hits, FADE * self._trials, 0
         self._rates = self._fit()
 
     def _fit(self) -> np.ndarray:

@@ -56,6 +56,7 @@ class BenchResult:
 
     ties: greedy texts that differ where the plain run's two best logits were equal up to rounding.
     differences: texts that differ otherwise; must be 0 when greedy.
+    synthetic_acceptance: rate at which acceptance was simulated; there are no texts to compare then. None: real.
     """
 
     plain_tokens_per_s: float
@@ -73,6 +74,7 @@ class BenchResult:
     ties: int
     differences: int
     settings: dict[str, Any] = field(default_factory=dict)
+    synthetic_acceptance: float | None = None
 
     def table(self) -> str:
         """The table that people read."""
@@ -88,13 +90,17 @@ class BenchResult:
             share = ms / self.round_ms if self.round_ms else 0.0
             lines.append(f"{'  ' + phase + ', ms a round':24}{ms:20.2f}{share:10.1%}")
         lines.append(f"{'  round, ms':24}{self.round_ms:20.2f}")
+        return "\n".join([*lines, self._about_texts()])
+
+    def _about_texts(self) -> str:
+        if self.synthetic_acceptance is not None:
+            return f"SYNTHETIC: acceptance simulated at {self.synthetic_acceptance:.2f}"
         texts = f"{self.identical} of {self.prompts} identical"
         if self.ties:
             texts += f", {self.ties} part at a tie of the target"
         if self.differences:
             texts += f", {self.differences} DIFFER"
-        lines.append(f"{'texts':24}{texts:>30}")
-        return "\n".join(lines)
+        return f"{'texts':24}{texts:>30}"
 
     def json_line(self) -> str:
         """Everything, with command, versions and machine, on one line."""
@@ -124,19 +130,25 @@ class Comparison:
         order = (False, True) if len(self.pairs) % 2 == 0 else (True, False)
         runs = {}
         for drafted in order:
-            torch.manual_seed(self.seed + len(self.pairs))
-            extra = {"assistant_model": self.draft} if drafted else {}
-            runs[drafted] = timed_generate(self.target, input_ids, **self.options, **extra)
+            runs[drafted] = self.run(input_ids, drafted=drafted, number=len(self.pairs))
         self.pairs.append((runs[False], runs[True]))
         self.reports.append(self.draft.report)
-        if not torch.equal(runs[False].ids, runs[True].ids):
-            self.parted.append(top_gap_at_difference(self.target, runs[False].ids, runs[True].ids))
+        self._compare_texts(runs[False], runs[True])
+
+    def run(self, input_ids: Tensor, *, drafted: bool, number: int = 0, **changes: Any) -> Run:
+        """One generation over a prompt (1, T), not added; its number goes into the seed, `changes` replace options."""
+        torch.manual_seed(self.seed + number)
+        extra = {"assistant_model": self.draft} if drafted else {}
+        return timed_generate(self.target, input_ids, **(self.options | changes), **extra)
+
+    def _compare_texts(self, plain: Run, drafted: Run) -> None:
+        if not torch.equal(plain.ids, drafted.ids):
+            self.parted.append(top_gap_at_difference(self.target, plain.ids, drafted.ids))
 
     def warm_up(self, input_ids: Tensor) -> None:
         """One short generation of each kind that is not counted."""
-        options = self.options | {"max_new_tokens": 8}
-        timed_generate(self.target, input_ids, **options)
-        timed_generate(self.target, input_ids, **options, assistant_model=self.draft)
+        for drafted in (False, True):
+            self.run(input_ids, drafted=drafted, max_new_tokens=8)
 
     def result(self, **settings: Any) -> BenchResult:
         """Medians over what was added so far. `settings` are stored with the numbers."""
@@ -219,6 +231,15 @@ def load_prompts(file: Path | None, tokenizer: Any, count: int) -> list[Tensor]:
     if not prompts:
         raise ValueError(f"no prompts in {file}.")
     return prompts
+
+
+def random_prompts(count: int, vocab_size: int, *, tokens: int = 96, seed: int = 0) -> list[Tensor]:
+    """`count` prompts (1, tokens) int64 that mean nothing, for targets without a tokenizer.
+
+    The default length is about that of a GSM8K question in a chat template.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (1, tokens), generator=generator) for _ in range(count)]
 
 
 def _messages(row: Any) -> list[dict[str, str]]:

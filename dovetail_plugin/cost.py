@@ -6,6 +6,7 @@
 slow round moves it a little only: corrections are bounded, and made in proportion.
 """
 
+import bisect
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -77,11 +78,13 @@ class Measurements:
                 processors=None if processors is None else tuple(int(p) for p in processors),
                 **tables,
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"incomplete measurements: {error!r}") from error
         seconds = [found.draft_s, *found.verify_s.values(), *found.level_s.values(), *found.transfer_s.values()]
         if not found.verify_s or not found.level_s or not all(math.isfinite(s) and s >= 0 for s in seconds):
             raise ValueError("measurements without counts, or with seconds that are no positive numbers")
+        if min(*found.verify_s, *found.level_s, 1 if found.threads is None else found.threads) < 1:
+            raise ValueError("measurements with counts of rows or threads below 1")
         return found
 
 
@@ -93,32 +96,57 @@ class Curve:
     """
 
     def __init__(self, measured: dict[int, float]) -> None:
-        self.counts = np.array(sorted(measured), dtype=np.float64)
-        seconds = np.array([measured[int(count)] for count in self.counts])
+        self._counts = [float(count) for count in sorted(measured)]
+        seconds = np.array([measured[int(count)] for count in self._counts])
         # More rows never take less time for good; where they seemed to, both get the mean.
-        self.seconds = np.maximum(rising(seconds, np.ones(len(seconds))), 1e-7)
+        self._seconds: list[float] = np.maximum(rising(seconds, np.ones(len(seconds))), 1e-7).tolist()
+        self._logs = [math.log2(count) for count in self._counts]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Measured counts, ascending."""
+        return np.array(self._counts)
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Seconds at `counts`, never falling."""
+        return np.array(self._seconds)
 
     def __call__(self, count: float) -> float:
-        """Seconds for one count."""
-        return float(self.many(np.array([count]))[0])
+        """Seconds for one count. Plain Python, as `observe`: a round of a small model takes a few milliseconds."""
+        counts, seconds = self._counts, self._seconds
+        if count <= counts[0] or len(counts) == 1:
+            return seconds[0]
+        right = min(bisect.bisect_left(counts, count), len(counts) - 1)
+        x0, x1, y0, y1 = counts[right - 1], counts[right], seconds[right - 1], seconds[right]
+        return y0 + (count - x0) * (y1 - y0) / (x1 - x0)
 
     def many(self, counts: np.ndarray) -> np.ndarray:
         """Seconds for each of `counts`."""
-        seconds = np.interp(counts, self.counts, self.seconds)
-        if len(self.counts) == 1:
+        seconds = np.interp(counts, self._counts, self._seconds)
+        if len(self._counts) == 1:
             return seconds
-        (x0, x1), (y0, y1) = self.counts[-2:], self.seconds[-2:]
+        (x0, x1), (y0, y1) = self._counts[-2:], self._seconds[-2:]
         return np.where(counts > x1, y1 + (counts - x1) * (y1 - y0) / (x1 - x0), seconds)
 
     def observe(self, count: int, error: float) -> None:
         """Take over an error, log(seen / expected) at `count`, there in full and elsewhere in part."""
-        near = 1.0 - np.abs(np.log2(self.counts) - math.log2(count))
-        weight = COUPLING + (1.0 - COUPLING) * np.clip(near, 0.0, 1.0)
-        self.seconds = self.seconds * np.exp(FOLLOW * weight * error)
+        at = math.log2(count)
+        seconds = self._seconds
+        for knot, log in enumerate(self._logs):
+            weight = COUPLING + (1.0 - COUPLING) * max(1.0 - abs(log - at), 0.0)
+            seconds[knot] *= math.exp(FOLLOW * weight * error)
+        # More rows still never take less time: larger counts are as slow at least, smaller ones as fast.
+        if error > 0:
+            for knot in range(1, len(seconds)):
+                seconds[knot] = max(seconds[knot], seconds[knot - 1])
+        else:
+            for knot in range(len(seconds) - 2, -1, -1):
+                seconds[knot] = min(seconds[knot], seconds[knot + 1])
 
     def measured(self) -> dict[int, float]:
         """As given to the constructor, with what was learnt since."""
-        return {int(count): float(seconds) for count, seconds in zip(self.counts, self.seconds, strict=True)}
+        return {int(count): seconds for count, seconds in zip(self._counts, self._seconds, strict=True)}
 
 
 def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -187,14 +215,16 @@ class CostModel:
 
     def verify_s(self, nodes: int, context: int) -> float:
         """Of a pass over `nodes` rows behind `context` tokens."""
-        return float(self.verify_table(context, nodes)[-1])
+        beyond = context - self.measured.context
+        seconds = self.verify(nodes) + beyond * (self._per_token_s + self._per_token_row_s * nodes)
+        return max(seconds, 0.2 * self.verify(1))
 
     def verify_table(self, context: int, nodes: int) -> np.ndarray:
         """(nodes,) seconds of passes over 1, 2, ... `nodes` rows."""
         counts = np.arange(1, nodes + 1)
         beyond = context - self.measured.context
         seconds = self.verify.many(counts) + beyond * (self._per_token_s + self._per_token_row_s * counts)
-        return np.maximum(seconds, 0.2 * self.verify.seconds[0])
+        return np.maximum(seconds, 0.2 * self.verify(1))
 
     def level_table(self, rows: int) -> np.ndarray:
         """(rows + 1,) seconds of one more draft level over 0, 1, ... `rows` rows."""
@@ -215,8 +245,8 @@ class CostModel:
         """
         draft_s = transfer_s = 0.0
         if widths is not None:
-            levels = float(self.level.many(np.array(widths)).sum()) if widths else 0.0
-            draft_s = (self.measured.draft_s + levels) * self._draft_scale
+            levels_s = sum(self.level(width) for width in widths)
+            draft_s = (self.measured.draft_s + levels_s) * self._draft_scale
             transfer_s = self._transfer_s
         return RoundCost(draft_s, transfer_s, self.verify_s(nodes, context), self._accept_s * tokens)
 

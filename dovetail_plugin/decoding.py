@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import machine
 from .drafting import Drafter, without_padding
-from .policy import PLAIN, FixedRounds, Outcome, RoundPlan, Rounds
 from .probe import measure
 from .report import PHASES, GenerationReport, Round
+from .rounds import PLAIN, FixedRounds, Outcome, RoundPlan, Rounds
 from .target import Target, TargetOutput
 from .text import Text
 from .tree import DraftTree, TreeBudget
@@ -124,8 +124,11 @@ class Decoder:
             self._give_up(error)
 
     def _prepare(self, token: int) -> None:
-        drafter = self.drafter
+        drafter, limits, positions = self.drafter, self.rounds.limits, self.target.max_length
         if drafter is None:
+            return
+        if positions is not None and self.text.length + limits.depth >= positions:
+            self.rounds = FixedRounds(PLAIN)  # no room for a tree to measure with, and hardly any for text
             return
         try:
             measured = self.rounds.prepare(
@@ -134,7 +137,7 @@ class Decoder:
                     drafter,
                     token=token,
                     context=self.text.length,
-                    limits=self._bound(),
+                    limits=limits if self.target.supports_tree else limits.as_chain(),
                     vary_threads=self.vary_threads,
                 )
             )

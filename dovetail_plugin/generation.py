@@ -28,8 +28,9 @@ from .engine import Engine, engine_of
 from .graph_runner import runner_for
 from .machine import thread_count
 from .modeling import DovetailDraft, check_fits
-from .policy import PLAIN, FixedRounds, Rounds
+from .policy import DeviceSplitPolicy
 from .report import GenerationReport
+from .rounds import PLAIN, FixedRounds, Rounds
 from .text import Text
 
 DRAFT_ROWS = 1024
@@ -170,6 +171,7 @@ def _generate(
     rounds: Rounds = FixedRounds(PLAIN)
     if draft is not None:
         draft.report = report
+        draft.policy = draft.policy or DeviceSplitPolicy()
         drafter = _drafter_for(draft, engine, cache, text, report)
         rounds = rounds_for(draft, model, engine, drafter.runner, config)
     past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat

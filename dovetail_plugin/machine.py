@@ -47,6 +47,33 @@ def describe() -> dict[str, Any]:
     }
 
 
+def available_bytes() -> int | None:
+    """Memory that can be taken without swapping; None where the operating system does not say."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return 1024 * int(found.group(1)) if found else None
+
+
+def memory_bytes() -> int | None:
+    """Physical memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def free_vram_bytes() -> int:
+    """Free on the first GPU; 0 without one."""
+    return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else 0
+
+
+def gpu_supports_bf16() -> bool:
+    """Whether the first GPU computes in bf16 itself (Ampere and later); True without a GPU, for plans."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(0)[0] >= 8
+
+
 def numa_nodes(root: Path = Path("/sys/devices/system/node")) -> list[list[int]]:
     """Processors of every NUMA node that this process may use; one list where there are no nodes to tell apart."""
     usable = set(cpus())

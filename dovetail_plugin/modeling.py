@@ -28,7 +28,6 @@ from .blocks import Block, ConcatFusion, GatedFusion, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
 from .engine import engine_of
-from .policy import DeviceSplitPolicy
 from .report import GenerationReport
 from .tree import TreeBudget
 
@@ -58,7 +57,8 @@ class DovetailDraft(PreTrainedModel):
     Attributes:
         report: the `GenerationReport` of the latest generation with this draft, or None.
         budget: `TreeBudget` of every round; None lets the policy choose each of them.
-        policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one.
+        policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one. The first
+            generation makes one where there is none.
         verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
             chains only; transformers 5.8 or later).
         runner: `"auto"` (the fastest way of the device: CUDA graphs on a GPU, the target's engine on a CPU where that
@@ -72,6 +72,7 @@ class DovetailDraft(PreTrainedModel):
     """
 
     budget: TreeBudget | None = None
+    policy: Any = None
     embedding_device: str | None = None
     draft_vocab_size: int | None = None
 
@@ -95,7 +96,6 @@ class DovetailDraft(PreTrainedModel):
         self._attached_to: weakref.ref[PreTrainedModel] | None = None
         self.turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # cache -> its drafter
         self.report: GenerationReport | None = None
-        self.policy = DeviceSplitPolicy()
         self.verification: Literal["tree", "stock"] = "tree"
         self.runner: Literal["auto", "torch"] = "auto"
         self.post_init()

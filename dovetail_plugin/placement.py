@@ -13,6 +13,28 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .device_plan import DevicePlan
+from .modeling import DovetailDraft
+
+
+def apply_plan(plan: DevicePlan, target: PreTrainedModel, draft: DovetailDraft, gpu: str = "cuda") -> None:
+    """Put a loaded pair where a plan says: the draft, the tables it borrows, and layers of the target.
+
+    Args:
+        plan: of this pair; see `DeviceSplitPolicy.plan`.
+        target: on the CPU; one of another engine than torch stays as it is.
+        draft: anywhere, before it has met the target.
+        gpu: the device that "gpu" stands for in the plan.
+
+    Raises:
+        ValueError: see `place_layers`.
+    """
+    device = gpu if plan.draft_device == "gpu" else "cpu"
+    draft.to(device=device, dtype=getattr(torch, plan.draft_dtype))
+    draft.embedding_device = "cpu" if (plan.draft_device, plan.embedding_device) == ("gpu", "cpu") else None
+    draft.draft_vocab_size = plan.draft_vocab_size
+    place_layers(target, plan.gpu_layers, gpu)
+
 
 class Border:
     """The way to a device, for one model; remembers what has crossed in this pass, so nothing crosses twice."""

@@ -55,14 +55,15 @@ def measure(
     with tqdm(desc="measuring this machine, once", unit="pass", leave=False, delay=1.0) as progress:
 
         def verify(nodes: int) -> float:
-            tree = _tree(token, nodes, branches=target.supports_tree)
+            tree = _tree(token, nodes, limits.depth, branches=target.supports_tree)
 
             def run() -> float:
                 start_s = time.perf_counter()
-                target.score(tree)
-                elapsed_s = time.perf_counter() - start_s
-                target.keep([])
-                return elapsed_s
+                try:
+                    target.score(tree)
+                    return time.perf_counter() - start_s
+                finally:
+                    target.keep([])  # of a pass that failed half-way, too
 
             progress.update()
             return _seconds(run, end_s)
@@ -107,11 +108,12 @@ def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | Non
     return best
 
 
-def _tree(token: int, nodes: int, *, branches: bool) -> DraftTree:
-    """A tree of equal tokens: half of its nodes in a line, the others beside them; or a chain."""
+def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:
+    """A tree of equal tokens: a line of up to `depth` nodes below the root, the others beside them; or a chain."""
     parents = torch.arange(nodes) - 1
+    line = min(nodes // 2, depth)
     if branches and nodes > 2:
-        parents[nodes // 2 + 1 :] = torch.arange(nodes - nodes // 2 - 1)
+        parents[line + 1 :] = torch.arange(nodes - line - 1) % line
     depths = torch.zeros(nodes, dtype=torch.int64)
     for node in range(1, nodes):
         depths[node] = depths[parents[node]] + 1

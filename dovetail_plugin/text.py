@@ -65,10 +65,7 @@ class Text:
         """
         raw = logits.to(copy=True, dtype=torch.float32, device=self._buffer.device)
         scores = self._processors(self.ids, raw)
-        if self._do_sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            token = torch.argmax(scores, dim=-1)
+        token = self._pick(scores)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -77,6 +74,12 @@ class Text:
         if self._streamer is not None:
             self._streamer.put(token.cpu())
         return Choice(int(token), bool(self._criteria(self.ids, self.scores).all()))
+
+    def _pick(self, scores: Tensor) -> Tensor:
+        """The token (1,) that processed scores (1, V) give."""
+        if self._do_sample:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        return torch.argmax(scores, dim=-1)
 
     def _append(self, token: Tensor) -> None:
         if self.length == self._buffer.shape[1]:

@@ -13,11 +13,11 @@ from dovetail_plugin.modeling import TOKEN_ORDER, frequent_tokens
 from dovetail_plugin.report import PhaseClock
 
 
-def grown(draft, budget=TreeBudget(16, 4, 5)):
+def grown(draft):
     ids, features = text_and_features(8)
     drafter = FeatureDrafter(draft, 64, PhaseClock())
     drafter.begin(features, ids)
-    return drafter.grow(budget)
+    return drafter.grow(TreeBudget(16, 4, 5))
 
 
 def test_embedding_elsewhere_changes_nothing():

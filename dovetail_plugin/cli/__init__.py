@@ -6,13 +6,14 @@ A caller's mistake ends with one line on stderr and status 2, not with a traceba
 import argparse
 import sys
 
-from . import bench, export, generate, train
+from . import bench, export, generate, plan, train
 
 DESCRIPTION = """\
 Make a large language model on the CPU talk faster with a small draft model on the GPU, word for word the same.
 
   dovetail generate   talk to a model, plain or with a draft, or both side by side
   dovetail bench      measure what a draft brings on this machine
+  dovetail plan       show what goes where and what it takes, before loading
   dovetail train      train a draft for a model
   dovetail export     export a model to a faster CPU engine
 """
@@ -34,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,train,export}")
-    for module in (generate, bench, train, export):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,plan,train,export}")
+    for module in (generate, bench, plan, train, export):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     try:

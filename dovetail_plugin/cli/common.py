@@ -1,6 +1,7 @@
 """Arguments and loading that the subcommands share."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from ..configuration import DovetailConfig
 from ..modeling import DovetailDraft
+from ..placement import apply_plan
+from ..policy import DeviceSplitPolicy, parse_budget
 from ..tree import TreeBudget
 
 
@@ -29,7 +32,7 @@ class LoadedPair:
     draft: DovetailDraft
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+def add_pair_arguments(parser: argparse.ArgumentParser, *, draft_required: bool = True) -> None:
     """--target, --draft and where and how they are loaded."""
     group = parser.add_argument_group("models")
     targets = group.add_mutually_exclusive_group(required=True)
@@ -37,7 +40,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     targets.add_argument(
         "--target-ir", metavar="DIR_OR_ID", help="the same, exported to OpenVINO or ONNX (`dovetail export`)"
     )
-    group.add_argument("--draft", required=True, metavar="DIR_OR_ID", help="its Dovetail draft")
+    group.add_argument("--draft", required=draft_required, metavar="DIR_OR_ID", help="its Dovetail draft")
     group.add_argument(
         "--dtype",
         default="auto",
@@ -46,6 +49,13 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--draft-device", default="auto", help="cuda, cuda:1, cpu; auto: the GPU if there is one, else the CPU"
+    )
+    group.add_argument(
+        "--vram",
+        default=None,
+        metavar="SIZE",
+        help="place both models by a plan for this much GPU memory, e.g. 4GiB (see `dovetail plan`); what the draft "
+        "leaves free holds layers of the target",
     )
     group.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
 
@@ -103,25 +113,72 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     Raises:
         ValueError: a model is not there, --draft is no draft, or the device is missing.
     """
+    name = check_target(args)
+    draft = load_draft(args)
+    target = load_target(args)
+    set_budget(draft, args)
+    if args.vram is not None:
+        place_by_plan(args, target, draft)
+    return LoadedPair(target, AutoTokenizer.from_pretrained(name), draft)
+
+
+def place_by_plan(args: argparse.Namespace, target: Any, draft: DovetailDraft) -> None:
+    """Carry out the plan for `--vram`, and say what it is.
+
+    Raises:
+        ValueError: the size is none, the models do not fit it, or there is no GPU.
+    """
+    if args.draft_device != "auto":
+        raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
+    if parse_budget(args.vram) and not torch.cuda.is_available():
+        raise ValueError(f"--vram {args.vram}: torch finds no CUDA device; give 0, or plan with `dovetail plan`.")
+    draft.policy = DeviceSplitPolicy(vram_budget=args.vram)
+    weights = {} if args.target_ir is None else {"dtype": "int8"}  # an exported target is not split, whatever it is
+    plan = draft.policy.plan(target.config, draft.config, **weights)
+    apply_plan(plan, target, draft)
+    print(plan.table(), file=sys.stderr)
+
+
+def check_target(args: argparse.Namespace) -> str:
+    """The target's name, under --target or --target-ir.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     name = args.target or args.target_ir
     check_model("--target" if args.target else "--target-ir", name)
+    return name
+
+
+def load_target(args: argparse.Namespace) -> Any:
+    """The target, in torch or exported."""
+    if args.target_ir:
+        from ..adapters import load_exported
+
+        return load_exported(args.target_ir, threads=args.threads)
+    return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
+
+
+def load_draft(args: argparse.Namespace) -> DovetailDraft:
+    """The draft, on its device.
+
+    Raises:
+        ValueError: --draft is not there or is no draft, or the device is missing.
+    """
     kind = check_model("--draft", args.draft).model_type
     if kind != DovetailConfig.model_type:
         raise ValueError(
             f"--draft {args.draft} is a {kind} model, not a Dovetail draft; make one with `dovetail train "
-            f"--target {name}`."
+            f"--target {args.target or args.target_ir}`."
         )
+    check_device(args)
+    return DovetailDraft.from_pretrained(args.draft, dtype=args.dtype, device_map=args.draft_device)
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Refuse a --draft-device that is not there, with ValueError."""
     if args.draft_device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
-    draft = DovetailDraft.from_pretrained(args.draft, dtype=args.dtype, device_map=args.draft_device)
-    if args.target_ir:
-        from ..adapters import load_exported
-
-        target = load_exported(args.target_ir, threads=args.threads)
-    else:
-        target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
-    set_budget(draft, args)
-    return LoadedPair(target, AutoTokenizer.from_pretrained(name), draft)
 
 
 def set_budget(draft: DovetailDraft, args: argparse.Namespace) -> None:

@@ -1,0 +1,409 @@
+"""Measuring the machine: invented seconds are found again; the text, threads and files are as they were."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from families import prompt, tiny_target
+from transformers import DynamicCache
+
+from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget, machine, probe, records
+from dovetail_plugin.cost import Measurements
+from dovetail_plugin.drafting import FeatureDrafter
+from dovetail_plugin.policy import LIMITS
+from dovetail_plugin.report import PhaseClock
+from dovetail_plugin.target import TorchTarget
+
+MEASURED = Measurements({1: 0.1, 8: 0.2}, {1: 0.01}, 0.02, {0: 0.0}, 17, threads=3, processors=(0, 2))
+
+
+# --- invented seconds ------------------------------------------------------------------------------
+
+
+class Clock:
+    """Goes on only when it is told to."""
+
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class FakeTarget:
+    """Scoring takes a base and so much a row; the first pass of a size takes ten times as long."""
+
+    max_length = None
+
+    def __init__(self, clock, base_s=0.010, row_s=0.002, supports_tree=True):
+        self.clock, self.base_s, self.row_s, self.supports_tree = clock, base_s, row_s, supports_tree
+        self.trees: list[DraftTree] = []
+        self.rows = 0  # appended and not dropped
+
+    def seconds(self, nodes):
+        return self.base_s + self.row_s * nodes
+
+    def score(self, tree):
+        assert self.rows == 0, "rows of the pass before are still there"
+        cold = len(tree) not in {len(seen) for seen in self.trees}
+        self.trees.append(tree)
+        self.rows = len(tree)
+        self.clock.now_s += self.seconds(len(tree)) * (10 if cold else 1)
+
+    def keep(self, path):
+        assert path == []
+        self.rows = 0
+        self.clock.now_s += 0.5 * self.base_s  # no part of a pass
+
+
+class FakeDrafter:
+    """A tree takes 4 ms, a further level 1 ms and a tenth for each row of it; catching up takes a second."""
+
+    def __init__(self, clock):
+        self.clock, self.behind, self.grown = clock, True, []
+
+    def catch_up(self):
+        self.clock.now_s += 1.0 if self.behind else 0.0
+        self.behind = False
+
+    def level_s(self, rows):
+        return 0.001 + 0.0001 * rows
+
+    def grow(self, budget, judge=None):
+        assert judge is not None
+        self.catch_up()
+        self.clock.now_s += 0.004
+        scores = np.zeros(budget.top_k)
+        widths = [judge.width(scores) for _ in range(budget.depth - 1)]
+        self.clock.now_s += sum(self.level_s(rows) for rows in widths)
+        self.grown.append((budget, widths))
+        assert 1 <= judge.rows(scores) <= budget.nodes
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=clock))
+    return clock
+
+
+def measure(target, drafter, *, limits=LIMITS, vary_threads=False, **options):
+    return probe.measure(target, drafter, token=5, context=77, limits=limits, vary_threads=vary_threads, **options)
+
+
+def test_invented_seconds_are_found(clock):
+    target, drafter = FakeTarget(clock), FakeDrafter(clock)
+    measured = measure(target, drafter, limit_s=60.0)
+    assert measured.verify_s == pytest.approx({nodes: target.seconds(nodes) for nodes in (1, 2, 4, 8, 16, 32, 48)})
+    assert measured.level_s == pytest.approx({rows: drafter.level_s(rows) for rows in (1, 2, 4, 8)})
+    # A tree begins with what was accepted before: a pass over a few rows, like a level.
+    assert measured.draft_s == pytest.approx(0.004 + drafter.level_s(4))
+    assert measured.transfer_s == {0: 0.0}
+    assert (measured.context, measured.threads, measured.processors) == (77, None, None)
+    assert target.rows == 0
+
+
+def test_passes_are_over_trees(clock):
+    """Some nodes in a line, as deep as trees may be, the others beside them; parents first, depths that fit."""
+    target = FakeTarget(clock)
+    measure(target, FakeDrafter(clock), limit_s=60.0)
+    for tree in target.trees:
+        parents, depths = tree.parents.tolist(), tree.depths.tolist()
+        assert parents[0] == -1 and depths[0] == 0
+        for node, parent in enumerate(parents[1:], start=1):
+            assert 0 <= parent < node and depths[node] == depths[parent] + 1
+        assert max(depths) == min(len(tree) // 2, LIMITS.depth)
+        assert tree.tokens.tolist() == [5] * len(tree) and tree.scores.tolist() == [0.0] * len(tree)
+    biggest = max(target.trees, key=len)
+    assert len(set(biggest.parents.tolist())) < len(biggest) - 1  # some are siblings
+
+
+def test_chains_for_a_target_that_takes_no_trees(clock):
+    target, drafter = FakeTarget(clock, supports_tree=False), FakeDrafter(clock)
+    measured = measure(target, drafter, limits=LIMITS.as_chain(), limit_s=60.0)
+    assert measured.verify_s == pytest.approx({nodes: target.seconds(nodes) for nodes in (1, 2, 4, 8, 11)})
+    assert measured.level_s == pytest.approx({1: drafter.level_s(1)})
+    assert measured.draft_s == pytest.approx(0.004 + drafter.level_s(1))
+    for tree in target.trees:
+        assert tree.parents.tolist() == list(range(-1, len(tree) - 1))
+        assert tree.depths.tolist() == list(range(len(tree)))
+    assert all(budget.top_k == 1 and set(widths) <= {1} for budget, widths in drafter.grown)
+
+
+@pytest.mark.parametrize(("nodes", "counts"), [(20, {1, 2, 4, 8, 16, 20}), (8, {1, 2, 4, 8}), (3, {1, 2, 3})])
+def test_no_pass_is_larger_than_the_largest_tree(clock, nodes, counts):
+    target = FakeTarget(clock)
+    measured = measure(target, FakeDrafter(clock), limits=TreeBudget(nodes, 4, 3), limit_s=60.0)
+    assert measured.verify_s.keys() == counts
+    assert measured.level_s.keys() == {1, 2}
+    assert max(len(tree) for tree in target.trees) == nodes
+
+
+def test_a_slow_target_is_not_measured_for_long(clock):
+    """One row and eight, as often as there is time: more would keep the user waiting for minutes."""
+    target, drafter = FakeTarget(clock, base_s=2.0, row_s=0.05), FakeDrafter(clock)
+    start_s = clock.now_s
+    measured = measure(target, drafter, limit_s=3.0)
+    assert measured.verify_s.keys() == {1, 8}
+    assert [len(tree) for tree in target.trees] == [1, 8]
+    assert measured.level_s.keys() == {1, 2, 4, 8}
+    assert len(drafter.grown) == 5  # once for each width, and the tree of one level
+    passes_s = 10 * (target.seconds(1) + target.seconds(8)) + 2 * 0.5 * target.base_s
+    assert clock.now_s - start_s < passes_s + 1.1
+
+
+def test_a_fast_target_is_measured_often(clock):
+    """Medians over warm passes: a first pass that takes ten times as long is not in them, nor is one slow one."""
+    target = FakeTarget(clock, base_s=0.001, row_s=0.0001)
+    honest = target.seconds
+    target.seconds = lambda nodes: honest(nodes) * (7 if len(target.trees) % 6 == 3 else 1)
+    measured = measure(target, FakeDrafter(clock), limit_s=60.0)
+    assert measured.verify_s == pytest.approx({nodes: honest(nodes) for nodes in measured.verify_s})
+    assert len(target.trees) == 7 * (probe.REPEATS + 1)
+
+
+def test_rows_of_a_pass_that_fails_are_dropped(clock):
+    target = FakeTarget(clock)
+    score = target.score
+
+    def fail(tree):
+        score(tree)
+        if len(tree) == 8:
+            raise RuntimeError("out of memory")
+
+    target.score = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure(target, FakeDrafter(clock))
+    assert target.rows == 0
+
+
+# --- real passes -----------------------------------------------------------------------------------
+
+
+def go_on(target, token, count):
+    """Greedy tokens after `token`, one pass for each."""
+    tokens = [token]
+    for _ in range(count - 1):
+        output = target.score(DraftTree.root(tokens[-1]))
+        target.keep([0])
+        tokens.append(int(output.logits[0].argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("trees", [True, False], ids=["trees", "chains"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "sliding"])
+@torch.no_grad()
+def test_the_text_is_as_it_was(family, trees):
+    """After a probe the cache holds the prompt and nothing else, the text goes on and the draft grows the same tree."""
+    model = tiny_target("mistral", sliding_window=24) if family == "sliding" else tiny_target(family)
+    torch.manual_seed(3)
+    draft = DovetailDraft.for_target(model)
+    ids = prompt(30)
+    plain = model.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    cache = DynamicCache(config=model.config)
+    with TorchTarget(model, cache, max_length=100, max_nodes=LIMITS.nodes) as target:
+        target.supports_tree = trees
+        output = target.prefill(ids, None)
+        token = int(output.logits.argmax())
+        drafter = FeatureDrafter(draft, 100, PhaseClock())
+        drafter.begin(output.features, torch.cat([ids[0], torch.tensor([token])]))
+        before = drafter.grow(TreeBudget(12, 4, 4))
+        measured = measure(target, drafter, limits=LIMITS if trees else LIMITS.as_chain(), limit_s=0.5)
+        assert cache.get_seq_length() == 30
+        after = drafter.grow(TreeBudget(12, 4, 4))
+        assert after.tokens.tolist() == before.tokens.tolist() and after.parents.tolist() == before.parents.tolist()
+        torch.testing.assert_close(after.scores, before.scores)
+        assert [*ids[0].tolist(), *go_on(target, token, 30)] == plain[0].tolist()
+    assert cache.get_seq_length() == 30 + 29  # the newest token was not run yet
+    assert measured.verify_s.keys() >= {1, 8} and measured.level_s.keys() == ({1, 2, 4, 8} if trees else {1})
+    assert min(*measured.verify_s.values(), *measured.level_s.values(), measured.draft_s) > 0
+
+
+# --- threads ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """What `machine.use` was asked for, newest last, on a machine of four threads without NUMA nodes."""
+    asked = []
+    monkeypatch.setattr(machine, "use", lambda threads, processors=None: asked.append((threads, processors)))
+    monkeypatch.setattr(machine, "numa_nodes", lambda: [[0, 1, 2, 3]])
+    with machine.thread_count(4):
+        yield asked
+
+
+def choose(used, seconds):
+    return probe.choose_threads(lambda: seconds[used[-1]])
+
+
+@pytest.mark.parametrize(
+    ("all_s", "three_s", "two_s", "best"),
+    [
+        (1.0, 1.1, 1.2, 4),
+        (1.0, 0.98, 1.2, 4),  # not by three per cent
+        (1.0, 0.96, 1.2, 3),
+        (1.0, 0.96, 0.9, 2),
+        (1.0, 0.9, 0.96, 3),
+    ],
+)
+def test_fewer_threads_must_win_by_three_per_cent(used, all_s, three_s, two_s, best):
+    seconds = {(4, None): all_s, (3, None): three_s, (2, None): two_s}
+    assert choose(used, seconds) == (best, None)
+    assert set(used) == seconds.keys() and used[-1] == (best, None)  # left in force
+
+
+@pytest.mark.parametrize(
+    ("first_s", "second_s", "best"),
+    [(0.9, 0.8, (2, (2, 3))), (0.8, 0.9, (2, (0, 1))), (0.98, 0.99, (4, None)), (2.0, 2.0, (4, None))],
+)
+def test_one_numa_node_must_win_too(used, monkeypatch, first_s, second_s, best):
+    monkeypatch.setattr(machine, "numa_nodes", lambda: [[0, 1], [2, 3]])
+    seconds = {(4, None): 1.0, (3, None): 1.1, (2, None): 1.1, (2, (0, 1)): first_s, (2, (2, 3)): second_s}
+    assert choose(used, seconds) == best
+    assert set(used) == seconds.keys() and used[-1] == best
+
+
+def test_nothing_is_tried_where_there_is_no_choice(used):
+    torch.set_num_threads(1)
+    assert probe.choose_threads(lambda: pytest.fail("a pass was run")) == (1, None)
+
+
+def test_threads_are_chosen_by_passes(clock, monkeypatch):
+    """Three of four threads are fastest, by the clock: they are in force, and all else is measured with them."""
+    monkeypatch.setattr(machine, "numa_nodes", lambda: [[0]])
+    target = FakeTarget(clock)
+    honest = target.seconds
+    target.seconds = lambda nodes: honest(nodes) * {4: 1.0, 3: 0.5, 2: 0.8}[torch.get_num_threads()]
+    before = torch.get_num_threads()
+    with machine.thread_count(4):
+        measured = measure(target, FakeDrafter(clock), vary_threads=True, limit_s=60.0)
+        assert torch.get_num_threads() == 3
+        assert (measured.threads, measured.processors) == (3, None)
+        assert measured.verify_s == pytest.approx({nodes: 0.5 * honest(nodes) for nodes in measured.verify_s})
+    assert torch.get_num_threads() == before
+
+
+several_processors = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(machine.cpus()) < 2, reason="needs two processors and bindings"
+)
+
+
+@several_processors
+def test_bindings_are_tried_and_undone(monkeypatch):
+    """Two nodes of one processor each; the second is the fastest."""
+    first, second = machine.cpus()[:2]
+    before = os.sched_getaffinity(0)
+    monkeypatch.setattr(machine, "numa_nodes", lambda: [[first], [second]])
+    seen = []
+
+    def run():
+        seen.append((torch.get_num_threads(), frozenset(os.sched_getaffinity(0))))
+        return 0.5 if os.sched_getaffinity(0) == {second} else 1.0
+
+    with machine.thread_count(2):
+        assert probe.choose_threads(run) == (1, (second,))
+        assert os.sched_getaffinity(0) == {second} and torch.get_num_threads() == 1
+        for thread in os.listdir("/proc/self/task"):
+            assert os.sched_getaffinity(int(thread)) == {second}
+    whole = frozenset(before)
+    assert seen == [(2, whole), (1, whole), (1, frozenset({first})), (1, frozenset({second}))]
+    for thread in os.listdir("/proc/self/task"):
+        assert os.sched_getaffinity(int(thread)) == before
+    assert torch.get_num_threads() == 1  # as the tests have it
+
+
+@several_processors
+def test_threads_are_restored_after_an_error():
+    before, own = torch.get_num_threads(), os.sched_getaffinity(0)
+    with pytest.raises(RuntimeError, match="half-way"), machine.thread_count(None):
+        machine.use(before + 1, (machine.cpus()[0],))
+        assert torch.get_num_threads() == before + 1 and os.sched_getaffinity(0) == {machine.cpus()[0]}
+        raise RuntimeError("half-way")
+    assert torch.get_num_threads() == before and os.sched_getaffinity(0) == own
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_no_threads_are_refused(threads):
+    with pytest.raises(ValueError, match=f"at least 1, got {threads}"), machine.thread_count(threads):
+        pass
+
+
+# --- the machine -----------------------------------------------------------------------------------
+
+
+def sysfs(directory, **nodes):
+    for name, cpus in nodes.items():
+        (directory / name).mkdir()
+        (directory / name / "cpulist").write_text(cpus + "\n")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("nodes", "found"),
+    [
+        ({"node0": "0-3", "node1": "4-7"}, [[0, 1, 2, 3], [4, 5, 6]]),
+        ({"node0": "0-1,4-5", "node1": "2,3,6"}, [[0, 1, 4, 5], [2, 3, 6]]),
+        ({"node0": "0-15"}, [[0, 1, 2, 3, 4, 5, 6]]),
+        ({"node0": "0-6", "node1": ""}, [[0, 1, 2, 3, 4, 5, 6]]),  # memory without processors
+        ({"node0": "0-6", "node1": "8-15"}, [[0, 1, 2, 3, 4, 5, 6]]),  # processors that we may not use
+        ({"possible": "0-1", "node0": "0,6"}, [[0, 6]]),
+        ({}, [[0, 1, 2, 3, 4, 5, 6]]),
+    ],
+)
+def test_numa_nodes(tmp_path, monkeypatch, nodes, found):
+    monkeypatch.setattr(machine, "cpus", lambda: list(range(7)))
+    assert machine.numa_nodes(sysfs(tmp_path, **nodes)) == found
+
+
+def test_this_machine_has_a_name():
+    described = machine.describe()
+    assert described["cpu"] and described["cores"] >= 1 and described["threads"] == torch.get_num_threads()
+    assert json.loads(json.dumps(described)) == described
+    assert machine.cpus() == sorted(set(machine.cpus())) != []
+
+
+# --- records ---------------------------------------------------------------------------------------
+
+
+def test_records_come_back(tmp_path):
+    records.store("a", MEASURED, tmp_path / "new" / "directory")
+    assert records.load("a", tmp_path / "new" / "directory") == MEASURED
+    assert [file.suffix for file in (tmp_path / "new" / "directory").iterdir()] == [".json"]  # nothing half-written
+
+
+def test_records_of_other_keys_and_none_at_all(tmp_path, caplog):
+    assert records.load("a", tmp_path) is None
+    assert records.load("a", tmp_path / "missing") is None
+    records.store("a", MEASURED, tmp_path)
+    assert records.load("b", tmp_path) is None
+    assert not caplog.records  # all this is usual
+
+
+def test_records_are_replaced(tmp_path):
+    newer = Measurements({1: 0.3}, {1: 0.01}, 0.02, {}, 18)
+    records.store("a", MEASURED, tmp_path)
+    records.store("a", newer, tmp_path)
+    assert records.load("a", tmp_path) == newer
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_keys_name_the_machine_and_all_parts(monkeypatch):
+    keys = {records.key_of(model="m", draft="d"), records.key_of(model="m", draft="e"), records.key_of(model="m")}
+    with machine.thread_count(torch.get_num_threads() + 1):
+        keys.add(records.key_of(model="m", draft="d"))
+    monkeypatch.setattr(machine, "cpus", lambda: [0, 1, 99])
+    keys.add(records.key_of(model="m", draft="d"))
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another one")
+    keys.add(records.key_of(model="m", draft="d"))
+    assert len(keys) == 6
+    assert records.key_of(draft="d", model="m") == records.key_of(model="m", draft="d")  # in whatever order
+
+
+def test_where_records_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
+    assert records.default_directory() == tmp_path
+    monkeypatch.delenv("DOVETAIL_CACHE")
+    assert records.default_directory().name == "dovetail"
