@@ -85,12 +85,12 @@ def place_draft(request: Request, target: TargetSizes) -> DraftPlace:
         left = room - tables.bytes
         temporaries = draft.pass_bytes(rows)
         return DraftPlace("gpu", dtype, tables.embedding_device, tables.vocab_size, parts, temporaries, left, notes)
-    least = request.vram_bytes - room + choices[-1].bytes
+    least = (sum(part.bytes for part in own) + choices[-1].bytes + CUDA_CONTEXT_BYTES) / (1 - VRAM_MARGIN)
     return _draft_on_cpu(
         request,
         target,
-        f"the draft stays on the CPU: it needs {format_bytes(least)} of VRAM at least, with its smallest head and the "
-        f"reserve, and there are {format_bytes(request.vram_bytes)}; a shorter context takes less",
+        f"the draft stays on the CPU: it needs {format_bytes(int(least))} of VRAM at least, with its smallest head and "
+        f"the reserve, and there are {format_bytes(request.vram_bytes)}; a shorter context takes less",
     )
 
 

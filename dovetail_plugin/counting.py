@@ -49,7 +49,7 @@ def target_sizes(config: PretrainedConfig, dtype: str) -> TargetSizes:
     if norm is not None:
         special[id(norm)] = "norm"
     number_bytes = FLOAT_DTYPES[dtype].itemsize if dtype in FLOAT_DTYPES else QUANTISED_RUN_BYTES
-    sizes = tuple(_layer_sizes(layers, text, dtype, number_bytes))
+    sizes = tuple(_layer_sizes(layers, config, dtype, number_bytes))
     embedding_bytes = _stored_bytes(_tensors(embedding), dtype, table=True)
     head_bytes = _stored_bytes((t for t in _tensors(head) if t is not embedding.weight), dtype, table=True)
     norm_bytes = 0 if norm is None else _stored_bytes(_tensors(norm), dtype)
@@ -90,9 +90,7 @@ def draft_sizes(config: DovetailConfig, dtype: str) -> DraftSizes:
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    name = f"{config.name_or_path or type(config).__name__}"
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; drafting works with decoder-only targets.")
+    name = config.name_or_path or type(config).__name__
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     reason = refuse_reason(DynamicCache(config=config.get_text_config(decoder=True)))
@@ -103,35 +101,40 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _layer_sizes(
-    layers: list[nn.Module], text: PretrainedConfig, dtype: str, number_bytes: int
+    layers: list[nn.Module], config: PretrainedConfig, dtype: str, number_bytes: int
 ) -> Iterator[LayerSizes]:
     """Of every layer; the cache has none for those that read the rows of earlier ones, which are the last."""
-    cached = DynamicCache(config=text).layers
+    text = config.get_text_config(decoder=True)
+    cached = zip(_numbers_of_a_token(config, text), DynamicCache(config=text).layers, strict=True)
     for layer, rows in zip_longest(layers, cached):
         weights_bytes = 0 if layer is None else _stored_bytes(_tensors(layer), dtype)
-        kv_row_bytes = 0 if rows is None else _key_value_width(layer, text) * number_bytes
-        yield LayerSizes(weights_bytes, kv_row_bytes, getattr(rows, "sliding_window", None))
+        numbers, kind = rows or (0, None)
+        yield LayerSizes(weights_bytes, numbers * number_bytes, getattr(kind, "sliding_window", None))
 
 
-def _key_value_width(layer: nn.Module | None, text: PretrainedConfig) -> int:
-    """Numbers that a layer adds to the cache for each token: by its own projections, else by the config."""
-    if layer is None:
-        return _widths(text).key_value
-    found = {name.rsplit(".", 1)[-1]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    if "k_proj" in found and "v_proj" in found:
-        return found["k_proj"].out_features + found["v_proj"].out_features
-    return _widths(text).key_value
+def _numbers_of_a_token(config: PretrainedConfig, text: PretrainedConfig) -> list[int]:
+    """In keys and values of each layer of the cache: what the model itself writes for one token, run on meta.
+
+    Versions of transformers differ in what they keep (of latent attention), and so do layers of a model.
+    """
+    cache, model = DynamicCache(config=text), _on_meta(config, torch.bfloat16)  # some kernels have no other on meta
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    except RuntimeError:  # it looks at numbers, which are not there; so does GPT-2
+        return [_widths(text).key_value] * len(cache.layers)
+    return [0 if layer.keys is None else layer.keys.numel() + layer.values.numel() for layer in cache.layers]
 
 
 def _widths(text: PretrainedConfig) -> Widths:
+    """Of a layer, by the config's usual names; experts count as one MLP as wide as those of a token together."""
     hidden, heads = text.hidden_size, text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
-    key_dim = getattr(text, "qk_head_dim", None) or head_dim  # multi-head latent attention caches expanded rows,
-    value_dim = getattr(text, "v_head_dim", None) or head_dim  # keys and values of different widths
+    query_dim = max(getattr(text, "qk_head_dim", None) or 0, head_dim)
     inner = next((w for w in (getattr(text, n, None) for n in ("intermediate_size", "n_inner", "ffn_dim")) if w), None)
     routed = (getattr(text, "num_experts_per_tok", None) or 0) * (getattr(text, "moe_intermediate_size", None) or 0)
-    return Widths(hidden, max(inner or 4 * hidden, routed), heads * key_dim, kv_heads * (key_dim + value_dim))
+    return Widths(hidden, max(inner or 4 * hidden, routed), heads * query_dim, 2 * kv_heads * head_dim)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

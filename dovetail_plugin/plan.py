@@ -18,8 +18,17 @@ from .sizes import Rows, TargetSizes
 
 __all__ = ["DevicePlan", "Part", "format_bytes", "make_plan", "parse_bytes"]
 
-PROGRAM_BYTES = 550 * MIB
-"""Python, torch and transformers themselves (450 MiB measured), and freed blocks below 32 MiB that malloc keeps."""
+PROGRAM_BYTES = 420 * MIB
+"""Python, torch and transformers themselves after a first generation; 395 to 440 MiB measured with torch for CPUs."""
+
+HELD_SHARE, MOST_HELD_BYTES = 2, 192 * MIB
+"""Freed blocks below 32 MiB that malloc keeps, in multiples of the temporaries, and at most. Measured with glibc 2.36,
+whose aligned blocks do not fit the holes that their like left; MALLOC_TRIM_THRESHOLD_=131072 gives them back, for some
+time. Blocks above go back to the system by themselves."""
+
+
+SMALLER = {"float32": ("bfloat16", "int8", "int4"), "bfloat16": QUANTISED, "float16": QUANTISED, "int8": ("int4",)}
+"""Types that take fewer bytes than another."""
 
 
 def make_plan(
@@ -61,27 +70,32 @@ def make_plan(
     for name, value in (("vram_bytes", vram_bytes), ("ram_bytes", ram_bytes)):
         if value is not None and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
+    if target_config.is_encoder_decoder:
+        raise ValueError(f"{target_config.model_type} models are encoder-decoders; a target must be decoder-only.")
     text = target_config.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None) or context
     rows = Rows(min(context, positions), max_nodes, min(prefill_rows or context, context, positions))
-    for name, asked, known in (
-        ("dtype", dtype, (*FLOAT_DTYPES, *QUANTISED)),
-        ("draft_dtype", draft_dtype, FLOAT_DTYPES),
-    ):
-        if asked not in (None, "auto", *known):
-            raise ValueError(f"{name} must be auto, {', '.join(known)}, got {asked!r}.")
-    stored = _named(getattr(text, "dtype", None)) or "float32"
-    target_dtype = stored if dtype in (None, "auto") else dtype
     draft = _draft_config(target_config, draft_config)
-    if draft_dtype == "auto":
-        draft_dtype = _named(draft.dtype) or (target_dtype if target_dtype in FLOAT_DTYPES else stored)
-    request = Request(target_config, draft, vram_bytes or 0, target_dtype, draft_dtype, rows, gpu_supports_bf16)
+    stored = _named(getattr(text, "dtype", None)) or "float32"
+    target_dtype = _dtype("dtype", dtype, (*FLOAT_DTYPES, *QUANTISED)) or stored
+    own = _dtype("draft_dtype", draft_dtype, tuple(FLOAT_DTYPES)) or _named(draft.dtype)
+    own = own or (target_dtype if target_dtype in FLOAT_DTYPES else stored)
+    request = Request(target_config, draft, vram_bytes or 0, target_dtype, own, rows, gpu_supports_bf16)
     plan = _plan(request, ram_bytes)
     if ram_bytes is not None and plan.needed_bytes("cpu") > ram_bytes:
         raise ValueError(_refusal(request, plan, ram_bytes))
     if positions < context:
         plan.notes.append(f"the context is cut to the target's {positions} positions")
     return plan
+
+
+def _dtype(name: str, asked: str | None, known: tuple[str, ...]) -> str | None:
+    """The type asked for; None if that is left open."""
+    if asked in (None, "auto"):
+        return None
+    if asked not in known:
+        raise ValueError(f"{name} must be auto, {', '.join(known)}, got {asked!r}.")
+    return asked
 
 
 def _named(dtype: object) -> str | None:
@@ -152,6 +166,9 @@ def _cpu_parts(request: Request, target: TargetSizes, draft: DraftPlace, layers:
         Part("target: KV cache", kv_bytes, "cpu", f"{rows.context} tokens and a tree of {rows.nodes}"),
         Part("target: features", features_bytes, "cpu", "of the whole prompt"),
         Part("temporaries", temporaries_bytes, "cpu", f"{rows.prefill} rows of the prompt in one pass"),
+        Part(
+            "held by malloc", min(HELD_SHARE * temporaries_bytes, MOST_HELD_BYTES), "cpu", "freed, but not given back"
+        ),
     ]
     later_bytes = kv_bytes + features_bytes + temporaries_bytes
     if target.dtype in QUANTISED:
@@ -182,14 +199,11 @@ def _refusal(request: Request, plan: DevicePlan, ram_bytes: int) -> str:
     """Why the target does not fit, and which changes would make it fit."""
     needs = {part.name: part.bytes for part in plan.parts if part.device == "cpu"}
     largest = sorted(needs, key=needs.__getitem__, reverse=True)[:3]
-    remedies = []
-    for dtype in ("bfloat16", *QUANTISED):
-        if request.dtype != dtype and (request.dtype == "float32" or dtype in QUANTISED):
-            remedies.append((f"{dtype} weights", replace(request, dtype=dtype)))
-    shorter = replace(request.rows, context=request.rows.context // 4, prefill=min(request.rows.prefill, 512))
-    if shorter.context:
-        shorter = replace(shorter, prefill=min(shorter.prefill, shorter.context))
-        remedies.append((f"a context of {shorter.context}", replace(request, rows=shorter)))
+    smaller = SMALLER.get(request.dtype, ())
+    remedies = [(f"{dtype} weights", replace(request, dtype=dtype)) for dtype in smaller]
+    shorter = max(request.rows.context // 4, 1)
+    rows = replace(request.rows, context=shorter, prefill=min(request.rows.prefill, shorter))
+    remedies.append((f"a context of {shorter}", replace(request, rows=rows)))
     told = [(what, _plan(other, None).needed_bytes("cpu")) for what, other in remedies]
     helps = [f"{what} would need {format_bytes(size)}" for what, size in told if size <= ram_bytes]
     if not helps:

@@ -69,6 +69,17 @@ class Widths:
         inside = max(3 * self.inner, 6 * self.query + self.key_value)
         return rows * number_bytes * (4 * self.hidden + inside)
 
+    def masked_pass_bytes(self, rows: int, keys: int, number_bytes: int, *, additive: bool) -> int:
+        """The same with a mask over `keys` rows of the cache, additive or of truth values, which attention converts.
+
+        With a mask, transformers' attention repeats grouped keys and values to all query heads, layer by layer.
+        """
+        mask = rows * keys * (number_bytes if additive else 1)
+        converted = 0 if additive else rows * keys * number_bytes
+        repeated = 2 * self.query * keys * number_bytes if 2 * self.query > self.key_value else 0
+        attention = rows * number_bytes * (4 * self.hidden + 2 * self.query) + repeated + converted
+        return mask + max(self.pass_bytes(rows, number_bytes), attention)
+
 
 @dataclass(frozen=True)
 class TargetSizes:
@@ -104,21 +115,17 @@ class TargetSizes:
         return rows.context * self.widths.hidden * self.number_bytes
 
     def prefill_bytes(self, rows: Rows) -> int:
-        """Temporaries of one pass over prompt rows, features aside."""
-        masked = rows.prefill < rows.context or any((la.window or math.inf) < rows.context for la in self.layers)
-        mask = rows.prefill * rows.context * (1 + self.number_bytes) if masked else 0
-        repeated = self._repeated_rows_bytes(rows) if masked else 0
-        return self.widths.pass_bytes(rows.prefill, self.number_bytes) + mask + repeated
+        """Temporaries of one pass over prompt rows, features aside. Only a whole prompt in full view needs no mask."""
+        if rows.prefill == rows.context and all((layer.window or math.inf) >= rows.context for layer in self.layers):
+            return self.widths.pass_bytes(rows.prefill, self.number_bytes)
+        seen = (rows.context if layer.window is None else layer.window - 1 + rows.prefill for layer in self.layers)
+        keys = min(max(seen), rows.context)
+        return self.widths.masked_pass_bytes(rows.prefill, keys, self.number_bytes, additive=False)
 
     def score_bytes(self, rows: Rows) -> int:
-        """Temporaries of one pass over a tree: the layers', repeated keys and values, and logits in float32."""
-        logits = rows.nodes * self.vocab_size * 4
-        return self.widths.pass_bytes(rows.nodes, self.number_bytes) + self._repeated_rows_bytes(rows) + logits
-
-    def _repeated_rows_bytes(self, rows: Rows) -> int:
-        """With a mask, transformers' attention repeats grouped keys and values to all query heads, layer by layer."""
-        grouped = 2 * self.widths.query > self.widths.key_value
-        return 2 * self.widths.query * self.number_bytes * (rows.context + rows.nodes) if grouped else 0
+        """Temporaries of one pass over a tree, its logits in float32 included."""
+        keys, logits = rows.context + rows.nodes, rows.nodes * self.vocab_size * 4
+        return self.widths.masked_pass_bytes(rows.nodes, keys, self.number_bytes, additive=True) + logits
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_one_slow_round_moves_little(nodes):
     for _ in range(10):
         observe(model, MEASURED.verify_s[nodes], nodes=nodes, tokens=2, drafted=True, **usual)
     before = model.round([4, 4], nodes, 100, 2)
-    slow = {name: 10 * seconds for name, seconds in usual.items()}
+    slow = {name: 10 * seconds for name, seconds in usual.items()} | {"transfer_s": 1.0}
     observe(model, 10 * MEASURED.verify_s[nodes], nodes=nodes, tokens=2, drafted=True, **slow)
     after = model.round([4, 4], nodes, 100, 2)
     assert before.total_s < after.total_s < 1.12 * before.total_s
@@ -211,9 +212,17 @@ def test_longer_context_costs_more():
     for nodes in (1, 8, 48):
         seconds = [model.verify_s(nodes, context) for context in (1, 100, 500, 4000)]
         assert seconds == sorted(seconds) and len(set(seconds)) == 4
-    # Every row reads the cache once, and computes over it.
-    assert model.verify_s(48, 4000) - model.verify_s(48, 100) > model.verify_s(1, 4000) - model.verify_s(1, 100) > 0
+    # Weights are 2 operations a row, a cached token is 4 for each query number: 800 of 1,000,000 numbers' worth.
+    row_s = (MEASURED.verify_s[48] - MEASURED.verify_s[1]) / 47
+    more_s = [model.verify_s(nodes, 4000) - model.verify_s(nodes, 100) for nodes in (1, 48)]
+    assert more_s[1] - more_s[0] == pytest.approx(47 * 3900 * row_s * 800 / 1e6)
     np.testing.assert_allclose(model.verify_table(4000, 20)[[0, 7]], [model.verify_s(n, 4000) for n in (1, 8)])
+
+
+def test_shorter_context_than_the_probes_never_costs_nothing():
+    model = CostModel(replace(MEASURED, context=10_000), SHAPE)
+    assert (model.verify_table(1, 48) > 0).all() and model.verify_s(48, 1) > 0
+    assert model.verify_s(8, 1) < model.verify_s(8, 10_000) == pytest.approx(MEASURED.verify_s[8])
 
 
 def test_a_cached_token_costs_what_as_many_weights_cost():

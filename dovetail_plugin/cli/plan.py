@@ -99,5 +99,5 @@ def _taken_from_here(args: argparse.Namespace, policy: DeviceSplitPolicy) -> lis
         notes.append(f"--vram not given: {torch.cuda.get_device_name(0)} has {free} free")
     if args.ram is None:
         memory = format_bytes(policy.ram_budget_bytes or 0)
-        notes.append(f"--ram not given: this machine has {memory}, other programs' too")
+        notes.append(f"--ram not given: this machine has {memory} in all, other programs' share included")
     return notes
