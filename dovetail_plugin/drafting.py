@@ -180,6 +180,7 @@ class FeatureDrafter:
             positions = torch.arange(self.committed, self.committed + count, device=self.device)
             mask = self._causal(count) if self.committed else None
             rope = self.draft.rope_at(positions[None], self.dtype)
+            features = self.draft.project(features)
             predicted, logits = self.runner.run(features, tokens, rope, self.rows, mask, count - 1)
             self.committed += count
             self._root = _Root(tokens[-1], predicted[-1:], logits)

@@ -181,6 +181,7 @@ def _generate(
         max_nodes=rounds.limits.nodes,
         prefill_chunk=config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_OF_FORWARD and v is not None},
+        feature_layers=None if draft is None else draft.config.layers_of(model.config),
     )
     in_torch = engine.runs_in_torch or (drafter is not None and drafter.runner.runs_in_torch)
     # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.

@@ -14,7 +14,7 @@ LAYERS = [
     {"_version", "report", "tree", "cache", "cost", "machine", "shapes", "device_plan"},
     {"verify", "target", "acceptance", "records"},
     {"configuration", "rounds"},
-    {"blocks"},
+    {"blocks", "formats"},
     {"engine"},
     {"modeling"},
     {"drafting", "text", "graph_rows", "placement"},
