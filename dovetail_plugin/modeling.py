@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
+from .assistants import Assistant
 from .blocks import FUSIONS, Block, Eagle3Block, Eagle3Fusion, GatedFusion, RMSNorm, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
 from .engine import Tables, engine_of
 from .formats import Checkpoint, load_checkpoint, read_config
-from .report import GenerationReport
-from .tree import TreeBudget
 
 
 @dataclass
@@ -46,7 +45,7 @@ class DraftOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class DovetailDraft(PreTrainedModel):
+class DovetailDraft(Assistant, PreTrainedModel):
     """A draft model for one target: pass it as `assistant_model` to the target's `generate`.
 
     ```python
@@ -56,13 +55,7 @@ class DovetailDraft(PreTrainedModel):
     print(draft.report)
     ```
 
-    Attributes:
-        report: the `GenerationReport` of the latest generation with this draft, or None.
-        budget: `TreeBudget` of every round; None lets the policy choose each of them.
-        policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one. The first
-            generation makes one where there is none.
-        verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
-            chains only; transformers 5.8 or later).
+    Attributes beside those of `Assistant`:
         runner: `"auto"` (the fastest way of the device: CUDA graphs on a GPU, the target's engine on a CPU where that
             has one) or `"torch"`.
         embedding_device: where the target's embedding table stays, if not beside the draft; `"cpu"` saves its bytes
@@ -73,8 +66,7 @@ class DovetailDraft(PreTrainedModel):
     The last two count when the draft meets its target.
     """
 
-    budget: TreeBudget | None = None
-    policy: Any = None
+    runner: Literal["auto", "torch"] = "auto"
     embedding_device: str | None = None
     draft_vocab_size: int | None = None
 
@@ -104,10 +96,6 @@ class DovetailDraft(PreTrainedModel):
         if eagle3:
             self._make_own_tables()
         self._attached_to: weakref.ref[PreTrainedModel] | None = None
-        self.turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # cache -> its drafter
-        self.report: GenerationReport | None = None
-        self.verification: Literal["tree", "stock"] = "tree"
-        self.runner: Literal["auto", "torch"] = "auto"
         self.post_init()
 
     def _make_own_tables(self) -> None:
@@ -200,6 +188,15 @@ class DovetailDraft(PreTrainedModel):
         tied = head is tables.embedding and self.embedding_device is None
         self.head_weight = self.embed_weight if tied else head.to(device=weight.device, dtype=weight.dtype)
         self.head_bias = None if bias is None else bias.to(device=weight.device, dtype=weight.dtype)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """As `Assistant.check_target`."""
+        check_fits(self.config, target)
+
+    def identity(self) -> list[Any]:
+        """As `Assistant.identity`; the device may be another one in the next generation."""
+        weight = next(self.parameters())
+        return ["dovetail", self.config.to_json_string(), str(weight.device), str(weight.dtype)]
 
     def attach_once(self, target: PreTrainedModel) -> None:
         """`attach`, unless `target` is the one this draft is attached to already."""
