@@ -37,6 +37,14 @@ BORROWED = ("embed_tokens.weight", "lm_head.weight")
 """Tables that some checkpoints copy from their target; it has them, so they are left out."""
 
 
+class UnknownFormat(ValueError):
+    """A checkpoint is of no known draft. is_language_model: whether its config is one of a causal language model."""
+
+    def __init__(self, config: dict[str, Any], message: str) -> None:
+        super().__init__(message)
+        self.is_language_model = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A draft of any format, in our terms. kind: "paper", "eagle", "eagle3" or "speculators"."""
@@ -108,10 +116,11 @@ def kind_of(config: dict[str, Any], names: Any) -> str:
         return "eagle3"
     if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
         return "eagle"
-    raise ValueError(
+    raise UnknownFormat(
+        config,
         f"this is no draft that is known: its model_type is {config.get('model_type')!r}, and its tensors are "
         f"{', '.join(sorted(names)[:6]) or 'none'}, ... Looked for: W_1 and W_z (the Dovetail paper), fc.weight with "
-        "layers.0.* (EAGLE-1, EAGLE-2), midlayer.* (EAGLE-3), speculators_config (speculators), model_type dovetail."
+        "layers.0.* (EAGLE-1, EAGLE-2), midlayer.* (EAGLE-3), speculators_config (speculators), model_type dovetail.",
     )
 
 
