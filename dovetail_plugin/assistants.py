@@ -8,6 +8,8 @@ import weakref
 from abc import abstractmethod
 from typing import Any, Literal
 
+import torch
+
 from .report import GenerationReport, PhaseClock
 from .tree import TreeBudget
 
@@ -34,6 +36,15 @@ class Assistant:
     def turns(self) -> "weakref.WeakKeyDictionary[Any, Any]":
         """Made at the first use."""
         return self.__dict__.setdefault("_turns", weakref.WeakKeyDictionary())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device("cpu")
+
+    def num_parameters(self) -> int:
+        """Numbers of its own."""
+        return 0
 
     def check_target(self, target: Any) -> None:
         """Refuse a target that this draft cannot propose tokens for.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
+from . import machine
 from .assistants import Assistant
 from .blocks import FUSIONS, Block, Eagle3Block, Eagle3Fusion, GatedFusion, RMSNorm, RotaryEmbedding
 from .cache import KVRows
@@ -45,7 +46,7 @@ class DraftOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class DovetailDraft(Assistant, PreTrainedModel):
+class DovetailDraft(PreTrainedModel, Assistant):
     """A draft model for one target: pass it as `assistant_model` to the target's `generate`.
 
     ```python
@@ -342,11 +343,20 @@ class DovetailDraft(Assistant, PreTrainedModel):
         _check_loaded(name, info)
         if source == [None] and name is not None:
             draft.name_or_path = draft.config.name_or_path = str(name)
+        if kwargs["dtype"] == "auto":
+            draft.to(dtype_for(draft.dtype, draft.device))
         return (draft, info) if wants_info else draft
 
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 """Arguments of `from_pretrained` that tell where files come from."""
+
+
+def dtype_for(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to run in where the user leaves it open: fp16 for bf16 weights on a GPU that computes no bf16."""
+    if device.type == "cuda" and stored == torch.bfloat16 and not machine.gpu_supports_bf16():
+        return torch.float16
+    return stored
 
 
 def _foreign(checkpoint: Checkpoint) -> dict[str, Any]:

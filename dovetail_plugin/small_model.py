@@ -128,6 +128,10 @@ class SmallModelDraft(Assistant):
         """Of the model."""
         return self.model.device
 
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return self.model.num_parameters()
+
     def check_target(self, target: Any) -> None:
         """As `Assistant.check_target`: the tokenizers must be the same, padding of the vocabularies may differ.
 
