@@ -111,12 +111,18 @@ class OnnxRuntimeEngine:
         max_nodes: int,
         prefill_chunk: int | None,
         model_kwargs: dict[str, Any],
+        feature_layers: tuple[int, ...] | None = None,
     ) -> OnnxRuntimeSession:
         """As `Engine.session`.
 
         Raises:
-            ValueError: an argument of the forward pass that the graph has no input for.
+            ValueError: an argument of the forward pass that the graph has no input for; features of single layers.
         """
+        if feature_layers is not None:
+            raise ValueError(
+                f"this draft reads hidden states {feature_layers}, and an ONNX Runtime target gives the last one only; "
+                "take a torch or OpenVINO target for EAGLE-3 drafts."
+            )
         if model_kwargs:
             raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}.")
         return OnnxRuntimeSession(self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk)

@@ -15,6 +15,7 @@ care where it lies. Optimum is needed only for optimum's own model objects.
 import logging
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,16 @@ class OpenVINOSession:
     """One generation on an engine's request; implements `Target`. Use as a context manager."""
 
     def __init__(
-        self, engine: "OpenVINOEngine", cache: OpenVINOCache, *, max_nodes: int, prefill_chunk: int | None
+        self,
+        engine: "OpenVINOEngine",
+        cache: OpenVINOCache,
+        *,
+        max_nodes: int,
+        prefill_chunk: int | None,
+        feature_layers: tuple[int, ...] | None = None,
     ) -> None:
+        names = None if feature_layers is None else [graph.state_name(layer) for layer in feature_layers]
+        self._features = names or [graph.FEATURES]
         self._engine, self._cache, self._max_nodes = engine, cache, max_nodes
         self._chunk = prefill_chunk or PREFILL_ROWS
         self.max_length: int | None = getattr(engine.text_config, "max_position_embeddings", None)
@@ -192,7 +201,8 @@ class OpenVINOSession:
             inputs["position_ids"] = positions[None].astype(np.int64)
         request = self._engine.request
         request.infer(inputs, share_inputs=True)  # tensors of our own each time: others may have left theirs
-        return request.get_tensor("logits").data[0].copy(), request.get_tensor(graph.FEATURES).data[0].copy()
+        features = [request.get_tensor(name).data[0] for name in self._features]
+        return request.get_tensor("logits").data[0].copy(), np.concatenate(features, axis=-1)  # copies
 
     def _compact(self) -> None:
         """Take the holes out of the state."""
@@ -212,7 +222,7 @@ class OpenVINOEngine:
 
     Args:
         model: the graph after `graph.prepare`.
-        request: of the compiled graph.
+        compile_model: compiles it as it is when called, and gives a request of that.
         config: of the transformers model that was exported.
 
     Attributes:
@@ -223,8 +233,15 @@ class OpenVINOEngine:
 
     runs_in_torch = False
 
-    def __init__(self, model: "ov.Model", request: "ov.InferRequest", config: PretrainedConfig) -> None:
+    def __init__(
+        self,
+        model: "ov.Model",
+        compile_model: "Callable[[], ov.InferRequest]",
+        config: PretrainedConfig,
+    ) -> None:
         self.exact = False
+        self._compile = compile_model
+        request = compile_model()
         self.rounding = graph.rounding(model, request)
         self.config = config
         self.text_config = config.get_text_config(decoder=True)
@@ -283,15 +300,29 @@ class OpenVINOEngine:
         max_nodes: int,
         prefill_chunk: int | None,
         model_kwargs: dict[str, Any],
+        feature_layers: tuple[int, ...] | None = None,
     ) -> OpenVINOSession:
-        """As `Engine.session`.
+        """As `Engine.session`; the first session that reads single layers compiles the graph once more.
 
         Raises:
-            ValueError: an argument of the forward pass that the graph has no input for.
+            ValueError: an argument of the forward pass that the graph has no input for; layers that cannot be read.
         """
         if model_kwargs:
             raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}.")
-        return OpenVINOSession(self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk)
+        if feature_layers is not None:
+            self._expose(feature_layers)
+        return OpenVINOSession(
+            self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk, feature_layers=feature_layers
+        )
+
+    def _expose(self, layers: tuple[int, ...]) -> None:
+        """Make hidden states outputs of the compiled graph, if they are not yet."""
+        outputs = len(self._model.outputs)
+        graph.expose_states(self._model, layers, self.text_config.num_hidden_layers)
+        if len(self._model.outputs) > outputs:
+            self.request = self._compile()
+            self._current = None  # rows of earlier texts went with the request before
+            self.set_neutral()
 
     def claim(self, cache: OpenVINOCache) -> None:
         """Give the request's state to `cache`; a new cache begins with an empty state.
@@ -335,10 +366,17 @@ def engine_for(model: Any) -> OpenVINOEngine:
         )
     if not graph.is_prepared(model.model):
         graph.prepare(model.model)
-        model.clear_requests()
         model.ov_config = precision_properties(**_given_precisions(model.ov_config)) | model.ov_config
+    held = weakref.ref(model)  # the engine is remembered by its model and must not keep it alive
+
+    def compile_model() -> "ov.InferRequest":
+        model = held()
+        assert model is not None
+        model.clear_requests()
         model.compile()
-    return OpenVINOEngine(model.model, model.request, model.config)
+        return model.request
+
+    return OpenVINOEngine(model.model, compile_model, model.config)
 
 
 def precision_properties(
@@ -401,7 +439,9 @@ class OpenVINOTarget(StoredTarget):
         properties |= precision_properties(inference_precision, kv_cache_precision)
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
-        compiled = core.compile_model(model, "CPU", properties | (ov_config or {}))
-        engine = OpenVINOEngine(model, compiled.create_infer_request(), config)
+        properties |= ov_config or {}
+        engine = OpenVINOEngine(
+            model, lambda: core.compile_model(model, "CPU", properties).create_infer_request(), config
+        )
         engine.exact = exact
         return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))

@@ -75,7 +75,9 @@ def draft_graph(draft: DovetailDraft, weights: str = "int8") -> "ov.Model":
     with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, take no draws from the user's text
         exact = DovetailDraft(config).float().eval()
     exact.load_state_dict(draft.state_dict())
-    exact.head_weight = draft.head_weight.float()
+    assert draft.head_weight is not None, "attach() comes first"
+    if draft.config.fusion != "eagle3":  # whose head is a parameter of its own, and loaded
+        exact.head_weight = draft.head_weight.float()
     exact.head_bias = None if draft.head_bias is None else draft.head_bias.float()
     n, past, size, heads, dim = 3, 5, config.hidden_size, config.num_key_value_heads, config.head_dim
     assert heads is not None and dim is not None  # the configuration fills them in

@@ -39,9 +39,9 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions over optional `KVRows`."""
+    """Grouped-query attention with rotary positions over optional `KVRows`; reads rows of `width` (default H)."""
 
-    def __init__(self, config: DovetailConfig) -> None:
+    def __init__(self, config: DovetailConfig, width: int | None = None) -> None:
         super().__init__()
         assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills them in
         self.heads, self.kv_heads, self.head_dim = (
@@ -49,11 +49,11 @@ class Attention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        width, bias = width or config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
         batch, length, _ = x.shape
@@ -121,6 +121,31 @@ class Block(nn.Module):
         return within_range(x + self.mlp(self.post_attention_layernorm(x)))
 
 
+class Eagle3Block(nn.Module):
+    """The one block of an EAGLE-3 head (Li et al. 2025): attention reads embedding and feature side by side.
+
+    Its input is what `Eagle3Fusion` gives, (B, n, 2H); the residual stream begins with the feature half, before its
+    norm, or after it where the config says `norm_before_residual`.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.hidden_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.self_attn = Attention(config, 2 * width)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = MLP(config)
+        self.norm_before_residual = config.norm_before_residual
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+        embeddings, features = x.chunk(2, dim=-1)
+        normed = self.hidden_norm(features)
+        residual = normed if self.norm_before_residual else features
+        both = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        x = within_range(residual + self.self_attn(both, rope, rows, mask))
+        return within_range(x + self.mlp(self.post_attention_layernorm(x)))
+
+
 def within_range(x: Tensor) -> Tensor:
     """The residual stream of a draft in fp16, kept finite: bf16 weights may drive it beyond fp16's range."""
     return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
@@ -150,11 +175,33 @@ class GatedFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """EAGLE's fusion, the ablation baseline: `fc([e ; f])` with bias."""
+    """EAGLE-1's and EAGLE-2's fusion, the ablation baseline: `fc([e ; f])`, with bias unless the config says no."""
 
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__()
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fusion_bias)
 
     def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
         return self.fc(torch.cat([embeddings, features], dim=-1))
+
+
+class Eagle3Fusion(nn.Module):
+    """EAGLE-3's input: several target features become one of width H; feature and token stay side by side.
+
+    `project` is run once for features of the target, whose predictions come back at width H already.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=config.fusion_bias)
+
+    def project(self, features: Tensor) -> Tensor:
+        """(..., F) -> (..., H)."""
+        return self.fc(features)
+
+    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        return torch.cat([embeddings, features], dim=-1)
+
+
+FUSIONS = {"dgf": GatedFusion, "concat": ConcatFusion, "eagle3": Eagle3Fusion}
+"""By `DovetailConfig.fusion`."""

@@ -50,6 +50,9 @@ class DovetailCandidateGenerator(CandidateGenerator):
             )
         draft.attach_once(target)
         self.draft = draft
+        self._layers = draft.config.layers_of(target.config)
+        if self._layers is not None:
+            self.model_kwargs_overrides = {"output_hidden_states": True}
         self.report = draft.report = GenerationReport()
         self._processors, self._do_sample = logits_processor, generation_config.do_sample
         self._max_length = generation_config.max_length
@@ -70,7 +73,10 @@ class DovetailCandidateGenerator(CandidateGenerator):
             self._started = False
             self.report.prompt_tokens = input_ids.shape[1]
             return input_ids, None
-        self._follow(input_ids, model_outputs.hidden_states[-1][0], model_kwargs or {}, int(n_last_matches))
+        states = model_outputs.hidden_states
+        layers = (-1,) if self._layers is None else self._layers
+        features = torch.cat([states[layer][0] for layer in layers], dim=-1)
+        self._follow(input_ids, features, model_kwargs or {}, int(n_last_matches))
         depth = min((self.draft.budget or TreeBudget()).depth, self._max_length - input_ids.shape[1] - 1)
         self._drafted = max(depth, 0)
         if depth < 1:

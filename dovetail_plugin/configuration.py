@@ -15,6 +15,10 @@ from .acceptance import BINS
 # (vLLM among them) find what they look for.
 
 
+EAGLE3_STATES = ("low", "middle", "high")
+"""What EAGLE-3 heads read unless their config names layers: hidden states 2, M // 2 and M - 3 of M layers."""
+
+
 class DovetailConfig(PretrainedConfig):
     """Configuration of a [`DovetailDraft`].
 
@@ -29,10 +33,18 @@ class DovetailConfig(PretrainedConfig):
         rms_norm_eps: epsilon of every RMSNorm.
         rope_parameters: rotary embedding in transformers' format, `{"rope_type": ..., "rope_theta": ...}`.
         max_position_embeddings: positions of the target.
-        fusion: `"dgf"` (Dynamic Gating Fusion, the Dovetail paper) or `"concat"` (EAGLE's `fc([e ; f])`).
+        fusion: `"dgf"` (Dynamic Gating Fusion, the Dovetail paper), `"concat"` (`fc([e ; f])`, EAGLE-1 and EAGLE-2)
+            or `"eagle3"` (features of several layers, one block that reads feature and token side by side).
+        fusion_bias: whether the fusion's `fc` has a bias. attention_bias: whether q, k and v have.
         logit_softcap: the target's final logit soft cap (Gemma 2), or None.
         logit_scale: factor between the target's head and its logits (Cohere, Granite).
         target_name_or_path: the target this draft was trained for.
+        target_hidden_size: width of the target's hidden states where it is not the draft's ("eagle3").
+        feature_layers: the hidden states that features are made of, in transformers' numbering, 0 being the
+            embeddings ("eagle3"); None takes the three that EAGLE-3 takes.
+        draft_vocab_size: tokens of the draft's own head ("eagle3"); None is all.
+        norm_before_residual: the residual stream begins behind the feature's norm ("eagle3").
+        own_embedding: the checkpoint brings an embedding table of its own ("eagle3").
         calibration: how often nodes of each draft probability were accepted on held-out text, by bin of
             `acceptance.EDGES`, under "greedy" and "sampling"; training measures it. None takes rules of thumb.
 
@@ -53,10 +65,17 @@ class DovetailConfig(PretrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
-    fusion: Literal["dgf", "concat"] = "dgf"
+    fusion: Literal["dgf", "concat", "eagle3"] = "dgf"
+    fusion_bias: bool = True
+    attention_bias: bool = False
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     target_name_or_path: str | None = None
+    target_hidden_size: int | None = None
+    feature_layers: list[int] | None = None
+    draft_vocab_size: int | None = None
+    norm_before_residual: bool = False
+    own_embedding: bool = False
     calibration: dict[str, list[float]] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -86,14 +105,41 @@ class DovetailConfig(PretrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
-        if self.fusion not in ("dgf", "concat"):
-            raise ValueError(f'fusion must be "dgf" or "concat", got {self.fusion!r}.')
+        if self.fusion not in ("dgf", "concat", "eagle3"):
+            raise ValueError(f'fusion must be "dgf", "concat" or "eagle3", got {self.fusion!r}.')
+        if self.fusion == "eagle3" and self.num_hidden_layers != 1:
+            raise ValueError(f"an EAGLE-3 draft has one block, got num_hidden_layers={self.num_hidden_layers}.")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size must be between 1 and vocab_size ({self.vocab_size}), got {self.draft_vocab_size}."
+            )
         for name, rates in (self.calibration or {}).items():
             if name not in ("greedy", "sampling") or len(rates) != BINS or not all(0.0 <= r <= 1.0 for r in rates):
                 raise ValueError(
                     f"calibration must hold {BINS} rates between 0 and 1 under greedy and sampling, got "
                     f"{len(rates)} under {name!r}."
                 )
+
+    @property
+    def feature_size(self) -> int:
+        """F: width of the features that the draft reads."""
+        if self.fusion != "eagle3":
+            return self.hidden_size
+        return len(self.feature_layers or EAGLE3_STATES) * (self.target_hidden_size or self.hidden_size)
+
+    def layers_of(self, target: PretrainedConfig) -> tuple[int, ...] | None:
+        """Hidden states of the target that its features are made of; None is the one after the final norm.
+
+        Raises:
+            ValueError: the target has no such layers.
+        """
+        if self.fusion != "eagle3":
+            return None
+        count = target.get_text_config(decoder=True).num_hidden_layers
+        layers = tuple(self.feature_layers or (2, count // 2, count - 3))
+        if not all(0 <= layer < count for layer in layers):
+            raise ValueError(f"the draft reads hidden states {layers}, but the target has {count} layers.")
+        return layers
 
     @classmethod
     def for_target(

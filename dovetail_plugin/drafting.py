@@ -97,6 +97,21 @@ class DraftRunner(Protocol):
         """
 
 
+class DraftModel(Protocol):
+    """What a `FeatureDrafter` asks of a draft beside what its runner runs; see `DovetailDraft`."""
+
+    token_ids: Tensor | None
+
+    def rope_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the runner wants to know of positions (1, n), as two tensors (1, n, ...)."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features of the target as the runner reads them."""
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """Logits of the target's whole vocabulary."""
+
+
 class TorchRunner:
     """A draft's own modules, on whatever device they are."""
 
@@ -144,12 +159,13 @@ class FeatureDrafter:
         runner: what runs the draft's steps; None is torch.
     """
 
-    def __init__(
-        self, draft: DovetailDraft, capacity: int, clock: PhaseClock, runner: DraftRunner | None = None
-    ) -> None:
+    def __init__(self, draft: DraftModel, capacity: int, clock: PhaseClock, runner: DraftRunner | None = None) -> None:
         self.draft = draft
         self.clock = clock
-        self.runner: DraftRunner = runner or TorchRunner(draft)
+        if runner is None:
+            assert isinstance(draft, DovetailDraft), "other drafts bring their runner"
+            runner = TorchRunner(draft)
+        self.runner: DraftRunner = runner
         self.rows = self.runner.new_rows(capacity)
         self.device, self.dtype = self.runner.device, self.runner.dtype
         self.committed = 0  # pairs of the text, without tree nodes
@@ -180,6 +196,7 @@ class FeatureDrafter:
             positions = torch.arange(self.committed, self.committed + count, device=self.device)
             mask = self._causal(count) if self.committed else None
             rope = self.draft.rope_at(positions[None], self.dtype)
+            features = self.draft.project(features)
             predicted, logits = self.runner.run(features, tokens, rope, self.rows, mask, count - 1)
             self.committed += count
             self._root = _Root(tokens[-1], predicted[-1:], logits)

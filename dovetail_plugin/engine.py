@@ -73,7 +73,14 @@ class Engine(Protocol):
         """A `DraftRunner` of this engine's for a `DovetailDraft` on the CPU, or None to run it in torch."""
 
     def session(
-        self, cache: Any, *, max_length: int, max_nodes: int, prefill_chunk: int | None, model_kwargs: dict[str, Any]
+        self,
+        cache: Any,
+        *,
+        max_length: int,
+        max_nodes: int,
+        prefill_chunk: int | None,
+        model_kwargs: dict[str, Any],
+        feature_layers: tuple[int, ...] | None = None,
     ) -> AbstractContextManager[Target]:
         """A target for one generation that goes on behind the rows of `cache`.
 
@@ -82,6 +89,10 @@ class Engine(Protocol):
             max_nodes: rows of the largest tree.
             prefill_chunk: prompt rows in one pass; None leaves it to the engine.
             model_kwargs: further arguments of the model's forward pass.
+            feature_layers: see `TorchTarget`.
+
+        Raises:
+            ValueError: the engine cannot read these layers, or an argument of the forward pass.
         """
 
 
@@ -175,7 +186,14 @@ class TorchEngine:
         """None: the draft's own modules."""
 
     def session(
-        self, cache: Cache, *, max_length: int, max_nodes: int, prefill_chunk: int | None, model_kwargs: dict[str, Any]
+        self,
+        cache: Cache,
+        *,
+        max_length: int,
+        max_nodes: int,
+        prefill_chunk: int | None,
+        model_kwargs: dict[str, Any],
+        feature_layers: tuple[int, ...] | None = None,
     ) -> TorchTarget:
         return TorchTarget(
             self.model,
@@ -184,6 +202,7 @@ class TorchEngine:
             max_nodes=max_nodes,
             prefill_chunk=prefill_chunk,
             model_kwargs=model_kwargs,
+            feature_layers=feature_layers,
         )
 
 

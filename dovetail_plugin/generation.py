@@ -4,7 +4,6 @@ Enters: what `GenerationMixin.generate` hands to a decoding method. Leaves: toke
 `GenerateDecoderOnlyOutput`. `hf.py` decides when this runs; `decoding.py` holds the loop itself.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
-    PretrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -21,13 +19,14 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import records
+from .assistants import Assistant
 from .cost import Shape
 from .decoding import Decoder
 from .drafting import DraftRunner, FeatureDrafter, TorchRunner
 from .engine import Engine, engine_of
 from .graph_runner import runner_for
 from .machine import thread_count
-from .modeling import DovetailDraft, check_fits
+from .modeling import DovetailDraft
 from .policy import DeviceSplitPolicy
 from .report import GenerationReport
 from .rounds import PLAIN, FixedRounds, Rounds
@@ -43,7 +42,7 @@ NOT_OF_FORWARD = (*OWN_ARGUMENTS, "tokenizer", "assistant_tokenizer")
 """With what `generate` hands on beside forward arguments; it has read stop strings with them already."""
 
 
-def check_request(model: PreTrainedModel, draft: DovetailDraft, config: GenerationConfig) -> None:
+def check_request(model: PreTrainedModel, draft: Assistant, config: GenerationConfig) -> None:
     """Everything that can be refused before the prompt is looked at.
 
     Raises:
@@ -51,7 +50,9 @@ def check_request(model: PreTrainedModel, draft: DovetailDraft, config: Generati
             `generate` does not go with drafting.
     """
     engine_of(model).check()
-    check_fits(draft.config, model)
+    draft.check_target(model)
+    if draft.verification == "stock" and not isinstance(draft, DovetailDraft):
+        raise ValueError(f'verification="stock" takes a DovetailDraft, not a {type(draft).__name__}; use "tree".')
     if draft.verification == "stock" and not isinstance(model, PreTrainedModel):
         raise ValueError(f'verification="stock" works with transformers\' own models, not with {type(model).__name__}.')
     check_options(config)
@@ -85,7 +86,7 @@ def generate_with_draft(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    draft: DovetailDraft | None = None,
+    draft: Assistant | None = None,
     streamer: Any = None,
     synced_gpus: bool = False,
     **model_kwargs: Any,
@@ -107,7 +108,8 @@ def generate_with_draft(
     if draft is None:
         raise ValueError("no draft given: pass draft=DovetailDraft.from_pretrained(...).")
     check_request(model, draft, generation_config)
-    draft.attach_once(model)
+    if isinstance(draft, DovetailDraft):
+        draft.attach_once(model)
     return _generate(
         model,
         input_ids,
@@ -157,7 +159,7 @@ def _generate(
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
-    draft: DovetailDraft | None,
+    draft: Assistant | None,
     streamer: Any,
     synced_gpus: bool,
     model_kwargs: dict[str, Any],
@@ -173,7 +175,7 @@ def _generate(
         draft.report = report
         draft.policy = draft.policy or DeviceSplitPolicy()
         drafter = _drafter_for(draft, engine, cache, text, report)
-        rounds = rounds_for(draft, model, engine, drafter.runner, config)
+        rounds = rounds_for(draft, model, engine, getattr(drafter, "runner", None), config)
     past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
     session = engine.session(
         cache,
@@ -181,8 +183,10 @@ def _generate(
         max_nodes=rounds.limits.nodes,
         prefill_chunk=config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_OF_FORWARD and v is not None},
+        feature_layers=draft.config.layers_of(model.config) if isinstance(draft, DovetailDraft) else None,
     )
-    in_torch = engine.runs_in_torch or (drafter is not None and drafter.runner.runs_in_torch)
+    runner = getattr(drafter, "runner", None)
+    in_torch = engine.runs_in_torch or (runner is not None and runner.runs_in_torch)
     # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
     with session as target, torch.no_grad(), thread_count(None if in_torch else 1):
         decoder = Decoder(
@@ -210,20 +214,21 @@ def _generate(
 class Turn:
     """A drafter that has seen all `tokens` rows of a cache, kept for the next turn with that cache."""
 
-    drafter: FeatureDrafter
+    drafter: Any
     tokens: int
 
 
-def _drafter_for(
-    draft: DovetailDraft, engine: Engine, cache: Cache, text: Text, report: GenerationReport
-) -> FeatureDrafter:
+def _drafter_for(draft: Assistant, engine: Engine, cache: Cache, text: Text, report: GenerationReport) -> Any:
     """The drafter of the turn before, if this draft made the cache what it is; else a new one."""
-    runner = draft_runner_for(draft, engine)
+    runner = draft_runner_for(draft, engine) if isinstance(draft, DovetailDraft) else None
     turn = draft.turns.pop(cache, None)
-    if turn is not None and turn.tokens == cache.get_seq_length() > 0 and _same(turn.drafter.runner, runner):
+    followed = turn is not None and turn.tokens == cache.get_seq_length() > 0
+    if turn is not None and followed and (runner is None or _same(turn.drafter.runner, runner)):
         turn.drafter.clock = report.clock
         return turn.drafter
-    return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
+    if isinstance(draft, DovetailDraft):
+        return FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
+    return draft.new_drafter(text.length + DRAFT_ROWS, report.clock)
 
 
 def draft_runner_for(draft: DovetailDraft, engine: Engine) -> DraftRunner:
@@ -235,18 +240,18 @@ def draft_runner_for(draft: DovetailDraft, engine: Engine) -> DraftRunner:
 
 
 def rounds_for(
-    draft: DovetailDraft, model: Any, engine: Engine, runner: DraftRunner, config: GenerationConfig
+    draft: Assistant, model: Any, engine: Engine, runner: DraftRunner | None, config: GenerationConfig
 ) -> Rounds:
     """The user's budget every round if there is one, else the policy's."""
     if draft.budget is not None:
         return FixedRounds(draft.budget)
     key = records.key_of(
         engine=type(engine).__name__,
-        model=_digest(model.config),
+        model=model.config.to_json_string(),
         name=model.config.name_or_path,
         rounding=engine.rounding,
-        draft=_digest(draft.config),
-        draft_on=[type(runner).__name__, runner.device, runner.dtype],
+        draft=draft.identity(),
+        runner=None if runner is None else [type(runner).__name__, runner.device, runner.dtype],
         limits=asdict(draft.policy.limits),
         torch=torch.__version__,
     )
@@ -254,12 +259,8 @@ def rounds_for(
         key,
         temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
         shape=_shape(model),
-        calibration=draft.config.calibration,
+        calibration=draft.config.calibration if isinstance(draft, DovetailDraft) else None,
     )
-
-
-def _digest(config: PretrainedConfig) -> str:
-    return hashlib.sha256(config.to_json_string().encode()).hexdigest()[:16]
 
 
 def _shape(model: Any) -> Shape | None:

@@ -141,6 +141,7 @@ class GraphRunner:
 
     def _run_static(self, store: Store, rows: int, columns: int) -> None:
         """The static pass: its graph, captured first if need be, or without graphs the pass itself."""
+        assert self._draft.head_weight is not None, "attach() comes first"
         store.fit(self._draft.head_weight.shape[0], self._addresses())
         if self.enable_graphs and (rows, columns) not in store.graphs:
             try:

@@ -1,4 +1,4 @@
-"""The one seam to transformers: `assistant_model=<a DovetailDraft>` reaches our loop, all else passes through.
+"""The one seam to transformers: `assistant_model=<a draft of ours>` reaches our loop, all else passes through.
 
 `generate` has no registry for assistants, so `register` wraps three methods of `GenerationMixin`:
 `_validate_generation_mode` (to refuse with a reason before any work), `_assisted_decoding` (to run our
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 
+from .assistants import Assistant
 from .candidates import DovetailCandidateGenerator
 from .configuration import DovetailConfig
 from .generation import check_request, generate_with_draft
@@ -47,8 +48,11 @@ def is_registered() -> bool:
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         draft = generation_mode_kwargs.get("assistant_model")
-        if isinstance(draft, DovetailDraft):
+        if isinstance(draft, Assistant):
             check_request(self, draft, generation_config)
+            if not isinstance(draft, DovetailDraft):  # no model with a config, which is what follows compares
+                rest = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
+                return original(self, generation_mode, generation_config, rest)
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return _validate_generation_mode
@@ -56,7 +60,7 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _decode(original: Callable[..., Any]) -> Callable[..., Any]:
     def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, DovetailDraft) or assistant_model.verification == "stock":
+        if not isinstance(assistant_model, Assistant) or assistant_model.verification == "stock":
             return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
         for unused in ("inputs_tensor", "tokenizer", "assistant_tokenizer"):
             kwargs.pop(unused, None)

@@ -20,16 +20,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from .blocks import Block, ConcatFusion, GatedFusion, RotaryEmbedding
+from . import machine
+from .assistants import Assistant
+from .blocks import FUSIONS, Block, Eagle3Block, Eagle3Fusion, GatedFusion, RMSNorm, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
-from .engine import engine_of
-from .report import GenerationReport
-from .tree import TreeBudget
+from .engine import Tables, engine_of
+from .formats import Checkpoint, load_checkpoint, read_config
 
 
 @dataclass
@@ -44,7 +46,7 @@ class DraftOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-class DovetailDraft(PreTrainedModel):
+class DovetailDraft(PreTrainedModel, Assistant):
     """A draft model for one target: pass it as `assistant_model` to the target's `generate`.
 
     ```python
@@ -54,13 +56,7 @@ class DovetailDraft(PreTrainedModel):
     print(draft.report)
     ```
 
-    Attributes:
-        report: the `GenerationReport` of the latest generation with this draft, or None.
-        budget: `TreeBudget` of every round; None lets the policy choose each of them.
-        policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one. The first
-            generation makes one where there is none.
-        verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop,
-            chains only; transformers 5.8 or later).
+    Attributes beside those of `Assistant`:
         runner: `"auto"` (the fastest way of the device: CUDA graphs on a GPU, the target's engine on a CPU where that
             has one) or `"torch"`.
         embedding_device: where the target's embedding table stays, if not beside the draft; `"cpu"` saves its bytes
@@ -71,10 +67,14 @@ class DovetailDraft(PreTrainedModel):
     The last two count when the draft meets its target.
     """
 
-    budget: TreeBudget | None = None
-    policy: Any = None
+    runner: Literal["auto", "torch"] = "auto"
     embedding_device: str | None = None
     draft_vocab_size: int | None = None
+
+    embed_weight: Tensor | None
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    token_ids: Tensor | None
 
     config_class = DovetailConfig
     base_model_prefix = ""
@@ -85,26 +85,43 @@ class DovetailDraft(PreTrainedModel):
 
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__(config)
-        self.fusion = GatedFusion(config) if config.fusion == "dgf" else ConcatFusion(config)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.fusion = FUSIONS[config.fusion](config)
+        eagle3 = config.fusion == "eagle3"
+        blocks = [Eagle3Block(config)] if eagle3 else [Block(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.rotary = RotaryEmbedding(config)
         # The target's: non-persistent, so they follow `.to()` and never enter a checkpoint.
-        self.register_buffer("embed_weight", None, persistent=False)
-        self.register_buffer("head_weight", None, persistent=False)
-        self.register_buffer("head_bias", None, persistent=False)
-        self.register_buffer("token_ids", None, persistent=False)  # of the head's rows, where it is cut
+        for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):  # the last: where the head is cut
+            self.register_buffer(name, None, persistent=False)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if eagle3 else None
+        if eagle3:
+            self._make_own_tables()
         self._attached_to: weakref.ref[PreTrainedModel] | None = None
-        self.turns: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # cache -> its drafter
-        self.report: GenerationReport | None = None
-        self.verification: Literal["tree", "stock"] = "tree"
-        self.runner: Literal["auto", "torch"] = "auto"
         self.post_init()
+
+    def _make_own_tables(self) -> None:
+        """Head, token ids and embedding table of an EAGLE-3 checkpoint's own, under the borrowed ones' names."""
+        config = self.config
+        size = config.draft_vocab_size or config.vocab_size
+        del self.head_weight
+        self.register_parameter("head_weight", nn.Parameter(torch.empty(size, config.hidden_size)))
+        if config.draft_vocab_size is not None:
+            del self.token_ids
+            self.register_buffer("token_ids", torch.arange(size))
+        if config.own_embedding:
+            del self.embed_weight
+            table = torch.empty(config.vocab_size, config.hidden_size)
+            self.register_parameter("embed_weight", nn.Parameter(table))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        weights: list[Tensor] = []
         if isinstance(module, GatedFusion):
-            for weight in (module.W_1, module.W_2, module.W_z):
-                nn.init.normal_(weight, std=self.config.initializer_range)
+            weights = [module.W_1, module.W_2, module.W_z]
+        if module is self:
+            weights = [w for w in (self.embed_weight, self.head_weight) if isinstance(w, nn.Parameter)]
+        for weight in weights:
+            nn.init.normal_(weight, std=self.config.initializer_range)
 
     # --- the target's tables -------------------------------------------------------------------
 
@@ -144,26 +161,43 @@ class DovetailDraft(PreTrainedModel):
         if isinstance(target, PreTrainedModel):  # an exported one is named by its directory, whatever it was before
             _warn_of_other_target(self.config, target)
         tables = engine_of(target).tables()
+        if not self.config.own_embedding:
+            self._borrow_embedding(tables)
+        if self.config.fusion != "eagle3":
+            self._borrow_head(tables)
+        self._attached_to = weakref.ref(target)
+
+    def _borrow_embedding(self, tables: Tables) -> None:
         if tables.embedding.shape[1] != self.config.hidden_size:
             raise ValueError(
-                f"the target embeds tokens in {tables.embedding.shape[1]} dimensions but its features have "
+                f"the target embeds tokens in {tables.embedding.shape[1]} dimensions and the draft reads "
                 f"{self.config.hidden_size}; such targets are not supported."
             )
-        weight = next(self.parameters())
-        place = dict(device=weight.device, dtype=weight.dtype)
+        weight = next(self.layers.parameters())
         if self.embedding_device is None:
-            self.embed_weight = tables.embedding.to(**place)
+            self.embed_weight = tables.embedding.to(device=weight.device, dtype=weight.dtype)
         else:  # in the target's dtype, so that on its device it is the target's own
             self.embed_weight = tables.embedding.to(self.embedding_device)
+
+    def _borrow_head(self, tables: Tables) -> None:
+        weight = next(self.layers.parameters())
         head, bias, self.token_ids = tables.head, tables.bias, None
         if self.draft_vocab_size is not None:
             ids = frequent_tokens(self.name_or_path, self.draft_vocab_size, self.config.vocab_size).to(head.device)
             head, bias = head[ids], None if bias is None else bias[ids]
             self.token_ids = ids.to(weight.device)
         tied = head is tables.embedding and self.embedding_device is None
-        self.head_weight = self.embed_weight if tied else head.to(**place)
-        self.head_bias = None if bias is None else bias.to(**place)
-        self._attached_to = weakref.ref(target)
+        self.head_weight = self.embed_weight if tied else head.to(device=weight.device, dtype=weight.dtype)
+        self.head_bias = None if bias is None else bias.to(device=weight.device, dtype=weight.dtype)
+
+    def check_target(self, target: PreTrainedModel) -> None:
+        """As `Assistant.check_target`."""
+        check_fits(self.config, target)
+
+    def identity(self) -> list[Any]:
+        """As `Assistant.identity`; the device may be another one in the next generation."""
+        weight = next(self.parameters())
+        return ["dovetail", self.config.to_json_string(), str(weight.device), str(weight.dtype)]
 
     def attach_once(self, target: PreTrainedModel) -> None:
         """`attach`, unless `target` is the one this draft is attached to already."""
@@ -194,6 +228,8 @@ class DovetailDraft(PreTrainedModel):
         """
         if self.head_weight is None:
             raise ValueError("this draft has no head yet: it borrows the target's. Call draft.attach(target) first.")
+        if self.norm is not None:
+            features = self.norm(features)
         logits = F.linear(features, self.head_weight, self.head_bias)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
@@ -214,6 +250,10 @@ class DovetailDraft(PreTrainedModel):
         """Rotary cosines and sines, (B, n, head_dim) each in `dtype`, of positions (B, n) int64."""
         return self.rotary(torch.empty(0, dtype=dtype, device=positions.device), positions)
 
+    def project(self, features: Tensor) -> Tensor:
+        """Features (..., F) of the target -> what `step` reads of them, (..., H)."""
+        return self.fusion.project(features) if isinstance(self.fusion, Eagle3Fusion) else features
+
     def step(
         self,
         features: Tensor,
@@ -225,7 +265,7 @@ class DovetailDraft(PreTrainedModel):
         """Predict the next features of n pairs (feature, next token).
 
         Args:
-            features: (B, n, H) of the target, or predictions fed back.
+            features: (B, n, H) of the target (see `project`), or predictions fed back.
             tokens: (B, n) int64, the token after each feature.
             rope: of `rope_at`, for the position of each feature on the shifted sequence, from 0.
             rows: key/value storage of each block, appended to; None runs without a cache.
@@ -245,7 +285,7 @@ class DovetailDraft(PreTrainedModel):
         """One draft step over whole sequences, as training uses it (picture in the module docstring).
 
         Args:
-            features: (B, T, H) target features f_0 .. f_{T-1}.
+            features: (B, T, F) target features f_0 .. f_{T-1}.
             input_ids: (B, T) int64 next tokens x_1 .. x_T.
             position_ids: (B, T) int64; default 0 .. T-1.
 
@@ -257,47 +297,73 @@ class DovetailDraft(PreTrainedModel):
                 "a DovetailDraft needs `features` of its target beside `input_ids`; it cannot generate alone. "
                 "Use target.generate(..., assistant_model=draft)."
             )
-        if features.shape[:2] != input_ids.shape or features.shape[-1] != self.config.hidden_size:
+        if features.shape[:2] != input_ids.shape or features.shape[-1] != self.config.feature_size:
             raise ValueError(
-                f"features must be (B, T, {self.config.hidden_size}) with input_ids (B, T), got "
+                f"features must be (B, T, {self.config.feature_size}) with input_ids (B, T), got "
                 f"{tuple(features.shape)} and {tuple(input_ids.shape)}."
             )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        predicted = self.step(features, input_ids, self.rope_at(position_ids, features.dtype))
+        rope = self.rope_at(position_ids, features.dtype)
+        predicted = self.step(self.project(features), input_ids, rope)
         return DraftOutput(features=predicted, logits=self.head(predicted))
 
     # --- checkpoints ---------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a draft; every tensor of the architecture must be there in its shape.
+        """Load a draft of this project or the Dovetail paper's, an EAGLE-1, 2 or 3 head, or speculators' eagle3.
 
-        Accepts what transformers' `from_pretrained` accepts (`dtype`, `device_map`, `revision`, ...).
+        Every tensor of the architecture must be there in its shape. Accepts what transformers' `from_pretrained`
+        accepts (`dtype`, `device_map`, `revision`, ...).
 
         Raises:
-            ValueError: tensors are missing, extra or misshapen (all are named), or a file cannot be read.
+            ValueError: the format is unknown, tensors are missing, extra or misshapen (all are named), or a file
+                cannot be read.
             OSError: no such directory or hub repository.
         """
-        from safetensors import SafetensorError
-
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("dtype", "auto")
+        name, source = pretrained_model_name_or_path, [pretrained_model_name_or_path]
+        if name is not None and "config" not in kwargs and "state_dict" not in kwargs:
+            hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
+            stored = read_config(str(name), **hub_kwargs)
+            if stored.get("model_type") != cls.config_class.model_type:
+                source = [None]
+                kwargs |= _foreign(load_checkpoint(str(name), stored, **hub_kwargs))
         try:
             draft, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
+                *source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: a weight file is truncated or not safetensors ({error}); "
+                f"{name}: a weight file is truncated or not safetensors ({error}); "
                 "copy or download the checkpoint again."
             ) from error
-        _check_loaded(pretrained_model_name_or_path, info)
+        _check_loaded(name, info)
+        if source == [None] and name is not None:
+            draft.name_or_path = draft.config.name_or_path = str(name)
+        if kwargs["dtype"] == "auto":
+            draft.to(dtype_for(draft.dtype, draft.device))
         return (draft, info) if wants_info else draft
+
+
+HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+"""Arguments of `from_pretrained` that tell where files come from."""
+
+
+def dtype_for(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to run in where the user leaves it open: fp16 for bf16 weights on a GPU that computes no bf16."""
+    if device.type == "cuda" and stored == torch.bfloat16 and not machine.gpu_supports_bf16():
+        return torch.float16
+    return stored
+
+
+def _foreign(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Arguments that make transformers load tensors which are read already."""
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()}
+    checkpoint.config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return {"config": checkpoint.config, "state_dict": checkpoint.tensors}
 
 
 TOKEN_ORDER = "token_order.npy"
@@ -336,17 +402,22 @@ def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
     """Refuse a target whose sizes are not the draft's.
 
     Raises:
-        ValueError: vocabulary or hidden size differ.
+        ValueError: vocabulary, hidden size or layers differ.
     """
     text = target.config.get_text_config(decoder=True)
-    for name, what in (("vocab_size", "vocabulary"), ("hidden_size", "hidden size")):
-        if getattr(text, name) != getattr(config, name):
+    sizes = {
+        "vocabulary": (config.vocab_size, text.vocab_size),
+        "hidden size": (config.target_hidden_size or config.hidden_size, text.hidden_size),
+    }
+    for what, (own, seen) in sizes.items():
+        if own != seen:
             raise ValueError(
-                f"the draft's {what} is {getattr(config, name)}, the target's is {getattr(text, name)}: "
+                f"the draft's {what} is {own}, the target's is {seen}: "
                 f"this draft was made for {config.target_name_or_path or 'another target'}, not for "
                 f"{target.config.name_or_path or type(target).__name__}. Train one with "
                 "`dovetail train --target DIR`, or load the target that it names."
             )
+    config.layers_of(target.config)
 
 
 def _warn_of_other_target(config: DovetailConfig, target: PreTrainedModel) -> None:

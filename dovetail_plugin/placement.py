@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .device_plan import DevicePlan
 from .modeling import DovetailDraft
+from .target import decoder_layers
 
 
 def apply_plan(plan: DevicePlan, target: PreTrainedModel, draft: DovetailDraft, gpu: str = "cuda") -> None:
@@ -62,22 +63,6 @@ class Border:
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook of a module that lives on the device."""
         return tuple(self.cross(a) for a in args), {name: self.cross(value) for name, value in kwargs.items()}
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a model's decoder layers.
-
-    Raises:
-        ValueError: there is none, or more than one could be meant.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(lists)} lists of {count} modules; its decoder layers cannot be told, so "
-            "they stay on the CPU. Leave out vram for the target."
-        )
-    return lists[0]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:

@@ -2,8 +2,8 @@
 
 `Target` is the contract that every engine implements. `TorchTarget` drives any decoder-only transformers
 model with position ids, unmodified: it puts preallocated storage under the model's cache, scores a tree
-with a 4-D mask and explicit positions, and reads the feature (the base model's output, after the final
-norm) through one forward hook. It knows nothing of drafts, sampling or the text.
+with a 4-D mask and explicit positions, and reads features (the base model's output, after the final norm, or
+hidden states of several layers) through forward hooks. It knows nothing of drafts, sampling or the text.
 """
 
 import inspect
@@ -59,6 +59,8 @@ class TorchTarget:
         max_nodes: rows of the largest tree (N).
         prefill_chunk: prompt rows in one pass; None runs the prompt at once.
         model_kwargs: further keyword arguments of the prompt's forward pass.
+        feature_layers: hidden states that a feature is made of, side by side, in transformers' numbering (0: the
+            embeddings, i: the output of decoder layer i - 1); None is the state after the final norm.
 
     Attributes:
         supports_tree: False if the model's attention takes no 4-D mask or no position ids; it is then
@@ -74,8 +76,10 @@ class TorchTarget:
         max_nodes: int,
         prefill_chunk: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        feature_layers: tuple[int, ...] | None = None,
     ) -> None:
         self.model = model
+        self.feature_layers = feature_layers
         self.cache = cache
         self._visible: Tensor | None = None  # (1, tokens so far) bool where the prompt is padded
         self.prefill_chunk = prefill_chunk
@@ -96,7 +100,8 @@ class TorchTarget:
             self.layers: list[TreeLayer] = stack.enter_context(
                 borrow(self.cache, self._template, self._capacity, self._max_nodes)
             )
-            stack.enter_context(captured_outputs(self.model.base_model, self._features))
+            for module in self._feature_modules():
+                stack.enter_context(captured_outputs(module, self._features))
             self._exit = stack.pop_all()
         self.committed = self.layers[0].get_seq_length()
         return self
@@ -175,7 +180,23 @@ class TorchTarget:
             return_dict=True,
             **kwargs,
         )
-        return TargetOutput(output.logits[0], self._features.pop()[0])
+        return TargetOutput(output.logits[0], self._take_features())
+
+    def _feature_modules(self) -> list[nn.Module]:
+        """Modules whose outputs features are made of, in the order in which a pass runs them."""
+        if self.feature_layers is None:
+            return [self.model.base_model]
+        layers = decoder_layers(self.model)
+        embedding = self.model.get_input_embeddings()
+        return [layers[state - 1] if state else embedding for state in sorted(self.feature_layers)]
+
+    def _take_features(self) -> Tensor:
+        """(n, F) of the pass that was just run."""
+        if self.feature_layers is None:
+            return self._features.pop()[0]
+        order = sorted(self.feature_layers)
+        device = self._features[-1].device
+        return torch.cat([self._features[order.index(s)][0].to(device) for s in self.feature_layers], dim=-1)
 
     def _padding_mask(self, new_rows: int) -> Tensor | None:
         """(1, committed + new) int64 for models that build their own causal mask; None without padding."""
@@ -218,7 +239,10 @@ def captured_outputs(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
     """While open, append the last hidden state (B, n, F) of every forward pass of `module` to `into`."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        into.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+        if isinstance(output, tuple):
+            into.append(output[0])
+        else:
+            into.append(output if isinstance(output, Tensor) else output.last_hidden_state)
 
     handle = module.register_forward_hook(hook)
     try:
@@ -226,3 +250,19 @@ def captured_outputs(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
     finally:
         handle.remove()
         into.clear()
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a model's decoder layers.
+
+    Raises:
+        ValueError: there is none, or more than one could be meant.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(lists)} lists of {count} modules, so its decoder layers cannot be told: "
+            "they cannot be moved to a GPU, nor features be read from single ones."
+        )
+    return lists[0]

@@ -12,12 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "dovetail_plugin"
 # From the bottom up; a module may import only from earlier lines.
 LAYERS = [
     {"_version", "report", "tree", "cache", "cost", "machine", "shapes", "device_plan"},
+    {"assistants"},
     {"verify", "target", "acceptance", "records"},
     {"configuration", "rounds"},
-    {"blocks"},
+    {"blocks", "formats"},
     {"engine"},
     {"modeling"},
-    {"drafting", "text", "graph_rows", "placement"},
+    {"drafting", "text", "graph_rows", "placement", "writers"},
+    {"lookup", "small_model"},
+    {"pairing"},
     {"graph_runner", "sizes"},
     {"counting"},
     {"claims"},
@@ -40,7 +43,7 @@ LAYERS = [
     {"training.loop"},
     {"training.__init__"},
     {"cli.common"},
-    {"cli.generate", "cli.bench", "cli.train", "cli.export", "cli.plan"},
+    {"cli.generate", "cli.bench", "cli.train", "cli.export", "cli.plan", "cli.convert"},
     {"cli.__init__"},
     {"__main__"},
 ]

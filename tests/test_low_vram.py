@@ -7,9 +7,9 @@ from families import VOCAB, prompt, tiny_target
 from test_drafting import FakeCuda, make_draft, move, text_and_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
+from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, machine
 from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.modeling import TOKEN_ORDER, frequent_tokens
+from dovetail_plugin.modeling import TOKEN_ORDER, dtype_for, frequent_tokens
 from dovetail_plugin.report import PhaseClock
 
 
@@ -103,3 +103,12 @@ def test_fp16_stays_finite():
         out = draft(features=torch.randn(1, 4, 32).half() * 50, input_ids=torch.tensor([[3, 4, 5, 6]]))
     assert out.features.isfinite().all()
     assert out.features.abs().max() > 60000  # it would have overflowed
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_old_gpus_run_bf16_drafts_in_fp16(able, monkeypatch):
+    monkeypatch.setattr(machine, "gpu_supports_bf16", lambda: able)
+    wanted = torch.bfloat16 if able else torch.float16
+    assert dtype_for(torch.bfloat16, torch.device("cuda")) == wanted
+    assert dtype_for(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    assert dtype_for(torch.float32, torch.device("cuda")) == torch.float32

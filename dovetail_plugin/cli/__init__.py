@@ -6,7 +6,7 @@ A caller's mistake ends with one line on stderr and status 2, not with a traceba
 import argparse
 import sys
 
-from . import bench, export, generate, plan, train
+from . import bench, convert, export, generate, plan, train
 
 DESCRIPTION = """\
 Make a large language model on the CPU talk faster with a small draft model on the GPU, word for word the same.
@@ -15,6 +15,7 @@ Make a large language model on the CPU talk faster with a small draft model on t
   dovetail bench      measure what a draft brings on this machine
   dovetail plan       show what goes where and what it takes, before loading
   dovetail train      train a draft for a model
+  dovetail convert    write a draft in another project's format
   dovetail export     export a model to a faster CPU engine
 """
 EPILOG = """\
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,plan,train,export}")
-    for module in (generate, bench, plan, train, export):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,plan,train,convert,export}")
+    for module in (generate, bench, plan, train, convert, export):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     try:

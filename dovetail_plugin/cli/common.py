@@ -2,15 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..configuration import DovetailConfig
+from ..assistants import Assistant
+from ..formats import read_config
 from ..modeling import DovetailDraft
+from ..pairing import LOOKUP, draft_name_for, load_assistant
 from ..placement import apply_plan
 from ..policy import DeviceSplitPolicy, parse_budget
 from ..tree import TreeBudget
@@ -29,7 +32,7 @@ class LoadedPair:
 
     target: Any
     tokenizer: Any
-    draft: DovetailDraft
+    draft: Assistant
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser, *, draft_required: bool = True) -> None:
@@ -40,7 +43,13 @@ def add_pair_arguments(parser: argparse.ArgumentParser, *, draft_required: bool 
     targets.add_argument(
         "--target-ir", metavar="DIR_OR_ID", help="the same, exported to OpenVINO or ONNX (`dovetail export`)"
     )
-    group.add_argument("--draft", required=draft_required, metavar="DIR_OR_ID", help="its Dovetail draft")
+    group.add_argument(
+        "--draft",
+        required=draft_required,
+        metavar="DIR_OR_ID",
+        help="its draft: Dovetail's, the paper's, EAGLE-1 to 3, speculators', a small model of the same tokenizer, or the "
+        "word lookup; default: the one that is known for the target, else lookup",
+    )
     group.add_argument(
         "--dtype",
         default="auto",
@@ -93,14 +102,17 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def check_model(option: str, name: str) -> PretrainedConfig:
+def check_model(option: str, name: str, read: Callable[[str], Any] = AutoConfig.from_pretrained) -> Any:
     """The config of a model that is about to be loaded.
+
+    Args:
+        read: reads it; drafts of other projects have configs that transformers takes for whole models.
 
     Raises:
         ValueError: there is no such model; says which option named it.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        return read(name)
     except OSError as error:
         if Path(name).is_dir():
             raise
@@ -122,12 +134,14 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     return LoadedPair(target, AutoTokenizer.from_pretrained(name), draft)
 
 
-def place_by_plan(args: argparse.Namespace, target: Any, draft: DovetailDraft) -> None:
+def place_by_plan(args: argparse.Namespace, target: Any, draft: Assistant) -> None:
     """Carry out the plan for `--vram`, and say what it is.
 
     Raises:
         ValueError: the size is none, the models do not fit it, or there is no GPU.
     """
+    if not isinstance(draft, DovetailDraft):
+        raise ValueError(f"--vram plans for drafts that read features, not for a {type(draft).__name__}.")
     if args.draft_device != "auto":
         raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
     if parse_budget(args.vram) and not torch.cuda.is_available():
@@ -159,20 +173,25 @@ def load_target(args: argparse.Namespace) -> Any:
     return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
 
 
-def load_draft(args: argparse.Namespace) -> DovetailDraft:
-    """The draft, on its device.
+def load_draft(args: argparse.Namespace) -> Assistant:
+    """The draft that was named, or the one that is known for the target; says on stderr which that is.
 
     Raises:
-        ValueError: --draft is not there or is no draft, or the device is missing.
+        ValueError: --draft is not there or is none, or the device is missing.
     """
-    kind = check_model("--draft", args.draft).model_type
-    if kind != DovetailConfig.model_type:
-        raise ValueError(
-            f"--draft {args.draft} is a {kind} model, not a Dovetail draft; make one with `dovetail train "
-            f"--target {args.target or args.target_ir}`."
-        )
     check_device(args)
-    return DovetailDraft.from_pretrained(args.draft, dtype=args.dtype, device_map=args.draft_device)
+    options = {"dtype": args.dtype, "device_map": args.draft_device}
+    if args.draft is not None:
+        if args.draft != LOOKUP:
+            check_model("--draft", args.draft, read_config)
+        return load_assistant(args.draft, **options)
+    name, why = draft_name_for(AutoConfig.from_pretrained(args.target or args.target_ir))
+    print(f"--draft not given: taking {name} ({why})", file=sys.stderr)
+    try:
+        return load_assistant(name, **options)
+    except OSError as error:
+        print(f"{name} cannot be loaded, looking up the text instead: {error}", file=sys.stderr)
+        return load_assistant(LOOKUP)
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -181,7 +200,7 @@ def check_device(args: argparse.Namespace) -> None:
         raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
 
 
-def set_budget(draft: DovetailDraft, args: argparse.Namespace) -> None:
+def set_budget(draft: Assistant, args: argparse.Namespace) -> None:
     """Fix the draft's budget if a part of it was given."""
     given = {name: getattr(args, name) for name in ("nodes", "depth", "top_k") if getattr(args, name) is not None}
     draft.budget = TreeBudget(**given) if given else None

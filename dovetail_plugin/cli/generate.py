@@ -19,6 +19,7 @@ from .common import (
 EPILOG = """\
 examples:
   dovetail generate --target DIR --draft DIR --prompt "How much is 17 times 3?"
+  dovetail generate --target DIR --prompt "..."          # with a draft that is known for it, else lookup in the text
   dovetail generate --target DIR --draft DIR --prompt "..." --compare      # plain first, then with the draft
 """
 
@@ -34,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--prompt", required=True, help="what to say to the model")
     parser.add_argument("--compare", action="store_true", help="generate plainly too, and compare text and speed")
-    add_pair_arguments(parser)
+    add_pair_arguments(parser, draft_required=False)
     add_sampling_arguments(parser)
     add_budget_arguments(parser)
     parser.set_defaults(run=run)

@@ -1,0 +1,139 @@
+"""Conversion between formats, known pairs, and commands with drafts of other kinds."""
+
+import json
+
+import pytest
+import test_formats
+import torch
+from families import prompt, tiny_target
+from helpers import run_python
+from test_bundled import DRAFT, TARGET
+from transformers import AutoConfig, LlamaConfig
+
+from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
+from dovetail_plugin.pairing import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
+from dovetail_plugin.writers import write_draft
+
+EAGLE3 = [name for name in test_formats.FORMATS if name.startswith(("eagle3", "speculators"))]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", num_hidden_layers=test_formats.TARGET_LAYERS)
+
+
+@pytest.mark.parametrize("to", ["eagle3", "speculators", "vllm", "dovetail"])
+@pytest.mark.parametrize("name", EAGLE3)
+@torch.no_grad()
+def test_written_and_read_again(name, to, tmp_path, target):
+    """Whatever format a draft went through, it computes the same."""
+    torch.manual_seed(0)
+    made = test_formats.FORMATS[name]()
+    (tmp_path / "published").mkdir()
+    first = DovetailDraft.from_pretrained(made.write(tmp_path / "published"))
+    write_draft(first, tmp_path / "written", to)
+    again = DovetailDraft.from_pretrained(tmp_path / "written")
+    for draft in (first, again):
+        draft.attach(target)
+    ids, features = test_formats.text(made.states)
+    one, other = (draft(features=features[None], input_ids=ids[None, 1:]) for draft in (first, again))
+    assert torch.equal(one.logits, other.logits) and torch.equal(one.features, other.features)
+    assert again.config.layers_of(target.config) == made.states
+    assert (again.token_ids is None) == (first.token_ids is None)
+    if first.token_ids is not None:
+        assert torch.equal(first.token_ids, again.token_ids)
+
+
+def test_an_eagle3_file_has_the_published_names(tmp_path):
+    torch.manual_seed(0)
+    made = test_formats.eagle3(own_embedding=True)
+    (tmp_path / "published").mkdir()
+    draft = DovetailDraft.from_pretrained(made.write(tmp_path / "published"))
+    write_draft(draft, tmp_path / "written", "eagle3")
+    from safetensors.torch import load_file
+
+    written = load_file(tmp_path / "written" / "model.safetensors")
+    assert written.keys() == made.tensors.keys()
+    assert all(torch.equal(written[name], made.tensors[name]) for name in written)
+    config = json.loads((tmp_path / "written" / "config.json").read_text())
+    shared = ("hidden_size", "intermediate_size", "num_attention_heads", "draft_vocab_size", "vocab_size", "rope_theta")
+    assert {name: config[name] for name in shared} == {name: made.config[name] for name in shared}
+
+
+def test_what_a_format_cannot_hold(tmp_path):
+    draft = DovetailDraft.from_pretrained(DRAFT)
+    with pytest.raises(ValueError, match="eagle3 holds EAGLE-3 drafts, and this one is of the kind Dynamic Gating"):
+        write_draft(draft, tmp_path / "a", "eagle3")
+    with pytest.raises(ValueError, match="unknown format 'gguf'"):
+        write_draft(draft, tmp_path / "a", "gguf")
+    write_draft(draft, tmp_path / "a", "dovetail")
+    with pytest.raises(FileExistsError, match="holds a checkpoint already"):
+        write_draft(draft, tmp_path / "a", "dovetail")
+
+
+def test_known_pairs():
+    for pair in KNOWN:
+        config = LlamaConfig(name_or_path=f"some/place/{pair.target.rsplit('/', 1)[-1]}")
+        assert draft_name_for(config)[0] == pair.draft
+    assert len({pair.target for pair in KNOWN}) == len(KNOWN)
+    name, why = draft_name_for(LlamaConfig(name_or_path="nobody/nothing"))
+    assert name == LOOKUP and "no draft is known" in why
+    named = LlamaConfig(name_or_path=KNOWN[0].target, **{CONFIG_FIELD: "mine/draft"})
+    assert draft_name_for(named)[0] == "mine/draft"  # before the table
+
+
+def test_whatever_is_named_is_loaded(tmp_path):
+    assert isinstance(load_assistant(LOOKUP), PromptLookupDraft)
+    assert isinstance(load_assistant(str(DRAFT)), DovetailDraft)
+    assert isinstance(load_assistant(str(TARGET)), SmallModelDraft)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no draft that is known: its model_type is 'bert'"):
+        load_assistant(str(tmp_path))
+
+
+@pytest.mark.parametrize("draft", [LOOKUP, str(TARGET)])
+def test_texts_with_loaded_drafts(draft, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    bundled = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    options = {"max_new_tokens": 24, "do_sample": False}
+    plain = bundled.generate(prompt(20), **options)
+    assistant = load_assistant(draft, dtype=torch.float32)
+    assert torch.equal(bundled.generate(prompt(20), assistant_model=assistant, **options), plain)
+
+
+def test_generate_without_a_draft(tmp_path):
+    """The command takes lookup for a target that nobody knows, and says so."""
+    arguments = ["-m", "dovetail_plugin", "generate", "--target", TARGET, "--dtype", "float32", "--compare"]
+    result = run_python(*arguments, "--max-new-tokens", "16", "--prompt", "one two one two one", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "taking lookup (no draft is known for this target" in result.stderr
+    assert "identical text: yes" in result.stdout
+
+
+def test_generate_with_a_hub_out_of_reach(tmp_path):
+    """A draft that the target's config names and that cannot be loaded: lookup takes its place."""
+    import shutil
+
+    copy = tmp_path / "target"
+    shutil.copytree(TARGET, copy)
+    config = json.loads((copy / "config.json").read_text()) | {CONFIG_FIELD: "nobody/nothing-of-that-name"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert getattr(AutoConfig.from_pretrained(copy), CONFIG_FIELD) == "nobody/nothing-of-that-name"
+    arguments = ["-m", "dovetail_plugin", "generate", "--target", copy, "--dtype", "float32", "--max-new-tokens", "8"]
+    result = run_python(*arguments, "--prompt", "one two", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "cannot be loaded, looking up the text instead" in result.stderr
+
+
+def test_convert_command(tmp_path):
+    torch.manual_seed(0)
+    (tmp_path / "published").mkdir()
+    test_formats.eagle3().write(tmp_path / "published")
+    command = ["-m", "dovetail_plugin", "convert", "published"]
+    result = run_python(*command, "written", "--to", "speculators", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "written to written as speculators" in result.stdout
+    assert DovetailDraft.from_pretrained(tmp_path / "written").config.fusion == "eagle3"
+    assert run_python(*command, "written", "--to", "eagle3", cwd=tmp_path).returncode == 2

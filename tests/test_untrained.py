@@ -1,0 +1,186 @@
+"""Drafts that need no training: small models of the same tokenizer, and lookup in the text."""
+
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from families import VOCAB, prompt, tiny_model, tiny_target
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import pipeline
+
+from dovetail_plugin import DeviceSplitPolicy, PromptLookupDraft, SmallModelDraft, TreeBudget
+from dovetail_plugin.lookup import LookupDrafter
+from dovetail_plugin.report import PhaseClock
+
+GREEDY = {"max_new_tokens": 30, "do_sample": False}
+SHAPES = [TreeBudget(12, 4, 4), TreeBudget(5, 4, 1), TreeBudget(2, 1, 1), TreeBudget(40, 6, 6), None]
+
+
+def small(model_type="llama", seed=0, **overrides):
+    return SmallModelDraft(tiny_model(model_type, seed, **overrides))
+
+
+@pytest.mark.parametrize("budget", SHAPES, ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "qwen3"])
+def test_small_models_draft_the_plain_text(model_type, budget, tmp_path):
+    target, draft = tiny_target("llama"), small(model_type, seed=3)
+    draft.budget, draft.policy = budget, DeviceSplitPolicy(measured_in=tmp_path)
+    for _ in range(2):
+        assert torch.equal(
+            target.generate(prompt(), assistant_model=draft, **GREEDY), target.generate(prompt(), **GREEDY)
+        )
+    assert not draft.report.warnings
+
+
+@pytest.mark.torch_only("the target drafts for itself")
+@pytest.mark.parametrize("length", [1, 17])
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_a_target_that_drafts_for_itself_is_always_right(depth, length):
+    """Positions, masks and caches of the small model: a wrong one would show as a rejected token."""
+    target = tiny_target("llama")
+    draft = SmallModelDraft(tiny_model("llama"))
+    draft.budget = TreeBudget(depth + 1, depth, 1)
+    out = target.generate(prompt(length), assistant_model=draft, **GREEDY)
+    assert torch.equal(out, target.generate(prompt(length), **GREEDY))
+    full = [r.emitted for r in draft.report.rounds[:-1]]
+    assert full and full == [depth + 1] * len(full)
+
+
+@torch.no_grad()
+@pytest.mark.torch_only("reads the small model's own logits")
+def test_scores_are_the_small_models_probabilities():
+    model = tiny_model("llama", 5)
+    drafter = SmallModelDraft(model).new_drafter(64, PhaseClock())
+    ids = prompt(9)[0]
+    drafter.begin(torch.zeros(8, 32), ids)
+    drafter.grow(TreeBudget(9, 2, 3))
+    drafter.advance(torch.zeros(2, 32), torch.tensor([11, 12]))
+    tree = drafter.grow(TreeBudget(20, 3, 3))
+    text, paths = [*ids.tolist(), 11, 12], []
+    for token, parent, score in zip(*(t.tolist() for t in (tree.tokens, tree.parents, tree.scores)), strict=True):
+        paths.append([*paths[parent], token] if parent >= 0 else [])
+        if paths[-1]:
+            logprobs = model(torch.tensor([text + paths[-1]])).logits[0].log_softmax(-1)
+            path = sum(float(logprobs[len(text) - 1 + i][t]) for i, t in enumerate(paths[-1]))
+            assert score == pytest.approx(path, abs=1e-4)
+    assert len(tree) == 20 and tree.depths.max() == 3
+
+
+@pytest.mark.torch_only("caches of torch targets")
+def test_turns_and_padding():
+    target, draft = tiny_target("llama"), SmallModelDraft(tiny_model("llama"))
+    draft.budget = TreeBudget(8, 4, 2)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt(9)], dim=1)
+    mask = (padded > 0).long()
+    options = GREEDY | {"attention_mask": mask, "return_dict_in_generate": True}
+    one = target.generate(padded, assistant_model=draft, **options)
+    assert torch.equal(one.sequences, target.generate(padded, **options).sequences)
+    text = torch.cat([one.sequences, prompt(6, seed=4)], dim=1)
+    longer = GREEDY | {"attention_mask": torch.cat([mask, torch.ones(1, text.shape[1] - 14, dtype=torch.long)], dim=1)}
+    turn = target.generate(text, assistant_model=draft, past_key_values=one.past_key_values, **longer)
+    assert torch.equal(turn, target.generate(text, **longer))
+    assert draft.report.acceptance_length > 3  # it drafts for itself, over turns too
+
+
+def test_small_model_runs_out_of_positions():
+    target, draft = tiny_target("llama"), small(seed=1, max_position_embeddings=30)
+    assert torch.equal(target.generate(prompt(), assistant_model=draft, **GREEDY), target.generate(prompt(), **GREEDY))
+    assert "outgrown the 30 positions" in draft.report.warnings[0]
+
+
+def test_padded_vocabularies_may_differ_a_little():
+    target, draft = tiny_target("llama"), small(seed=2, vocab_size=VOCAB + 1)
+    draft.budget = TreeBudget(30, 2, 20)
+    assert torch.equal(target.generate(prompt(), assistant_model=draft, **GREEDY), target.generate(prompt(), **GREEDY))
+
+
+def test_models_that_cannot_draft():
+    with pytest.raises(ValueError, match="small model has 60 tokens, the target 97"):
+        tiny_target("llama").generate(prompt(), assistant_model=small(vocab_size=60), **GREEDY)
+    with pytest.raises(ValueError, match="sliding-window layers"):
+        small("mistral", sliding_window=8)
+
+
+@pytest.mark.torch_only("tokenizers beside checkpoints")
+def test_tokenizers_that_differ(tmp_path):
+    from test_bundled import TARGET
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = AutoModelForCausalLM.from_pretrained(TARGET)
+    vocabulary = AutoTokenizer.from_pretrained(TARGET).get_vocab()
+    draft = SmallModelDraft.from_pretrained(TARGET)
+    draft.check_target(target)
+    swapped = dict(vocabulary)
+    one, two = list(vocabulary)[50:52]
+    swapped[one], swapped[two] = vocabulary[two], vocabulary[one]
+    with pytest.raises(ValueError, match="tokenizer is not the target's"):
+        SmallModelDraft(draft.model, swapped).check_target(target)
+
+
+# --- lookup ----------------------------------------------------------------------------------------
+
+
+def lookup_ref(text: list[int], longest: int, shortest: int) -> dict[int, float]:
+    """Slow: probability of each next token by what followed the longest run that was there before."""
+    for length in range(min(longest, len(text)), shortest - 1, -1):
+        run = text[-length:]
+        followers = [text[i + length] for i in range(len(text) - length) if text[i : i + length] == run]
+        if followers:
+            counts = defaultdict(int)
+            for token in followers:
+                counts[token] += 1
+            return {token: count / (len(followers) + 0.5) for token, count in counts.items()}
+    return {}
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(1, 4), st.data())
+def test_lookup_proposes_what_followed(text, longest, data):
+    shortest = data.draw(st.integers(1, longest))
+    drafter = LookupDrafter(longest, shortest, PhaseClock())
+    cut = data.draw(st.integers(1, len(text)))
+    drafter.begin(torch.zeros(cut - 1, 4), torch.tensor(text[:cut]))
+    for start in range(cut, len(text), 3):
+        drafter.advance(torch.zeros(3, 4), torch.tensor(text[start : start + 3]))
+    tree = drafter.grow(TreeBudget(30, 4, 8))
+    first = {int(t): float(s.exp()) for t, p, s in zip(tree.tokens, tree.parents, tree.scores, strict=True) if p == 0}
+    wanted = lookup_ref(text, longest, shortest)
+    assert first == pytest.approx(wanted, abs=1e-5)
+    assert bool((tree.scores[1:] <= tree.scores[tree.parents[1:]]).all())
+    assert bool((tree.parents[1:] < torch.arange(1, len(tree))).all())
+    small_tree = LookupDrafter(longest, shortest, PhaseClock())
+    small_tree.begin(torch.zeros(len(text) - 1, 4), torch.tensor(text))
+    part = small_tree.grow(TreeBudget(5, 4, 8))
+    assert torch.equal(part.tokens, tree.tokens[: len(part)])  # the best nodes first
+
+
+@pytest.mark.parametrize("budget", SHAPES, ids=str)
+def test_lookup_gives_the_plain_text(budget, tmp_path):
+    target, draft = tiny_target("llama"), PromptLookupDraft(shortest=1)
+    draft.budget, draft.policy = budget, DeviceSplitPolicy(measured_in=tmp_path)
+    ids = torch.tensor([random.Random(0).choices(range(3, 9), k=40)])
+    for options in (GREEDY, {"max_new_tokens": 30, "do_sample": True, "top_k": 5}):
+        torch.manual_seed(0)
+        plain = target.generate(ids, **options)
+        torch.manual_seed(0)
+        assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
+
+
+def test_lookup_finds_a_repeated_text():
+    target, draft = tiny_target("llama"), PromptLookupDraft()
+    draft.budget = TreeBudget(8, 7, 1)
+    plain = target.generate(prompt(), max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    again = torch.cat([plain, plain[:, :17]], dim=1)  # the model need not go on as before, but lookup proposes it
+    drafter = draft.new_drafter(64, PhaseClock())
+    drafter.begin(torch.zeros(again.shape[1] - 1, 4), again[0])
+    assert drafter.grow(draft.budget).tokens[1:].tolist() == plain[0, 17:24].tolist()
+
+
+def test_bad_lookups():
+    with pytest.raises(ValueError, match=r"between 1 and longest \(3\), got 0"):
+        PromptLookupDraft(longest=3, shortest=0)
+    with pytest.raises(ValueError, match="takes a DovetailDraft, not a PromptLookupDraft"):
+        draft = PromptLookupDraft()
+        draft.verification = "stock"
+        tiny_target("llama").generate(prompt(), assistant_model=draft, **GREEDY)
