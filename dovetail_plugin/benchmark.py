@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import machine
+from .assistants import Assistant
 from .engine import engine_of, next_logits
-from .modeling import DovetailDraft
 from .report import PHASES
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
@@ -118,7 +118,7 @@ class Comparison:
     """
 
     target: PreTrainedModel
-    draft: DovetailDraft
+    draft: Assistant
     options: dict[str, Any]
     seed: int = 0
     pairs: list[tuple[Run, Run]] = field(default_factory=list)

@@ -244,6 +244,7 @@ class SyntheticComparison(Comparison):
 
     def run(self, input_ids: Tensor, *, drafted: bool, number: int = 0, **changes: Any) -> Run:
         """As `Comparison.run`."""
+        assert isinstance(self.draft, DovetailDraft), "other drafts read no features whose passes could be timed"
         return synthetic_generate(
             self.target,
             self.draft if drafted else None,

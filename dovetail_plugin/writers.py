@@ -43,7 +43,9 @@ def write_draft(draft: DovetailDraft, directory: Path, to: str) -> None:
         return
     if draft.config.fusion != "eagle3":
         kind = {"dgf": "Dynamic Gating Fusion", "concat": "EAGLE-1 or EAGLE-2"}[draft.config.fusion]
-        raise ValueError(f"{to} holds EAGLE-3 drafts, and this one is of the kind {kind}; it can be written as dovetail.")
+        raise ValueError(
+            f"{to} holds EAGLE-3 drafts, and this one is of the kind {kind}; it can be written as dovetail."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     if to == "speculators":
         config, block = _speculators_config(draft.config), "layers.0."

@@ -222,7 +222,7 @@ class Reference:
                 for token in path:
                     pairs, following = [*pairs, self.predict(pairs, following)], [*following, token]
                 likely = self.logprobs(self.predict(pairs, following))
-                for token in sorted(likely, key=lambda t: -likely[t])[: budget.top_k]:  # noqa: B023
+                for token in sorted(likely, key=lambda t: -likely[t])[: budget.top_k]:
                     level[(*path, token)] = score + likely[token]
             candidates |= level
             frontier = sorted(level.items(), key=lambda item: -item[1])[: budget.top_k]
@@ -362,7 +362,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(ValueError, match="truncated or not safetensors"):
         DovetailDraft.from_pretrained(tmp_path)
     (tmp_path / made.file).unlink()
-    with pytest.raises(OSError, match="no weights there; looked for model.safetensors"):
+    with pytest.raises(OSError, match="no weights there; looked for"):
         DovetailDraft.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds no object"):

@@ -8,7 +8,6 @@ import torch
 from families import VOCAB, prompt, tiny_model, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import pipeline
 
 from dovetail_plugin import DeviceSplitPolicy, PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.lookup import LookupDrafter

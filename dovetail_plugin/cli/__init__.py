@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,bench,plan,train,convert,export}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{generate,bench,plan,train,convert,export}"
+    )
     for module in (generate, bench, plan, train, convert, export):
         module.add_parser(commands)
     args = parser.parse_args(argv)

@@ -151,6 +151,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Comparison, list[Tensor], dict[s
         comparison = Comparison(pair.target, pair.draft, options, seed=args.seed)
     else:
         pair = _load_synthetic_pair(args)
+        if not isinstance(pair.draft, DovetailDraft):
+            raise ValueError(f"--synthetic-acceptance simulates drafts that read features, not a {args.draft}.")
         comparison = SyntheticComparison(
             pair.target, pair.draft, options, seed=args.seed, rate=args.synthetic_acceptance
         )

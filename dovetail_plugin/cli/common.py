@@ -47,8 +47,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser, *, draft_required: bool 
         "--draft",
         required=draft_required,
         metavar="DIR_OR_ID",
-        help="its draft: Dovetail's, the paper's, EAGLE-1 to 3, speculators', a small model of the same tokenizer, or the "
-        "word lookup; default: the one that is known for the target, else lookup",
+        help="its draft: Dovetail's, the paper's, EAGLE-1 to 3, speculators', a small model of the same tokenizer, or "
+        "the word lookup; default, where it may be left out: the one that is known for the target, else lookup",
     )
     group.add_argument(
         "--dtype",
