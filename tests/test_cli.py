@@ -71,7 +71,7 @@ def test_no_command(capsys):
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2
-    assert "{generate,bench,plan,train,export}" in capsys.readouterr().err
+    assert "{generate,bench,plan,train,convert,export}" in capsys.readouterr().err
 
 
 def test_generate(pair):
@@ -192,7 +192,6 @@ def test_unknown_directory(tmp_path):
 
 MISTAKES = {
     "--draft not/to/be/found: no such directory": ["bench", "--target", "target", "--draft", "not/to/be/found"],
-    "--draft target is a llama model, not a Dovetail draft": ["bench", "--target", "target", "--draft", "target"],
     "--target not/to/be/found: no such": [
         "train",
         "--target",
