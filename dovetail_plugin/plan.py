@@ -22,10 +22,9 @@ PROGRAM_BYTES = 420 * MIB
 """Python, torch and transformers themselves after a first generation; 395 to 440 MiB measured with torch for CPUs."""
 
 HELD_SHARE, MOST_HELD_BYTES = 2, 192 * MIB
-"""Freed blocks below 32 MiB that malloc keeps, in multiples of the temporaries, and at most. Measured with glibc 2.36,
-whose aligned blocks do not fit the holes that their like left; MALLOC_TRIM_THRESHOLD_=131072 gives them back, for some
-time. Blocks above go back to the system by themselves."""
-
+"""Freed blocks below 32 MiB that malloc keeps, in multiples of a prompt pass's temporaries, and at most; larger blocks go
+back to the system by themselves. Measured with glibc 2.36, whose aligned blocks do not fit the holes that their like
+left. MALLOC_TRIM_THRESHOLD_=131072 in the environment makes it give them back, for some time."""
 
 SMALLER = {"float32": ("bfloat16", "int8", "int4"), "bfloat16": QUANTISED, "float16": QUANTISED, "int8": ("int4",)}
 """Types that take fewer bytes than another."""
@@ -156,6 +155,7 @@ def _cpu_parts(request: Request, target: TargetSizes, draft: DraftPlace, layers:
     kv_bytes = sum(layer.kv_bytes(rows, allocated=False) for layer in kept)
     features_bytes = 0 if layers else target.features_bytes(rows)
     temporaries_bytes = _temporaries_bytes(request, target, draft, features_bytes)
+    held_bytes = min(HELD_SHARE * target.prefill_bytes(rows), MOST_HELD_BYTES)
     parts = [
         Part("program", PROGRAM_BYTES, "cpu", "Python, torch, transformers"),
         Part("target: embedding", target.embedding_bytes, "cpu", "and head, one table" if target.tied else ""),
@@ -166,9 +166,7 @@ def _cpu_parts(request: Request, target: TargetSizes, draft: DraftPlace, layers:
         Part("target: KV cache", kv_bytes, "cpu", f"{rows.context} tokens and a tree of {rows.nodes}"),
         Part("target: features", features_bytes, "cpu", "of the whole prompt"),
         Part("temporaries", temporaries_bytes, "cpu", f"{rows.prefill} rows of the prompt in one pass"),
-        Part(
-            "held by malloc", min(HELD_SHARE * temporaries_bytes, MOST_HELD_BYTES), "cpu", "freed, but not given back"
-        ),
+        Part("held by malloc", held_bytes, "cpu", "freed, but not given back"),
     ]
     later_bytes = kv_bytes + features_bytes + temporaries_bytes
     if target.dtype in QUANTISED:

@@ -25,9 +25,19 @@ from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
 from dovetail_plugin.acceptance import BINS, CENTERS, SAMPLING, AcceptanceCurve
 from dovetail_plugin.cost import Measurements
 from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.policy import LIMITS, AdaptiveRounds, DeviceSplitPolicy
+from dovetail_plugin.policy import LIMITS, REFRESH, AdaptiveRounds, DeviceSplitPolicy
 from dovetail_plugin.report import PHASES, PhaseClock
-from dovetail_plugin.rounds import FIRST_REST, FIRST_TRIAL, Lookahead, Mode, Outcome, TreeJudge
+from dovetail_plugin.rounds import (
+    FIRST_REST,
+    FIRST_TRIAL,
+    LONG_TRIAL,
+    LONGEST_REST,
+    TRIAL,
+    Lookahead,
+    Mode,
+    Outcome,
+    TreeJudge,
+)
 from dovetail_plugin.verify import Acceptance
 
 # --- the judge of one tree -------------------------------------------------------------------------
@@ -599,6 +609,58 @@ def test_plans_stay_within_the_bound(bound, tmp_path):
     if plan.judge:
         assert 1 < plan.judge.rows(np.log(np.linspace(0.9, 0.3, 20))) <= bound.nodes
         assert plan.judge.width(np.log([0.9, 0.8, 0.7, 0.6])) == min(4, bound.top_k)
+
+
+def test_plans_follow_a_bound_that_changes(tmp_path):
+    """Near the end of a text trees get smaller; tables of seconds made for one bound are not used for another."""
+    computer = COMPUTERS["passes cost, rows hardly do"]
+    rounds = rounds_on(computer, tmp_path)
+    likely = np.log(np.linspace(0.95, 0.5, 40))
+    for bound in (LIMITS, TreeBudget(5, 2, 3), LIMITS):
+        play(rounds, Pair(), {0: computer}, 1)
+        assert rounds.drafting and rounds.cost.rounds % REFRESH  # tables would be used again
+        plan = rounds.next(PROMPT, bound)
+        assert plan.budget == bound and plan.judge is not None
+        rows = plan.judge.rows(likely)
+        assert (rows > 5) == (bound == LIMITS)
+
+
+def rounds_before_rest(mode: Mode, accepted: "list[int]") -> int:
+    """Drafted rounds, far slower than plain ones, of so many accepted tokens each, until drafting rests."""
+    for number, tokens in enumerate(accepted, start=1):
+        mode.count(1.0 + tokens, 1.0, seconds=1.0)
+        mode.judge(plain_rate=10.0)
+        if mode.rest:
+            return number
+    return 0
+
+
+def test_trials_are_short_where_nothing_is_right():
+    mode = Mode(AcceptanceCurve(SAMPLING))
+    for rest, trial in ((FIRST_REST, FIRST_TRIAL), (2 * FIRST_REST, TRIAL), (4 * FIRST_REST, TRIAL)):
+        assert rounds_before_rest(mode, [0] * 20) == trial
+        assert mode.rest == rest
+        mode.rest = 0
+    for _ in range(20):
+        rounds_before_rest(mode, [0] * 20)
+        longest, mode.rest = mode.rest, 0
+    assert longest == LONGEST_REST
+
+
+def test_trials_are_longer_where_something_is_right():
+    mode = Mode(AcceptanceCurve(SAMPLING))
+    assert rounds_before_rest(mode, [1] + [0] * 20) == LONG_TRIAL
+
+
+def test_a_rest_lets_what_was_learnt_fade():
+    """Or the next trial would verify nothing, and learn nothing."""
+    mode, scores = Mode(AcceptanceCurve(SAMPLING)), np.log(np.full(30, 0.65))
+    for _ in range(FIRST_TRIAL):
+        mode.curve.observe(scores, np.zeros(30, dtype=bool))
+    before = mode.curve(scores[:1]).item()
+    assert before < 0.1
+    rounds_before_rest(mode, [0] * 20)
+    assert before < mode.curve(scores[:1]).item() < 0.65 * 0.9
 
 
 # --- text ------------------------------------------------------------------------------------------

@@ -165,6 +165,14 @@ def test_a_fast_target_is_measured_often(clock):
     assert len(target.trees) == 7 * (probe.REPEATS + 1)
 
 
+def test_a_target_of_some_tenths_of_a_second_is_measured_twice_a_size(clock):
+    """Once cold and once warm."""
+    target = FakeTarget(clock, base_s=0.2, row_s=0.01)
+    measured = measure(target, FakeDrafter(clock), limit_s=600.0)
+    assert measured.verify_s == pytest.approx({nodes: target.seconds(nodes) for nodes in (1, 2, 4, 8, 16, 32, 48)})
+    assert [len(tree) for tree in target.trees] == [1, 1, 8, 8, 4, 4, 16, 16, 2, 2, 32, 32, 48, 48]
+
+
 def test_rows_of_a_pass_that_fails_are_dropped(clock):
     target = FakeTarget(clock)
     score = target.score
