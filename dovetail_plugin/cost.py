@@ -14,13 +14,22 @@ from typing import Any
 import numpy as np
 
 FOLLOW = 0.2
-"""Share of an observed error that is taken over at once."""
+"""Share of an observed error that is taken over at once, where a curve does not say otherwise."""
 
 LARGEST_ERROR = math.log(1.5)
 """A round that is off by more counts as off by this: one slow round is no news about the machine."""
 
-COUPLING = 0.5
-"""Share of an error that is put down to the machine (all counts alike) rather than to this count."""
+KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+"""Counts whose seconds a `Curve` learns, beside the measured ones."""
+
+# What a `Curve` takes for granted of its seconds, as standard deviations of their logarithm.
+SPREAD, REACH = 0.4, 2.0
+"""Of the truth from the straight line between measured counts, far from both; how far apart, in octaves, two counts
+have little to do with each other."""
+NOISE_OF_PROBE, NOISE_OF_ROUND = 0.06, 0.2
+"""Of a measured count, and of one round."""
+DRIFT_OF_MACHINE, DRIFT_OF_COUNT = 0.05, 0.01
+"""From round to round: of all counts alike, and of each for itself."""
 
 
 @dataclass(frozen=True)
@@ -89,64 +98,72 @@ class Measurements:
 
 
 class Curve:
-    """Seconds as a function of a count: straight between measured counts, and on beyond the last two.
+    """Seconds as a function of a count: straight between knots, and on beyond the last two.
+
+    It begins as the straight line through what was measured and follows rounds as a Kalman filter over the logarithms
+    of its knots' seconds. An error is put down to the machine (all counts alike), to its count and to counts near it,
+    in proportion to what is not known of each: a count that was never measured is learnt from its first rounds.
 
     Args:
         measured: count -> seconds, one entry or more.
     """
 
     def __init__(self, measured: dict[int, float]) -> None:
-        self._counts = [float(count) for count in sorted(measured)]
-        seconds = np.array([measured[int(count)] for count in self._counts])
+        known = np.array(sorted(measured), dtype=float)
         # More rows never take less time for good; where they seemed to, both get the mean.
-        self._seconds: list[float] = np.maximum(rising(seconds, np.ones(len(seconds))), 1e-7).tolist()
-        self._logs = [math.log2(count) for count in self._counts]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Measured counts, ascending."""
-        return np.array(self._counts)
-
-    @property
-    def seconds(self) -> np.ndarray:
-        """Seconds at `counts`, never falling."""
-        return np.array(self._seconds)
+        seconds = np.array([measured[int(count)] for count in known])
+        seconds = np.maximum(rising(seconds, np.ones(len(seconds))), 1e-7)
+        knots = np.array(sorted({*KNOTS, *measured}), dtype=float)
+        self._counts, self._known = knots.tolist(), set(measured)
+        self._seconds: list[float] = _straight(knots, known, seconds).tolist()
+        octaves = np.log2(knots)
+        alike = SPREAD**2 * np.exp(-np.abs(octaves[:, None] - octaves) / REACH)
+        at = np.isin(knots, known).nonzero()[0]
+        seen = alike[np.ix_(at, at)] + NOISE_OF_PROBE**2 * np.eye(len(at))
+        self._covariance = alike - alike[:, at] @ np.linalg.solve(seen, alike[at])
+        self._drift = DRIFT_OF_MACHINE**2 + DRIFT_OF_COUNT**2 * np.eye(len(knots))
 
     def __call__(self, count: float) -> float:
-        """Seconds for one count. Plain Python, as `observe`: a round of a small model takes a few milliseconds."""
-        counts, seconds = self._counts, self._seconds
-        if count <= counts[0] or len(counts) == 1:
-            return seconds[0]
-        right = min(bisect.bisect_left(counts, count), len(counts) - 1)
-        x0, x1, y0, y1 = counts[right - 1], counts[right], seconds[right - 1], seconds[right]
-        return y0 + (count - x0) * (y1 - y0) / (x1 - x0)
+        """Seconds for one count. Plain Python: a round of a small model takes a few milliseconds."""
+        left, share = self._place(count)
+        return self._seconds[left] + share * (self._seconds[left + 1] - self._seconds[left])
+
+    def _place(self, count: float) -> tuple[int, float]:
+        """The knot at or before a count, and how far it is to the next one as a share; above 1 beyond the last."""
+        counts = self._counts
+        left = min(max(bisect.bisect_right(counts, count) - 1, 0), len(counts) - 2)
+        return left, (count - counts[left]) / (counts[left + 1] - counts[left])
 
     def many(self, counts: np.ndarray) -> np.ndarray:
         """Seconds for each of `counts`."""
-        seconds = np.interp(counts, self._counts, self._seconds)
-        if len(self._counts) == 1:
-            return seconds
-        (x0, x1), (y0, y1) = self._counts[-2:], self._seconds[-2:]
-        return np.where(counts > x1, y1 + (counts - x1) * (y1 - y0) / (x1 - x0), seconds)
+        return _straight(counts, np.array(self._counts), np.array(self._seconds))
 
     def observe(self, count: int, error: float) -> None:
-        """Take over an error, log(seen / expected) at `count`, there in full and elsewhere in part."""
-        at = math.log2(count)
-        seconds = self._seconds
-        for knot, log in enumerate(self._logs):
-            weight = COUPLING + (1.0 - COUPLING) * max(1.0 - abs(log - at), 0.0)
-            seconds[knot] *= math.exp(FOLLOW * weight * error)
-        # More rows still never take less time: larger counts are as slow at least, smaller ones as fast.
-        if error > 0:
-            for knot in range(1, len(seconds)):
-                seconds[knot] = max(seconds[knot], seconds[knot - 1])
-        else:
-            for knot in range(len(seconds) - 2, -1, -1):
-                seconds[knot] = min(seconds[knot], seconds[knot + 1])
+        """Take over an error, log(seen / expected) at `count`."""
+        left, share = self._place(count)
+        share = min(share, 1.0)
+        covariance = self._covariance + self._drift
+        shared = (1.0 - share) * covariance[left] + share * covariance[left + 1]
+        variance = (1.0 - share) * shared[left] + share * shared[left + 1] + NOISE_OF_ROUND**2
+        self._covariance = covariance - np.outer(shared, shared) / variance
+        logs = np.log(self._seconds) + shared * (error / variance)
+        # More rows still never take less time: where they seem to, both get what is known better.
+        self._seconds = np.exp(rising(logs, 1.0 / self._covariance.diagonal())).tolist()
+        self._known.add(int(self._counts[left + round(share)]))
 
     def measured(self) -> dict[int, float]:
-        """As given to the constructor, with what was learnt since."""
-        return {int(count): seconds for count, seconds in zip(self._counts, self._seconds, strict=True)}
+        """Seconds of the counts that were measured or learnt, for the next process."""
+        at = {int(count): seconds for count, seconds in zip(self._counts, self._seconds, strict=True)}
+        return {count: at[count] for count in sorted(self._known)}
+
+
+def _straight(counts: np.ndarray, known: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Straight between known counts and on beyond the last two; flat before the first."""
+    found = np.interp(counts, known, seconds)
+    if len(known) == 1:
+        return found
+    (x0, x1), (y0, y1) = known[-2:], seconds[-2:]
+    return np.where(counts > x1, y1 + (counts - x1) * (y1 - y0) / (x1 - x0), found)
 
 
 def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -208,7 +225,7 @@ class CostModel:
         """
         if self.shape is None:
             return 0.0, 0.0
-        one_s, last = self.verify(1), self.verify.counts[-1]
+        one_s, last = self.verify(1), max(self.measured.verify_s)
         row_s = (self.verify(last) - one_s) / max(last - 1, 1)
         memory_s = one_s * self.shape.kv_numbers / self.shape.parameters
         return memory_s, row_s * 4 * self.shape.query_numbers / (2 * self.shape.parameters)

@@ -24,7 +24,7 @@ NODES = (1, 8, 4, 16, 2, 32)
 WIDTHS = (1, 2, 4, 8, 16)
 """Rows of the draft levels that are timed, as far as the budget goes."""
 
-LIMIT_S = 3.0
+LIMIT_S = 5.0
 """Seconds that a probe may take; slower targets take what their first passes take."""
 
 REPEATS = 5
@@ -68,17 +68,21 @@ def measure(
             progress.update()
             return _seconds(run, end_s)
 
-        threads, processors = choose_threads(lambda: verify(4)) if vary_threads else (None, None)
         verify_s: dict[int, float] = {}
-        for nodes in dict.fromkeys((*NODES, limits.nodes)):
-            if nodes <= limits.nodes and (len(verify_s) < 2 or time.perf_counter() < end_s):
+        threads = processors = None
+        if vary_threads:
+            rows = min(4, limits.nodes)
+            threads, processors, seconds = choose_threads(lambda: verify(rows))
+            verify_s |= {} if seconds is None else {rows: seconds}
+        for number, nodes in enumerate(dict.fromkeys((*NODES, limits.nodes))):
+            if nodes <= limits.nodes and nodes not in verify_s and (number < 2 or time.perf_counter() < end_s):
                 verify_s[nodes] = verify(nodes)
         draft_s, level_s = _draft_seconds(drafter, limits, end_s + 0.5 * limit_s, branches=target.supports_tree)
     transfer_s = _transfer_seconds(getattr(drafter, "device", torch.device("cpu")))
     return Measurements(verify_s, level_s, draft_s, transfer_s, context, threads, processors)
 
 
-def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | None]:
+def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | None, float | None]:
     """The fastest number of torch threads, up to what is set, and the NUMA node to keep them on, if that helps.
 
     Leaves it in force. A smaller number must win by three per cent.
@@ -87,7 +91,7 @@ def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | Non
         run: seconds of a pass with what is set when it is called.
 
     Returns:
-        threads, and processors to keep them on or None.
+        threads, processors to keep them on or None, and seconds of a pass so; None if there was nothing to choose.
     """
     most = torch.get_num_threads()
     nodes = machine.numa_nodes()
@@ -97,7 +101,7 @@ def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | Non
     if len(nodes) > 1:
         choices += [(min(most, len(node)), tuple(node)) for node in nodes]
     if len(choices) == 1:
-        return choices[0]
+        return *choices[0], None
     seconds = {}
     for threads, processors in choices:
         with machine.thread_count(None):
@@ -105,7 +109,7 @@ def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | Non
             seconds[threads, processors] = run()
     best = min(choices, key=lambda choice: seconds[choice] * (1.0 if choice == choices[0] else 1.03))
     machine.use(*best)
-    return best
+    return *best, seconds[best]
 
 
 def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:

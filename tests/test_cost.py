@@ -80,11 +80,47 @@ def test_curves_stay_positive_and_rising(measured, errors):
 
 
 def test_an_error_counts_most_at_its_count():
+    """A little of it is put down to the machine, which is all counts."""
     curve = Curve({1: 1.0, 8: 2.0, 16: 3.0, 32: 4.0})
     curve.observe(8, 0.4)
-    one, eight, sixteen, thirty_two = curve.seconds / [1.0, 2.0, 3.0, 4.0]
-    assert one == pytest.approx(sixteen) and sixteen == pytest.approx(thirty_two)
-    assert 1.0 < one < eight < math.exp(0.4)
+    eight, *others = [curve(count) / seconds for count, seconds in ((8, 2.0), (1, 1.0), (16, 3.0), (32, 4.0))]
+    assert 1.0 < min(others) <= max(others) < 1.03 < 1.05 < eight < math.exp(0.4)
+
+
+STEP = {1: 0.18, 2: 0.38, 3: 0.55, 4: 0.56, 5: 0.57, 6: 0.58, 7: 0.59, 8: 0.60, 12: 0.70, 16: 0.80}
+"""Seconds of passes as a float32 target on an old CPU takes them: one row is another kernel than three."""
+
+
+@pytest.mark.parametrize("order", [(3, 5, 8, 4, 6), (8, 6, 5, 4, 3)], ids=str)
+def test_counts_that_were_never_measured_are_learnt_from_their_first_rounds(order):
+    """A slow target leaves time to measure two counts, and the line between them is wrong by half."""
+    curve = Curve({1: STEP[1], 8: STEP[8]})
+    assert curve(3) < 0.6 * STEP[3]
+    for count in order * 3:
+        curve.observe(count, min(math.log(STEP[count] / curve(count)), LARGEST_ERROR))
+    for count in (3, 4, 5, 6, 7, 8):  # 7 was not seen either
+        assert curve(count) == pytest.approx(STEP[count], rel=0.11)
+    assert curve(1) == pytest.approx(STEP[1], rel=0.11)  # which was measured, and is not blamed
+    assert set(curve.measured()) == {1, *order}
+
+
+def test_measured_counts_are_believed_more_than_lines_between_them():
+    curve = Curve({1: 1.0, 8: 2.0})
+    moved = []
+    for count in (8, 3):
+        before = curve(count)
+        curve.observe(count, 0.3)
+        moved.append(math.log(curve(count) / before))
+    assert 0 < 1.2 * moved[0] < moved[1] < 0.3
+
+
+def test_a_slower_machine_slows_all_counts():
+    """After some rounds of one count, the others are believed to have changed as much."""
+    curve = Curve({1: 1.0, 4: 1.2, 16: 2.0})
+    for _ in range(30):
+        curve.observe(4, min(math.log(1.8 / curve(4)), LARGEST_ERROR))
+    assert curve(4) == pytest.approx(1.8, rel=0.03)
+    assert curve(1) > 1.25 and curve(16) > 2.5
 
 
 @pytest.mark.parametrize("factor", [0.4, 2.5])
@@ -349,7 +385,9 @@ def test_what_was_learnt_can_be_kept():
     for _ in range(30):
         observe(model, 0.3, nodes=8, drafted=True, draft_s=0.05, transfer_s=0.0002)
     again = CostModel(Measurements.from_dict(json.loads(json.dumps(model.as_measurements().as_dict()))))
-    np.testing.assert_allclose(again.verify_table(100, 48), model.verify_table(100, 48))
+    for nodes in MEASURED.verify_s:
+        assert again.verify_s(nodes, 100) == pytest.approx(model.verify_s(nodes, 100))
+    np.testing.assert_allclose(again.verify_table(100, 48), model.verify_table(100, 48), rtol=0.05)  # lines between
     np.testing.assert_allclose(again.level_table(8), model.level_table(8))
     assert again.round([2, 8], 8, 100, 1.0).draft_s == pytest.approx(model.round([2, 8], 8, 100, 1.0).draft_s)
 

@@ -244,7 +244,9 @@ def used(monkeypatch):
 
 
 def choose(used, seconds):
-    return probe.choose_threads(lambda: seconds[used[-1]])
+    threads, processors, best_s = probe.choose_threads(lambda: seconds[used[-1]])
+    assert best_s == seconds[threads, processors]
+    return threads, processors
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_one_numa_node_must_win_too(used, monkeypatch, first_s, second_s, best):
 
 def test_nothing_is_tried_where_there_is_no_choice(used):
     torch.set_num_threads(1)
-    assert probe.choose_threads(lambda: pytest.fail("a pass was run")) == (1, None)
+    assert probe.choose_threads(lambda: pytest.fail("a pass was run")) == (1, None, None)
 
 
 def test_threads_are_chosen_by_passes(clock, monkeypatch):
@@ -290,7 +292,8 @@ def test_threads_are_chosen_by_passes(clock, monkeypatch):
         measured = measure(target, FakeDrafter(clock), vary_threads=True, limit_s=60.0)
         assert torch.get_num_threads() == 3
         assert (measured.threads, measured.processors) == (3, None)
-        assert measured.verify_s == pytest.approx({nodes: 0.5 * honest(nodes) for nodes in measured.verify_s})
+        assert measured.verify_s == pytest.approx({nodes: 0.5 * honest(nodes) for nodes in (1, 2, 4, 8, 16, 32, 48)})
+    assert sum(len(tree) == 4 for tree in target.trees) <= 3 * (probe.REPEATS + 1)  # not a fourth time
     assert torch.get_num_threads() == before
 
 
@@ -312,7 +315,7 @@ def test_bindings_are_tried_and_undone(monkeypatch):
         return 0.5 if os.sched_getaffinity(0) == {second} else 1.0
 
     with machine.thread_count(2):
-        assert probe.choose_threads(run) == (1, (second,))
+        assert probe.choose_threads(run) == (1, (second,), 0.5)
         assert os.sched_getaffinity(0) == {second} and torch.get_num_threads() == 1
         for thread in os.listdir("/proc/self/task"):
             assert os.sched_getaffinity(int(thread)) == {second}
