@@ -57,6 +57,29 @@ def tree_bias(tree: DraftTree, slots: int) -> np.ndarray | None:
     return bias
 
 
+def state_name(layer: int) -> str:
+    """Of the output that a graph gets for a hidden state, in transformers' numbering."""
+    return f"hidden_state.{layer}"
+
+
+def states_before_layers(stream: list[Any], count: int) -> list[Any]:
+    """The hidden state before each of `count` layers.
+
+    Args:
+        stream: values of the residual stream of a graph that others read, in order, without the last one.
+
+    Raises:
+        ValueError: they are not one or two for each layer.
+    """
+    per_layer, rest = divmod(len(stream), count)
+    if rest or per_layer not in (1, 2):
+        raise ValueError(
+            f"looked for one or two residual Add nodes in each of {count} layers and found {len(stream)} in all, so "
+            "hidden states of single layers cannot be read; EAGLE-3 drafts need them."
+        )
+    return stream[::per_layer]
+
+
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Rows that sliding layers look back, if there are such layers.
 

@@ -33,6 +33,7 @@ from . import onnxruntime_weights as weights
 from .common import StoredTarget, sliding_window, stored_generation_config, tables_of
 from .onnxruntime_graph import onnx
 from .onnxruntime_session import OnnxRuntimeCache, OnnxRuntimeSession
+from .onnxruntime_states import expose_states
 
 MODEL_FILE = "model.onnx"
 
@@ -77,11 +78,14 @@ class OnnxRuntimeEngine:
         self.exact, self.same_kernels = exact, same_kernels or exact
         self.window = sliding_window(self.text_config)
         self.rounding = torch.float32 if exact else _rounding(prepared)
-        self._stored, self._prepared = stored, prepared
-        self._outputs = ["logits", graph.FEATURES, *(each.new for each in prepared.rows)]
-        self._session = ort.InferenceSession(
-            stored.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._stored, self._prepared, self._options = stored, prepared, options
+        self._rows = [each.new for each in prepared.rows]
+        self._session = self._load()
+
+    def _load(self) -> "ort.InferenceSession":
+        """The graph as it is now, ready to run."""
+        graph_bytes = self._stored.model.SerializeToString()
+        return ort.InferenceSession(graph_bytes, self._options, providers=["CPUExecutionProvider"])
 
     def check(self) -> None:
         """As `Engine.check`; the graph was looked at when it was loaded."""
@@ -113,27 +117,28 @@ class OnnxRuntimeEngine:
         model_kwargs: dict[str, Any],
         feature_layers: tuple[int, ...] | None = None,
     ) -> OnnxRuntimeSession:
-        """As `Engine.session`.
+        """As `Engine.session`; the first session that reads single layers loads the graph once more.
 
         Raises:
-            ValueError: an argument of the forward pass that the graph has no input for; features of single layers.
+            ValueError: an argument of the forward pass that the graph has no input for; layers that cannot be read.
         """
-        if feature_layers is not None:
-            raise ValueError(
-                f"this draft reads hidden states {feature_layers}, and an ONNX Runtime target gives the last one only; "
-                "take a torch or OpenVINO target for EAGLE-3 drafts."
-            )
         if model_kwargs:
             raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}.")
-        return OnnxRuntimeSession(self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk)
+        count = self.text_config.num_hidden_layers
+        if feature_layers is not None and expose_states(self._stored.model, feature_layers, count):
+            self._session = self._load()
+        return OnnxRuntimeSession(
+            self, cache, max_nodes=max_nodes, prefill_chunk=prefill_chunk, feature_layers=feature_layers
+        )
 
     def num_parameters(self) -> int:
         """Numbers in the graph's matrices."""
         return weights.num_parameters(self._stored.model)
 
-    def run(self, inputs: dict[str, "ort.OrtValue"]) -> list[np.ndarray]:
-        """One pass: logits, features, new rows of every layer."""
-        return [value.numpy() for value in self._session.run_with_ort_values(self._outputs, inputs)]
+    def run(self, inputs: dict[str, "ort.OrtValue"], features: list[str]) -> list[np.ndarray]:
+        """One pass: logits, the named features, new rows of every layer."""
+        outputs = ["logits", *features, *self._rows]
+        return [value.numpy() for value in self._session.run_with_ort_values(outputs, inputs)]
 
 
 def _rounding(prepared: graph.Prepared) -> torch.dtype:

@@ -18,7 +18,7 @@ from dovetail_plugin.target import TargetOutput
 from dovetail_plugin.tree import DraftTree
 
 from . import onnxruntime_graph as graph
-from .common import NO_BIAS, PREFILL_ROWS, seen_and_positions, tree_bias
+from .common import NO_BIAS, PREFILL_ROWS, seen_and_positions, state_name, tree_bias
 
 STEP = 64
 """Rows by which buffers grow. Attention runs over their free rows too, so there are never more than this."""
@@ -33,8 +33,8 @@ class RunsPasses(Protocol):
     exact: bool
     window: int | None
 
-    def run(self, inputs: dict[str, "ort.OrtValue"]) -> list[np.ndarray]:
-        """One pass: logits (1, n, V), features (1, n, F), new rows of every layer."""
+    def run(self, inputs: dict[str, "ort.OrtValue"], features: list[str]) -> list[np.ndarray]:
+        """One pass: logits (1, n, V), features (1, n, .) by name, new rows of every layer."""
 
 
 class OnnxRuntimeCache:
@@ -83,9 +83,16 @@ class OnnxRuntimeSession:
     """One generation on an engine's inference session; implements `Target`. Use as a context manager."""
 
     def __init__(
-        self, engine: "RunsPasses", cache: OnnxRuntimeCache, *, max_nodes: int, prefill_chunk: int | None
+        self,
+        engine: "RunsPasses",
+        cache: OnnxRuntimeCache,
+        *,
+        max_nodes: int,
+        prefill_chunk: int | None,
+        feature_layers: tuple[int, ...] | None = None,
     ) -> None:
         self._engine, self._cache, self._max_nodes = engine, cache, max_nodes
+        self._features = [state_name(layer) for layer in feature_layers or ()] or [graph.FEATURES]
         self._chunk = prefill_chunk or PREFILL_ROWS
         self.max_length: int | None = getattr(engine.text_config, "max_position_embeddings", None)
         self._new: list[np.ndarray] = []  # rows of the latest tree
@@ -174,10 +181,13 @@ class OnnxRuntimeSession:
         }
         if engine.takes_positions:
             inputs[graph.POSITIONS] = positions[None].astype(np.int64)
-        found = engine.run({name: ort.OrtValue.ortvalue_from_numpy(given) for name, given in inputs.items()} | past)
-        self._new = [new[:, :, :rows] for new in found[2:]]
+        values = {name: ort.OrtValue.ortvalue_from_numpy(given) for name, given in inputs.items()}
+        found = engine.run(values | past, self._features)
+        kinds = 1 + len(self._features)
+        self._new = [new[:, :, :rows] for new in found[kinds:]]
         logits = found[0][0][:wanted].astype(np.float32, copy=False)
-        return logits[-1:] if last_only else logits, found[1][0][:rows]
+        features = np.concatenate([each[0][:rows] for each in found[1:kinds]], axis=-1)
+        return logits[-1:] if last_only else logits, features
 
     def _past(self, new: int) -> tuple[dict[str, "ort.OrtValue"], np.ndarray]:
         """What the cache holds as inputs of the graph, and its mask: in place, or without the free rows."""

@@ -37,11 +37,13 @@ from .common import (
     StoredTarget,
     seen_and_positions,
     sliding_window,
+    state_name,
     stored_generation_config,
     tables_of,
     tree_bias,
 )
 from .openvino_graph import ov
+from .openvino_states import expose_states
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class OpenVINOSession:
         prefill_chunk: int | None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> None:
-        names = None if feature_layers is None else [graph.state_name(layer) for layer in feature_layers]
+        names = None if feature_layers is None else [state_name(layer) for layer in feature_layers]
         self._features = names or [graph.FEATURES]
         self._engine, self._cache, self._max_nodes = engine, cache, max_nodes
         self._chunk = prefill_chunk or PREFILL_ROWS
@@ -318,7 +320,7 @@ class OpenVINOEngine:
     def _expose(self, layers: tuple[int, ...]) -> None:
         """Make hidden states outputs of the compiled graph, if they are not yet."""
         outputs = len(self._model.outputs)
-        graph.expose_states(self._model, layers, self.text_config.num_hidden_layers)
+        expose_states(self._model, layers, self.text_config.num_hidden_layers)
         if len(self._model.outputs) > outputs:
             self.request = self._compile()
             self._current = None  # rows of earlier texts went with the request before

@@ -112,36 +112,6 @@ def prepare(model: "ov.Model") -> None:
     model.validate_nodes_and_infer_types()
 
 
-def state_name(layer: int) -> str:
-    """Of the output that `expose_states` adds for a hidden state."""
-    return f"hidden_state.{layer}"
-
-
-def expose_states(model: "ov.Model", layers: tuple[int, ...], count: int) -> None:
-    """Add outputs (1, n, F) for hidden states of a prepared graph, in transformers' numbering, in place.
-
-    Args:
-        layers: states wanted; those that are there already are let be.
-        count: decoder layers of the model.
-
-    Raises:
-        GraphError: the residual stream cannot be followed through the graph.
-    """
-    there = {name for port in model.outputs for name in port.get_names()}
-    wanted = [layer for layer in layers if state_name(layer) not in there]
-    if not wanted:
-        return
-    states = _residual_states(model, count)
-    results = []
-    for layer in wanted:
-        state = states[layer]
-        result = ops.result(state if state.get_element_type() == ov.Type.f32 else ops.convert(state, "f32"))
-        result.output(0).set_names({state_name(layer)})
-        results.append(result)
-    model.add_results(results)
-    model.validate_nodes_and_infer_types()
-
-
 def _plus_bias(mask: "ov.Output", bias: "ov.Node") -> "ov.Node":
     """The mask with the bias added, in the mask's type; a mask of yes and no becomes zeros and large negatives."""
     kind = mask.get_element_type()
@@ -164,7 +134,7 @@ def tables(model: "ov.Model") -> Tables:
     bias = None
     for node in _behind(model, head):
         if node.get_type_name() == "Add":
-            constant = next(node.input_value(i) for i in (0, 1) if _is_constant(node.input_value(i).get_node()))
+            constant = next(node.input_value(i) for i in (0, 1) if is_constant(node.input_value(i).get_node()))
             bias = _value(constant).reshape(-1)
     return Tables(_value(lookup.input_value(0)), matrix if transposed else np.ascontiguousarray(matrix.T), bias)
 
@@ -217,7 +187,7 @@ def _behind(model: "ov.Model", head: "ov.Node | None" = None) -> list["ov.Node"]
     while node.get_type_name() in BEHIND_THE_HEAD:
         path.append(node)
         inputs = [node.input_value(i).get_node() for i in range(node.get_input_size())]
-        node = next((n for n in inputs if not _is_constant(n)), inputs[0])
+        node = next((n for n in inputs if not is_constant(n)), inputs[0])
     if node.get_type_name() != "MatMul" or (head is not None and node.get_name() != head.get_name()):
         raise GraphError(
             f"looked for the head's MatMul in front of `logits` and found {node.get_type_name()} "
@@ -240,60 +210,13 @@ def _attention(model: "ov.Model") -> list["ov.Node"]:
     return found
 
 
-def _residual_states(model: "ov.Model", count: int) -> list["ov.Output"]:
-    """The residual stream before each of `count` layers, found backwards from what the head reads.
-
-    A residual sum adds two computed values; the one that goes on is the one that others read, too.
-    """
-    node = next(p.get_node() for p in model.outputs if FEATURES in p.get_names()).input_value(0).get_node()
-    stream: list[ov.Output] = []
-    added = _nearest_sum(node)
-    while added is not None:
-        inputs = [added.input_value(i) for i in (0, 1)]
-        going_on = [port for port in inputs if len(port.get_target_inputs()) > 1]
-        if len(going_on) != 1:
-            break
-        stream.append(going_on[0])
-        before = going_on[0].get_node()
-        added = before if _is_sum(before) else None
-    stream.reverse()
-    per_layer, rest = divmod(len(stream), count)
-    if rest or per_layer not in (1, 2):
-        raise GraphError(
-            f"looked for one or two residual Add nodes in each of {count} layers and found {len(stream)} in all, so "
-            "hidden states of single layers cannot be read; EAGLE-3 drafts need them."
-        )
-    return stream[::per_layer]
-
-
-def _is_sum(node: "ov.Node") -> bool:
-    """Whether a node adds two computed values."""
-    inputs = [node.input_value(i).get_node() for i in range(node.get_input_size())]
-    return node.get_type_name() == "Add" and not any(_is_constant(n) for n in inputs)
-
-
-def _nearest_sum(node: "ov.Node") -> "ov.Node | None":
-    """The nearest node before this one that adds two computed values, breadth first."""
-    queue, seen = [node], set()
-    while queue:
-        node = queue.pop(0)
-        if _is_sum(node):
-            return node
-        for i in range(node.get_input_size()):
-            before = node.input_value(i).get_node()
-            if before.get_name() not in seen and not _is_constant(before):
-                seen.add(before.get_name())
-                queue.append(before)
-    return None
-
-
 def _embedding(model: "ov.Model") -> "ov.Node":
     """The lookup fed by `input_ids`, possibly through a conversion."""
     parameter = next(p for p in model.get_parameters() if "input_ids" in p.output(0).get_names())
     queue = [target.get_node() for target in parameter.output(0).get_target_inputs()]
     while queue:
         node = queue.pop(0)
-        if node.get_type_name() == "Gather" and _is_constant(node.input_value(0).get_node()):
+        if node.get_type_name() == "Gather" and is_constant(node.input_value(0).get_node()):
             return node
         if node.get_type_name() in ("Convert", "Reshape", "Unsqueeze"):
             queue += [target.get_node() for target in node.output(0).get_target_inputs()]
@@ -303,18 +226,18 @@ def _embedding(model: "ov.Model") -> "ov.Node":
 def _weight(product: "ov.Node") -> tuple["ov.Output", bool]:
     """The constant side of a MatMul, and whether it is stored as (out, in)."""
     source = product.input_value(1)
-    if not _is_constant(source.get_node()):
+    if not is_constant(source.get_node()):
         raise GraphError(f"the head {product.get_friendly_name()!r} has no constant weight.")
     return source, bool(product.get_attributes()["transpose_b"])
 
 
-def _is_constant(node: "ov.Node") -> bool:
+def is_constant(node: "ov.Node") -> bool:
     """Whether a node is a weight: a constant, stored plainly or compressed."""
     kind = node.get_type_name()
     if kind == "Constant":
         return True
     return kind in DECOMPRESSION and all(
-        _is_constant(node.input_value(i).get_node()) for i in range(node.get_input_size())
+        is_constant(node.input_value(i).get_node()) for i in range(node.get_input_size())
     )
 
 

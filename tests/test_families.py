@@ -2,6 +2,7 @@
 
 import engines
 import pytest
+import test_formats
 import torch
 from families import FULL_ATTENTION, SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
 
@@ -131,3 +132,25 @@ def test_text_up_to_the_last_position(oracle):
     assert plain.shape[1] == 40
     oracle(plain, 17)
     assert torch.equal(plain, target.generate(prompt(), **options, assistant_model=draft))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "phi3", "mistral"])
+def test_eagle3_drafts_read_hidden_states_of_every_engine(model_type, tmp_path):
+    """What the drafter is handed equals transformers' `hidden_states`, and the text is the plain one."""
+    model = tiny_model(model_type, num_hidden_layers=test_formats.TARGET_LAYERS)
+    target = engines.current().target(model)
+    torch.manual_seed(0)
+    made = test_formats.eagle3(states=(1, 3, 7), own_embedding=True)
+    draft = DovetailDraft.from_pretrained(made.write(tmp_path))
+    seen, project = [], draft.project
+    draft.project = lambda features: (seen.append(features.clone()), project(features))[1]
+    draft.budget = TreeBudget(6, 3, 3)
+    plain, text = both(target, draft, prompt(), max_new_tokens=12, do_sample=False)
+    assert torch.equal(text, plain) and not draft.report.warnings
+    with torch.no_grad():
+        states = model(text, output_hidden_states=True).hidden_states
+    wanted = torch.cat([states[i][0] for i in (1, 3, 7)], dim=-1)
+    found = torch.cat(seen)
+    torch.testing.assert_close(found, wanted[: len(found)], atol=1e-4, rtol=1e-3)
+    last_only = DovetailDraft.for_target(target)  # the same target goes on with drafts that read the last state
+    assert torch.equal(both(target, last_only, prompt(), max_new_tokens=12, do_sample=False)[1], plain)

@@ -538,32 +538,3 @@ def test_unknown_arguments(llama, draft):
         engine_of(llama).session(
             None, max_length=9, max_nodes=1, prefill_chunk=None, model_kwargs={"token_type_ids": torch.zeros(1, 17)}
         )
-
-
-# --- hidden states of single layers ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "phi3", "mistral"])
-def test_eagle3_drafts_read_the_hidden_states_of_the_graph(model_type, tmp_path):
-    """What the drafter is handed equals transformers' `hidden_states`, and the text is the plain one."""
-    import test_formats
-
-    model = tiny_model(model_type, num_hidden_layers=test_formats.TARGET_LAYERS)
-    target = engines.current().target(model)
-    torch.manual_seed(0)
-    made = test_formats.eagle3(states=(1, 3, 7), own_embedding=True)
-    draft = DovetailDraft.from_pretrained(made.write(tmp_path))
-    seen, project = [], draft.project
-    draft.project = lambda features: (seen.append(features.clone()), project(features))[1]
-    draft.budget = TreeBudget(6, 3, 3)
-    options = {"max_new_tokens": 12, "do_sample": False}
-    plain = target.generate(prompt(), **options)
-    text = target.generate(prompt(), assistant_model=draft, **options)
-    assert torch.equal(text, plain) and not draft.report.warnings
-    with torch.no_grad():
-        states = model(text, output_hidden_states=True).hidden_states
-    wanted = torch.cat([states[i][0] for i in (1, 3, 7)], dim=-1)
-    found = torch.cat(seen)
-    torch.testing.assert_close(found, wanted[: len(found)], atol=1e-4, rtol=1e-3)
-    again = target.generate(prompt(), assistant_model=draft, **options)  # compiled once
-    assert torch.equal(again, plain)
