@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.cli.common import HelpFormatter
-from dovetail_plugin.modeling import check_fits
+from dovetail_plugin.fitting import check_fits
 
 EPILOG = """\
 shapes, with the parameters they have for two query heads on each key/value head and 3072 tokens:
@@ -211,7 +211,7 @@ def inflate_pair(
     Raises:
         ValueError: the two do not fit each other, or see `inflate_target` and `inflate_draft`.
     """
-    check_fits(draft.config, target)
+    check_fits(draft.config, target.config)
     big_draft = inflate_draft(draft, shape, dtype=dtype, seed=seed + 1)  # first: it is small and refuses early
     big_target = inflate_target(target, shape, dtype=dtype, seed=seed)
     big_draft.config.target_name_or_path = big_target.config.name_or_path

@@ -78,7 +78,7 @@ def place_draft(request: Request, target: TargetSizes) -> DraftPlace:
     for tables in choices:
         if tables.bytes > room:
             continue
-        notes += _table_notes(tables, draft, target, room)
+        notes += _table_notes(tables, choices[0], draft, target, room)
         parts = [own[0], *tables.parts, *own[1:]]
         if tables.embedding_device == "cpu" and target.dtype in QUANTISED:
             parts.append(_table_copy(target))
@@ -111,12 +111,18 @@ class _Tables:
 def _tables(target: TargetSizes, draft: DraftSizes) -> Iterator[_Tables]:
     """From all of the tables to the smallest cut head."""
     whole, bias = draft.vocab_size, draft.number_bytes if target.head_bias else 0
+    embedding = Part("draft: embedding", whole * draft.row_bytes, "gpu")
+    if draft.own_head:  # in its weights already, and cut as it was trained
+        yield _Tables(None, "gpu", [] if draft.own_embedding else [embedding])
+        if not draft.own_embedding:
+            yield _Tables(None, "cpu", [])
+        return
     if target.tied:
         head = Part("draft: head", whole * (draft.row_bytes + bias), "gpu", "one table with the embedding")
         yield _Tables(None, "gpu", [head])
     else:
         head = Part("draft: head", whole * (draft.row_bytes + bias), "gpu", f"all {whole} tokens")
-        yield _Tables(None, "gpu", [head, Part("draft: embedding", whole * draft.row_bytes, "gpu")])
+        yield _Tables(None, "gpu", [head, embedding])
         yield _Tables(None, "cpu", [head])
     tokens = 2 ** ((whole - 1).bit_length() - 1)  # the largest power of two below the vocabulary
     while tokens >= SMALLEST_HEAD:
@@ -125,12 +131,14 @@ def _tables(target: TargetSizes, draft: DraftSizes) -> Iterator[_Tables]:
         tokens //= 2
 
 
-def _table_notes(tables: _Tables, draft: DraftSizes, target: TargetSizes, room_bytes: int) -> list[str]:
+def _table_notes(
+    tables: _Tables, all_tables: _Tables, draft: DraftSizes, target: TargetSizes, room_bytes: int
+) -> list[str]:
     if tables.embedding_device == "gpu":
         return []
     table_bytes = draft.vocab_size * draft.row_bytes
     if tables.vocab_size is None:
-        missing = format_bytes(2 * table_bytes - room_bytes)
+        missing = format_bytes(all_tables.bytes - room_bytes)
         return [f"rows of the embedding table are gathered on the CPU: beside the head it would need {missing} more"]
     what = "the table of embedding and head" if target.tied else "the head"
     return [
@@ -154,10 +162,12 @@ def _draft_on_cpu(request: Request, target: TargetSizes, why: str) -> DraftPlace
         Part("draft: KV cache", draft.kv_bytes(request.rows, on_gpu=False), "cpu"),
     ]
     if request.draft_dtype != target.dtype:
-        copies = (1 if target.tied else 2) * draft.vocab_size * draft.row_bytes
+        tables = (not draft.own_embedding) + (not draft.own_head and not target.tied)
+        copies = tables * draft.vocab_size * draft.row_bytes
         parts.append(Part("draft: embedding and head", copies, "cpu", f"the target's in {request.draft_dtype}"))
     if target.dtype in QUANTISED:
-        numbers = draft.blocks_bytes // draft.number_bytes + draft.vocab_size * target.widths.hidden
+        head_rows = 0 if draft.own_head else draft.vocab_size
+        numbers = draft.blocks_bytes // draft.number_bytes + head_rows * target.widths.hidden
         parts.append(Part("draft: blocks and head again", numbers, "cpu", "in int8, as OpenVINO runs a draft"))
     temporaries = draft.pass_bytes(request.rows)
     return DraftPlace("cpu", request.draft_dtype, "cpu", None, parts, temporaries, 0, [why])
@@ -202,7 +212,7 @@ def target_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace, laye
     temporaries = max(target.prefill_bytes(rows), target.score_bytes(rows)) + crossing - draft.temporaries_bytes
     parts = [
         Part("target: final norm", target.norm_bytes, "gpu"),
-        Part("target: features", target.features_bytes(rows), "gpu", "of the whole prompt"),
+        Part("target: features", target.features_bytes(rows, request.draft.feature_size), "gpu", "of the whole prompt"),
         Part("target: temporaries", max(temporaries, 0), "gpu", "beyond the draft's, which come later"),
     ]
     if layers:

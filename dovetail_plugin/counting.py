@@ -82,6 +82,9 @@ def draft_sizes(config: DovetailConfig, dtype: str) -> DraftSizes:
         kv_row_bytes=config.num_hidden_layers * widths.key_value * number_bytes,
         number_bytes=number_bytes,
         vocab_size=config.vocab_size,
+        own_head=None if draft.head_weight is None else draft.head_weight.shape[0],
+        own_embedding=config.own_embedding,
+        features=config.feature_size,
         widths=widths,
     )
 

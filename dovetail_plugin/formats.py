@@ -92,14 +92,22 @@ def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwarg
     config = read_config(name, **hub_kwargs) if config is None else config
     tensors = {key.removeprefix("model."): value for key, value in read_tensors(name, **hub_kwargs).items()}
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
+    return translate(name, config, tensors)
+
+
+def translate(name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    """A checkpoint of any format but ours, in our terms; `name` is for messages.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
     kind = kind_of(config, tensors)
     try:
-        ours, translated = _READERS[kind](config, tensors)
+        return Checkpoint(kind, *_READERS[kind](config, tensors))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name} looks like {kind}, but its config lacks {error}.") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return Checkpoint(kind, ours, translated)
 
 
 def kind_of(config: dict[str, Any], names: Any) -> str:

@@ -12,26 +12,25 @@ The embedding table and the head are the target's and are borrowed with `attach`
 neither. This module knows nothing of trees, budgets or generation; `drafting.py` does that.
 """
 
-import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
-from . import machine
 from .assistants import Assistant
 from .blocks import FUSIONS, Block, Eagle3Block, Eagle3Fusion, GatedFusion, RMSNorm, RotaryEmbedding
 from .cache import KVRows
 from .configuration import DovetailConfig
 from .engine import Tables, engine_of
-from .formats import Checkpoint, load_checkpoint, read_config
+from .fitting import check_fits, note_positions, warn_of_other_target
+from .formats import load_checkpoint, read_config
+from .loading import HUB_KWARGS, check_loaded, dtype_for, foreign_arguments, frequent_tokens
 
 
 @dataclass
@@ -157,9 +156,10 @@ class DovetailDraft(PreTrainedModel, Assistant):
             ValueError: the target's vocabulary or hidden size is not this draft's, or it has no usable tables;
                 `draft_vocab_size` is no part of the vocabulary.
         """
-        check_fits(self.config, target)
+        check_fits(self.config, target.config)
+        note_positions(self.config, target.config)
         if isinstance(target, PreTrainedModel):  # an exported one is named by its directory, whatever it was before
-            _warn_of_other_target(self.config, target)
+            warn_of_other_target(self.config, target.config)
         tables = engine_of(target).tables()
         if not self.config.own_embedding:
             self._borrow_embedding(tables)
@@ -192,7 +192,7 @@ class DovetailDraft(PreTrainedModel, Assistant):
 
     def check_target(self, target: PreTrainedModel) -> None:
         """As `Assistant.check_target`."""
-        check_fits(self.config, target)
+        check_fits(self.config, target.config)
 
     def identity(self) -> list[Any]:
         """As `Assistant.identity`; the device may be another one in the next generation."""
@@ -330,7 +330,7 @@ class DovetailDraft(PreTrainedModel, Assistant):
             stored = read_config(str(name), **hub_kwargs)
             if stored.get("model_type") != cls.config_class.model_type:
                 source = [None]
-                kwargs |= _foreign(load_checkpoint(str(name), stored, **hub_kwargs))
+                kwargs |= foreign_arguments(load_checkpoint(str(name), stored, **hub_kwargs))
         try:
             draft, info = super().from_pretrained(
                 *source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -340,96 +340,9 @@ class DovetailDraft(PreTrainedModel, Assistant):
                 f"{name}: a weight file is truncated or not safetensors ({error}); "
                 "copy or download the checkpoint again."
             ) from error
-        _check_loaded(name, info)
+        check_loaded(name, info)
         if source == [None] and name is not None:
             draft.name_or_path = draft.config.name_or_path = str(name)
         if kwargs["dtype"] == "auto":
             draft.to(dtype_for(draft.dtype, draft.device))
         return (draft, info) if wants_info else draft
-
-
-HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-"""Arguments of `from_pretrained` that tell where files come from."""
-
-
-def dtype_for(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to run in where the user leaves it open: fp16 for bf16 weights on a GPU that computes no bf16."""
-    if device.type == "cuda" and stored == torch.bfloat16 and not machine.gpu_supports_bf16():
-        return torch.float16
-    return stored
-
-
-def _foreign(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Arguments that make transformers load tensors which are read already."""
-    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()}
-    checkpoint.config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return {"config": checkpoint.config, "state_dict": checkpoint.tensors}
-
-
-TOKEN_ORDER = "token_order.npy"
-"""Beside a checkpoint: (V,) int32 token ids, the most frequent of the training text first."""
-
-
-def frequent_tokens(name: str, count: int, vocab_size: int) -> Tensor:
-    """(count,) int64 ids, ascending, of the most frequent tokens by the checkpoint's own file.
-
-    Without one the lowest ids are taken, which are the most frequent ones in byte-pair vocabularies.
-
-    Raises:
-        ValueError: `count` is no part of the vocabulary.
-    """
-    if not 1 <= count <= vocab_size:
-        raise ValueError(f"draft_vocab_size must be between 1 and the target's {vocab_size} tokens, got {count}.")
-    file = cached_file(name, TOKEN_ORDER, _raise_exceptions_for_missing_entries=False) if name else None
-    if file is None:
-        return torch.arange(count)
-    order = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.int64))
-    return order[:count].sort().values
-
-
-def _check_loaded(name: object, info: dict[str, Any]) -> None:
-    problems = []
-    for kind in ("missing_keys", "unexpected_keys"):
-        if info[kind]:
-            problems.append(f"{kind.split('_')[0]}: " + ", ".join(sorted(info[kind])))
-    for key, found, wanted in info["mismatched_keys"]:
-        problems.append(f"wrong shape: {key} is {tuple(found)}, expected {tuple(wanted)}")
-    if problems:
-        raise ValueError(f"{name} is not a complete Dovetail draft. " + "; ".join(problems) + ".")
-
-
-def check_fits(config: DovetailConfig, target: PreTrainedModel) -> None:
-    """Refuse a target whose sizes are not the draft's.
-
-    Raises:
-        ValueError: vocabulary, hidden size or layers differ.
-    """
-    text = target.config.get_text_config(decoder=True)
-    sizes = {
-        "vocabulary": (config.vocab_size, text.vocab_size),
-        "hidden size": (config.target_hidden_size or config.hidden_size, text.hidden_size),
-    }
-    for what, (own, seen) in sizes.items():
-        if own != seen:
-            raise ValueError(
-                f"the draft's {what} is {own}, the target's is {seen}: "
-                f"this draft was made for {config.target_name_or_path or 'another target'}, not for "
-                f"{target.config.name_or_path or type(target).__name__}. Train one with "
-                "`dovetail train --target DIR`, or load the target that it names."
-            )
-    config.layers_of(target.config)
-
-
-def _warn_of_other_target(config: DovetailConfig, target: PreTrainedModel) -> None:
-    own, seen = config.target_name_or_path, target.config.name_or_path
-    if own and seen and _short(own) != _short(seen):
-        warnings.warn(
-            f"this draft was trained for {own!r} and is used with {seen!r}: the text stays right, but few "
-            "drafted tokens may be accepted.",
-            stacklevel=2,
-        )
-
-
-def _short(name: str) -> str:
-    """Last part of a path or hub id: local copies of a hub model keep their name."""
-    return name.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].lower()

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .assistants import Assistant
+from .fitting import short_name
 from .formats import UnknownFormat
 from .lookup import PromptLookupDraft
 from .modeling import DovetailDraft
@@ -54,16 +55,11 @@ def draft_name_for(config: PretrainedConfig) -> tuple[str, str]:
     named = getattr(config, CONFIG_FIELD, None)
     if named:
         return named, f"the target's config names it ({CONFIG_FIELD})"
-    own = _last_part(config.name_or_path)
+    own = short_name(config.name_or_path)
     for pair in KNOWN:
-        if own and _last_part(pair.target) == own:
+        if own and short_name(pair.target) == own:
             return pair.draft, f"a published {pair.format} head for {pair.target}, licence: {pair.licence}"
     return LOOKUP, "no draft is known for this target; train one with `dovetail train`"
-
-
-def _last_part(name: str) -> str:
-    """Of a hub id or path: local copies of a hub model keep their name."""
-    return name.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].lower()
 
 
 def load_assistant(name: str, **kwargs: Any) -> Assistant:

@@ -14,6 +14,7 @@ from .claims import DraftPlace, Request, layer_span, layers_on_gpu, place_draft,
 from .configuration import DovetailConfig
 from .counting import FLOAT_DTYPES, QUANTISED, target_sizes
 from .device_plan import MIB, DevicePlan, Part, format_bytes, parse_bytes
+from .fitting import check_fits
 from .sizes import Rows, TargetSizes
 
 __all__ = ["DevicePlan", "Part", "format_bytes", "make_plan", "parse_bytes"]
@@ -22,7 +23,7 @@ PROGRAM_BYTES = 420 * MIB
 """Python, torch and transformers themselves after a first generation; 395 to 440 MiB measured with torch for CPUs."""
 
 HELD_SHARE, MOST_HELD_BYTES = 2, 192 * MIB
-"""Freed blocks below 32 MiB that malloc keeps, in multiples of a prompt pass's temporaries, and at most; larger blocks go
+"""Freed blocks below 32 MiB that malloc keeps, in multiples of a prompt pass's temporaries, and at most; larger ones go
 back to the system by themselves. Measured with glibc 2.36, whose aligned blocks do not fit the holes that their like
 left. MALLOC_TRIM_THRESHOLD_=131072 in the environment makes it give them back, for some time."""
 
@@ -108,16 +109,10 @@ def _draft_config(target: PretrainedConfig, draft: PretrainedConfig | None) -> D
         return DovetailConfig.for_target(target)
     if not isinstance(draft, DovetailConfig):
         raise ValueError(
-            f"the draft's config is that of a {draft.model_type} model, not of a Dovetail draft; make one with "
-            "`dovetail train`."
+            f"the draft's config is that of a {draft.model_type} model, not of a Dovetail draft; "
+            "`draft_configs.load_draft_config` reads those of published drafts."
         )
-    text = target.get_text_config(decoder=True)
-    for name in ("vocab_size", "hidden_size"):
-        if getattr(text, name) != getattr(draft, name):
-            raise ValueError(
-                f"the draft's {name} is {getattr(draft, name)}, the target's is {getattr(text, name)}: this draft was "
-                f"made for {draft.target_name_or_path or 'another target'}."
-            )
+    check_fits(draft, target)
     return draft
 
 
@@ -153,7 +148,7 @@ def _cpu_parts(request: Request, target: TargetSizes, draft: DraftPlace, layers:
     kept = target.layers[:count]
     weights_bytes = sum(layer.weights_bytes for layer in kept)
     kv_bytes = sum(layer.kv_bytes(rows, allocated=False) for layer in kept)
-    features_bytes = 0 if layers else target.features_bytes(rows)
+    features_bytes = 0 if layers else target.features_bytes(rows, request.draft.feature_size)
     temporaries_bytes = _temporaries_bytes(request, target, draft, features_bytes)
     held_bytes = min(HELD_SHARE * target.prefill_bytes(rows), MOST_HELD_BYTES)
     parts = [
@@ -189,7 +184,8 @@ def _temporaries_bytes(request: Request, target: TargetSizes, draft: DraftPlace,
     """
     rows = request.rows
     prefill = target.prefill_bytes(rows) - (features_bytes if rows.prefill == rows.context else 0)
-    handed_over = draft.temporaries_bytes if draft.device == "cpu" else target.features_bytes(rows)
+    copied_bytes = target.features_bytes(rows, request.draft.feature_size)
+    handed_over = draft.temporaries_bytes if draft.device == "cpu" else copied_bytes
     return max(prefill, handed_over, target.score_bytes(rows))
 
 

@@ -110,9 +110,9 @@ class TargetSizes:
         layers = sum(layer.weights_bytes for layer in self.layers)
         return self.embedding_bytes + layers + self.norm_bytes + self.head_bytes + self.rest_bytes
 
-    def features_bytes(self, rows: Rows) -> int:
-        """Of the prompt's features, which live as long as the generation."""
-        return rows.context * self.widths.hidden * self.number_bytes
+    def features_bytes(self, rows: Rows, width: int) -> int:
+        """Of the prompt's features of `width` numbers, which live as long as the generation."""
+        return rows.context * width * self.number_bytes
 
     def prefill_bytes(self, rows: Rows) -> int:
         """Temporaries of one pass over prompt rows, features aside. Only a whole prompt in full view needs no mask."""
@@ -130,12 +130,20 @@ class TargetSizes:
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """A draft whose numbers take `number_bytes`. blocks_bytes: all of its own weights. kv_row_bytes: of all blocks."""
+    """A draft whose numbers take `number_bytes`.
+
+    blocks_bytes: all of its own weights. kv_row_bytes: of all blocks. vocab_size: rows of its target's tables.
+    own_head: rows of a head of its own, or None. own_embedding: whether it has a table of its own. features: width of
+    the target's features that it reads.
+    """
 
     blocks_bytes: int
     kv_row_bytes: int
     number_bytes: int
     vocab_size: int
+    own_head: int | None
+    own_embedding: bool
+    features: int
     widths: Widths
 
     @property
@@ -149,17 +157,21 @@ class DraftSizes:
             return self.kv_row_bytes * self._capacity(rows)
         return self.kv_row_bytes * (rows.context + rows.nodes)
 
+    @property
+    def _logits(self) -> int:
+        return self.own_head or self.vocab_size
+
     def _capacity(self, rows: Rows) -> int:
         return power_of_two(max(rows.context + DRAFT_ROWS, MIN_COLUMNS))
 
     def pass_bytes(self, rows: Rows) -> int:
         """Temporaries over the whole prompt, which the draft reads at once; or of logits over one level of a tree."""
-        fusion = 7 * self.widths.hidden * rows.context * self.number_bytes
-        logits = MAX_STATIC_ROWS * self.vocab_size * (self.number_bytes + 8)  # and log-probabilities in fp32, twice
+        fusion = (6 * self.widths.hidden + self.features) * rows.context * self.number_bytes
+        logits = MAX_STATIC_ROWS * self._logits * (self.number_bytes + 8)  # and log-probabilities in fp32, twice
         return max(self.widths.pass_bytes(rows.context, self.number_bytes), fusion) + logits
 
     def graph_bytes(self, rows: Rows) -> int:
         """What CUDA graphs read, write and hold, as `graph_runner.py` says, with cuBLAS's workspaces."""
-        numbers = self.vocab_size + 3 * self.widths.hidden + self._capacity(rows)
-        numbers += self.vocab_size + 3 * self.widths.inner
+        numbers = self._logits + 3 * self.widths.hidden + self._capacity(rows)
+        numbers += self._logits + 3 * self.widths.inner
         return MAX_STATIC_ROWS * numbers * self.number_bytes + 8 * self._capacity(rows) + CUBLAS_BYTES

@@ -5,7 +5,7 @@ Enters: a `DovetailDraft`. Leaves: a directory with config.json and model.safete
     dovetail     this project's own, whatever the draft was read from
     eagle3       EAGLE-3 as SGLang, vLLM and SpecForge read it
     speculators  vllm-project/speculators
-    vllm         what vLLM serves as it is: EAGLE-3 for EAGLE-3 drafts
+    vllm         what vLLM serves: EAGLE-3 for EAGLE-3 drafts, which it knows, our own for all others, by our plugin
 
 A format can hold only what it has names for, and says so of other drafts.
 """
@@ -38,7 +38,7 @@ def write_draft(draft: DovetailDraft, directory: Path, to: str) -> None:
         raise ValueError(f"unknown format {to!r}; use one of {', '.join(FORMATS)}.")
     if (directory / "config.json").exists():
         raise FileExistsError(f"{directory} holds a checkpoint already; name another directory.")
-    if to == "dovetail":
+    if to == "dovetail" or (to == "vllm" and draft.config.fusion != "eagle3"):
         draft.save_pretrained(directory)
         return
     if draft.config.fusion != "eagle3":

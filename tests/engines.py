@@ -8,6 +8,7 @@ class here with an entry in `ENGINES`, and a script that exports a checkpoint fo
 import atexit
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ class Exporter:
         return out
 
     def _export(self, source: str, out: Path, kind: str) -> None:
-        part = out.with_name(out.name + ".part")  # an export that was interrupted is not taken for a whole one
+        part = out.with_name(f"{out.name}.part{os.getpid()}")  # one that was interrupted is not taken for a whole one
         shutil.rmtree(part, ignore_errors=True)
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
@@ -83,7 +84,12 @@ class Exporter:
             raise RuntimeError(f"{' '.join(self._command)} ended; see {log}.")
         if error := json.loads(answer)["error"]:
             raise RuntimeError(f"{out.name} could not be exported: {error} (see {log})")
-        part.rename(out)
+        try:
+            part.rename(out)
+        except OSError:  # another worker of this test run was faster
+            if not out.exists():
+                raise
+            shutil.rmtree(part)
 
     def _running(self) -> "subprocess.Popen[str]":
         if self._process is None:

@@ -314,9 +314,10 @@ def test_saved_and_loaded_again(name, tmp_path, target):
     assert len(state) == len(again.state_dict())
 
 
-def test_a_head_for_fewer_positions_is_used_beyond_them(tmp_path, target):
+def test_a_head_for_fewer_positions_is_used_beyond_them(tmp_path, target, caplog):
     """max_position_embeddings is 64 in these files; the target goes to 512."""
     _, draft = made_and_loaded("eagle3", tmp_path, target)
+    assert "64 positions and the target has 512: the draft is used up to the target's length" in caplog.text
     ids = prompt(100)
     options = {"max_new_tokens": 10, "do_sample": False}
     assert torch.equal(target.generate(ids, assistant_model=draft, **options), target.generate(ids, **options))

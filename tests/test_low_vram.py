@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, machine
 from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.modeling import TOKEN_ORDER, dtype_for, frequent_tokens
+from dovetail_plugin.loading import TOKEN_ORDER, dtype_for, frequent_tokens
 from dovetail_plugin.report import PhaseClock
 
 

@@ -60,6 +60,18 @@ def test_an_eagle3_file_has_the_published_names(tmp_path):
     assert {name: config[name] for name in shared} == {name: made.config[name] for name in shared}
 
 
+@pytest.mark.parametrize("fusion", ["dgf", "concat"])
+def test_what_vllm_takes_by_our_plugin_is_written_as_ours(fusion, tmp_path, target):
+    torch.manual_seed(0)
+    draft = DovetailDraft.for_target(target, blocks=2, fusion=fusion)
+    write_draft(draft, tmp_path, "vllm")
+    again = DovetailDraft.from_pretrained(tmp_path)
+    assert again.config.architectures == ["DovetailDraft"] and again.config.model_type == "dovetail"
+    expected = draft.state_dict()
+    assert expected.keys() == again.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+
+
 def test_what_a_format_cannot_hold(tmp_path):
     draft = DovetailDraft.from_pretrained(DRAFT)
     with pytest.raises(ValueError, match="eagle3 holds EAGLE-3 drafts, and this one is of the kind Dynamic Gating"):

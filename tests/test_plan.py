@@ -235,7 +235,7 @@ def test_shorter_contexts_help():
 
 def test_pairs_that_do_not_fit():
     target, other = shape_config("llama-2-7b-shape"), shape_config("llama-2-13b-shape")
-    with pytest.raises(ValueError, match="hidden_size is 5120, the target's is 4096"):
+    with pytest.raises(ValueError, match="hidden size is 5120, the target's is 4096"):
         make_plan(target, DovetailConfig.for_target(other), vram_bytes=0)
     with pytest.raises(ValueError, match="of a llama model, not of a Dovetail draft"):
         make_plan(target, other, vram_bytes=0)

@@ -120,7 +120,7 @@ def test_command_looks_at_this_machine(monkeypatch, capsys):
     [
         (["--vram", "4x"], "'4x' is no size"),
         (["--ram", "lots"], "'lots' is no size"),
-        (["--draft", "llama-2-7b-shape"], "not of a Dovetail draft"),
+        (["--draft", "llama-2-7b-shape"], "the config of a llama model, and of no draft"),
         (["--draft", "draft", "--blocks", "2"], "--blocks says what to plan for without --draft"),
         (["--blocks", "0"], "num_hidden_layers must be at least 1, got 0"),
         (["--target", "not/to/be/found"], "not/to/be/found: no such file or directory"),

@@ -185,7 +185,7 @@ def test_temporaries_of_a_prompt(case, rows_at_once):
     with session as target, LiveBytes() as live:
         target.prefill(prompt(1200), None)
         kept = sum(layer.kv_bytes(rows, allocated=True) for layer in sizes.layers)
-        temporaries = live.peak - kept - (sizes.features_bytes(rows) if rows_at_once < 1200 else 0)
+        temporaries = live.peak - kept - (sizes.features_bytes(rows, sizes.widths.hidden) if rows_at_once < 1200 else 0)
     unseen = 0 if rows_at_once == 1200 and not case[1] else rows_at_once * 1200 * 4
     assert temporaries * 0.85 <= sizes.prefill_bytes(rows) <= temporaries * 1.15 + unseen
 

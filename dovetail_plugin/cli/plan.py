@@ -7,6 +7,7 @@ import torch
 
 from ..configuration import DovetailConfig
 from ..counting import FLOAT_DTYPES, QUANTISED
+from ..draft_configs import load_draft_config
 from ..plan import format_bytes
 from ..policy import DeviceSplitPolicy
 from ..shapes import SHAPES, load_config
@@ -45,7 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add = parser.add_argument
     add("--target", required=True, metavar="ID_OR_CONFIG", help="a directory, config.json, hub id or shape (see below)")
-    add("--draft", default=None, metavar="ID_OR_CONFIG", help="the same of its draft; default: an untrained one")
+    add("--draft", default=None, metavar="ID_OR_CONFIG", help="of its draft, in any format; default: an untrained one")
     add("--blocks", type=int, default=None, help="decoder blocks of the draft, without --draft (1 where not given)")
     add("--vram", default=None, metavar="SIZE", help="memory of the GPU, 0 for none; default: what is free here")
     add("--ram", default=None, metavar="SIZE", help="memory for the CPU's parts; default: what this machine has")
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.blocks is not None:
         raise ValueError("--blocks says what to plan for without --draft; leave out one of the two.")
     else:
-        draft = load_config(args.draft)
+        draft = load_draft_config(args.draft)
     policy = DeviceSplitPolicy(vram_budget=args.vram, ram_budget=args.ram)
     options = {"gpu_supports_bf16": False} if args.no_bf16 else {}
     if args.vram is not None and not args.no_bf16:
