@@ -46,7 +46,10 @@ def _residual_states(links: Links, count: int) -> list[str]:
         if len(going_on) != 1:
             break
         stream.append(going_on[0])
-        added = going_on[0] if _is_sum(links, going_on[0]) else None
+        before = going_on[0]
+        while links.kind(before) == "Cast":
+            before = links.maker[before].input[0]
+        added = before if _is_sum(links, before) else None
     return states_before_layers(stream[::-1], count)
 
 
