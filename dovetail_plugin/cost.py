@@ -23,12 +23,13 @@ KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 """Counts whose seconds a `Curve` learns, beside the measured ones."""
 
 # What a `Curve` takes for granted of its seconds, as standard deviations of their logarithm.
-SPREAD, REACH = 0.4, 2.0
+SPREAD, REACH, ROUGHNESS = 0.4, 1.5, 0.03
 """Of the truth from the straight line between measured counts, far from both; how far apart, in octaves, two counts
-have little to do with each other."""
+have little to do with each other; and of one count from the smooth curve through its neighbours. So what lies between
+measured neighbours is believed, and what lies in a gap of several octaves is learnt."""
 NOISE_OF_PROBE, NOISE_OF_ROUND = 0.06, 0.2
 """Of a measured count, and of one round."""
-DRIFT_OF_MACHINE, DRIFT_OF_COUNT = 0.05, 0.01
+DRIFT_OF_MACHINE, DRIFT_OF_COUNT = 0.05, 0.005
 """From round to round: of all counts alike, and of each for itself."""
 
 
@@ -117,7 +118,8 @@ class Curve:
         self._counts, self._known = knots.tolist(), set(measured)
         self._seconds: list[float] = _straight(knots, known, seconds).tolist()
         octaves = np.log2(knots)
-        alike = SPREAD**2 * np.exp(-np.abs(octaves[:, None] - octaves) / REACH)
+        apart = (octaves[:, None] - octaves) / REACH
+        alike = SPREAD**2 * np.exp(-0.5 * apart**2) + ROUGHNESS**2 * np.eye(len(knots))
         at = np.isin(knots, known).nonzero()[0]
         seen = alike[np.ix_(at, at)] + NOISE_OF_PROBE**2 * np.eye(len(at))
         self._covariance = alike - alike[:, at] @ np.linalg.solve(seen, alike[at])

@@ -99,7 +99,7 @@ def test_counts_that_were_never_measured_are_learnt_from_their_first_rounds(orde
     for count in order * 3:
         curve.observe(count, min(math.log(STEP[count] / curve(count)), LARGEST_ERROR))
     for count in (3, 4, 5, 6, 7, 8):  # 7 was not seen either
-        assert curve(count) == pytest.approx(STEP[count], rel=0.11)
+        assert curve(count) == pytest.approx(STEP[count], rel=0.13)
     assert curve(1) == pytest.approx(STEP[1], rel=0.11)  # which was measured, and is not blamed
     assert set(curve.measured()) == {1, *order}
 
