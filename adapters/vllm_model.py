@@ -25,7 +25,7 @@ from dovetail_plugin.fitting import check_fits, warn_of_other_target
 
 from .vllm import check_sampling
 
-PACKED = {
+PACKED: dict[str, tuple[str, str | int]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
     "v_proj": ("qkv_proj", "v"),
@@ -98,13 +98,9 @@ class DovetailForVLLM(nn.Module, SupportsEagle):
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             *path, kind, field = name.split(".")
-            if kind in PACKED:
-                packed, part = PACKED[kind]
-                parameter = parameters[".".join([*path, packed, field])]
-                parameter.weight_loader(parameter, tensor, part)
-            else:
-                parameter = parameters[name]
-                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+            packed, *part = PACKED.get(kind, (kind,))
+            parameter = parameters[".".join([*path, packed, field])]
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor, *part)
 
 
 @support_torch_compile

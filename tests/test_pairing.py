@@ -6,11 +6,12 @@ import pytest
 import test_formats
 import torch
 from families import prompt, tiny_target
-from helpers import run_python
+from helpers import byte_target, byte_tokenizer, run_python, save_pair
 from test_bundled import DRAFT, TARGET
 from transformers import AutoConfig, LlamaConfig
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
+from dovetail_plugin.cli import main
 from dovetail_plugin.pairing import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
 from dovetail_plugin.writers import write_draft
 
@@ -113,6 +114,28 @@ def test_texts_with_loaded_drafts(draft, tmp_path):
     plain = bundled.generate(prompt(20), **options)
     assistant = load_assistant(draft, dtype=torch.float32)
     assert torch.equal(bundled.generate(prompt(20), assistant_model=assistant, **options), plain)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "small model", "eagle"])
+def test_bench_with_drafts_of_every_kind(kind, tmp_path, capsys):
+    """By the same command, with the policy; the comparison finds the same text."""
+    target, _ = save_pair(tmp_path)
+    name = LOOKUP
+    if kind == "small model":
+        byte_target(num_hidden_layers=1).save_pretrained(tmp_path / "small")
+        byte_tokenizer().save_pretrained(tmp_path / "small")
+        name = str(tmp_path / "small")
+    elif kind == "eagle":
+        config = AutoConfig.from_pretrained(target)
+        head = test_formats.eagle()
+        head.config["vocab_size"] = config.vocab_size
+        assert config.hidden_size == test_formats.H
+        (tmp_path / "head").mkdir()
+        name = str(head.write(tmp_path / "head"))
+    command = ["bench", "--target", str(target), "--draft", name, "--count", "2", "--max-new-tokens", "12"]
+    assert main([*command, "--dtype", "float32", "--out", str(tmp_path / "out.jsonl")]) == 0
+    result = json.loads((tmp_path / "out.jsonl").read_text())
+    assert result["identical"] == result["prompts"] == 2 and result["acceptance_length"] >= 1.0
 
 
 def test_generate_without_a_draft(tmp_path):
