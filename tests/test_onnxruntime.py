@@ -206,11 +206,11 @@ def test_interrupted_prompt(monkeypatch):
     engine, passes = engine_of(target), []
     cache, run = engine.cache(None), engine.run
 
-    def second_pass_fails(inputs):
-        passes.append(inputs)
+    def second_pass_fails(*arguments):
+        passes.append(arguments)
         if len(passes) == 2:
             raise KeyboardInterrupt
-        return run(inputs)
+        return run(*arguments)
 
     monkeypatch.setattr(engine, "run", second_pass_fails)
     with pytest.raises(KeyboardInterrupt):
