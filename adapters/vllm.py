@@ -9,9 +9,6 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
-
-from dovetail_plugin.configuration import DovetailConfig
 
 FIX_SAMPLING = "DOVETAIL_FIX_VLLM_SAMPLING"
 """Environment variable: 1 repairs sampling with speculation on builds where it is wrong (see `check_sampling`)."""
@@ -23,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Make vLLM and its transformers know Dovetail drafts. Idempotent; runs in every process of vLLM."""
+    """Make vLLM know Dovetail drafts. Idempotent; runs in every process of vLLM.
+
+    Its transformers knows their config since this package was imported.
+    """
     from vllm import ModelRegistry
 
-    AutoConfig.register(DovetailConfig.model_type, DovetailConfig, exist_ok=True)
     known = ModelRegistry.get_supported_archs()
     for name in ARCHITECTURES:
         if name not in known:

@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from dovetail_plugin import DovetailConfig, DovetailDraft
 from dovetail_plugin.blocks import FUSIONS, within_range
 from dovetail_plugin.fitting import check_fits, warn_of_other_target
+from dovetail_plugin.loading import check_loaded
 
 from .vllm import check_sampling
 
@@ -54,7 +55,9 @@ class DovetailForVLLM(nn.Module, SupportsEagle):
         check_fits(self.config, vllm_config.model_config.hf_config)
         warn_of_other_target(self.config, vllm_config.model_config.hf_config)
         self.model = DovetailModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.logits_processor = LogitsProcessor(
+            self.config.vocab_size, scale=self.config.logit_scale, soft_cap=self.config.logit_softcap
+        )
         check_sampling()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -78,14 +81,7 @@ class DovetailForVLLM(nn.Module, SupportsEagle):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The target's logits (n, V) of predicted features (n, H), scaled and capped as the target's are."""
         head = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens  # Gemma's has no name of its own
-        logits = self.logits_processor(head, hidden_states)
-        if logits is None:
-            return None
-        if self.config.logit_scale != 1.0:
-            logits = logits * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
-        return logits
+        return self.logits_processor(head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the checkpoint.
@@ -189,15 +185,12 @@ def check_tensors(config: DovetailConfig, tensors: dict[str, Tensor], source: st
     """
     with torch.device("meta"):
         expected = DovetailDraft(config).state_dict()
-    problems = [
-        f"{word}: {', '.join(sorted(names))}"
-        for word, names in (("missing", expected.keys() - tensors.keys()), ("unexpected", tensors.keys() - expected))
-        if names
-    ]
-    problems += [
-        f"wrong shape: {name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, tensor in sorted(tensors.items())
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if problems:
-        raise ValueError(f"{source} is not a complete Dovetail draft. {'; '.join(problems)}.")
+    shapes = [(name, tensors[name].shape, expected[name].shape) for name in sorted(tensors.keys() & expected.keys())]
+    check_loaded(
+        source,
+        {
+            "missing_keys": expected.keys() - tensors.keys(),
+            "unexpected_keys": tensors.keys() - expected.keys(),
+            "mismatched_keys": [(name, found, wanted) for name, found, wanted in shapes if found != wanted],
+        },
+    )

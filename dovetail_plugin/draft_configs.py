@@ -1,12 +1,10 @@
 """The `DovetailConfig` of a draft of any format from its config.json alone, for plans made before a download.
 
-Enters: a name. Leaves: a config. Formats are told by tensor names (`formats.py`), of
-which a config says enough but in two points: the paper's drafts look like EAGLE's, whose fusion is smaller by two
-matrices of the hidden size, and whether an EAGLE-3 draft brings an embedding table is not said. Where the directory
-holds the weights, they are looked at.
+Enters: a name. Leaves: a config. Formats are told by tensor names (`formats.py`), of which a config says enough but in
+two points: the paper's drafts look like EAGLE's, whose fusion is smaller by two matrices of the hidden size, and it is
+not said whether an EAGLE-3 draft brings an embedding table. Where the directory holds the weights, they are looked at.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,11 @@ def load_draft_config(name: str) -> DovetailConfig:
     """The config of a draft: a directory, a config.json or a hub id, of any format that `formats.py` reads.
 
     Raises:
-        ValueError: there is no such thing, or it is the config of no draft.
+        OSError: there is no such thing. ValueError: it is the config of no draft.
     """
     if name in SHAPES:
         return config_alone(name, SHAPES[name])
-    try:
-        stored = json.loads(Path(name).read_text(encoding="utf-8")) if Path(name).is_file() else read_config(name)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{name} holds no config that can be read: {error}") from error
+    stored = read_config(name)
     if stored.get("model_type") == DovetailConfig.model_type:
         return DovetailConfig.from_pretrained(name)
     local = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
@@ -48,7 +43,7 @@ def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
     size = config.get("draft_vocab_size") or layout.get("draft_vocab_size")
     eagle3 = any("Eagle3" in architecture for architecture in config.get("architectures") or [])
     one = torch.empty(1, device="meta")
-    if "speculators_config" in config or size or eagle3:
+    if layout is not config or size or eagle3:
         size = size or layout.get("vocab_size", 1)
         head = torch.empty(size, 1, device="meta")
         tensors = {"midlayer.input_layernorm.weight": one, "lm_head.weight": head, "d2t": torch.zeros(size)}
@@ -59,5 +54,6 @@ def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
     raise UnknownFormat(
         config,
         f"{name}: the config of a {config.get('model_type')} model, and of no draft. Looked for model_type dovetail, "
-        "speculators_config, draft_vocab_size (EAGLE-3), num_hidden_layers 1 (EAGLE-1, EAGLE-2, the Dovetail paper).",
+        "transformer_layer_config (speculators), draft_vocab_size (EAGLE-3), num_hidden_layers 1 (EAGLE-1, EAGLE-2, "
+        "the Dovetail paper).",
     )

@@ -55,14 +55,14 @@ class Checkpoint:
 
 
 def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
-    """The config.json of a checkpoint, as it is.
+    """The config.json of a checkpoint, as it is; `name` may be that file.
 
     Raises:
         OSError: there is none; says how to use a local directory where the hub is out of reach.
         ValueError: it is no JSON object.
     """
     try:
-        file = cached_file(name, "config.json", **hub_kwargs)
+        file = name if Path(name).is_file() else cached_file(name, "config.json", **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"{name}: no config.json there, as a directory or on the hub ({error}). Where the hub cannot be reached, "
@@ -71,9 +71,9 @@ def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: config.json is not JSON ({error}).") from error
+        raise ValueError(f"{name}: the config is not JSON ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{name}: config.json holds no object.")
+        raise ValueError(f"{name}: the config holds no object.")
     return config
 
 

@@ -53,6 +53,11 @@ def frequent_tokens(name: str, count: int, vocab_size: int) -> Tensor:
 
 
 def check_loaded(name: object, info: dict[str, Any]) -> None:
+    """Complain of what a checkpoint lacks or has too much, by transformers' `output_loading_info`.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or misshapen; all are named.
+    """
     problems = []
     for kind in ("missing_keys", "unexpected_keys"):
         if info[kind]:

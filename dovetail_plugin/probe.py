@@ -73,7 +73,8 @@ def measure(
         if vary_threads:
             rows = min(4, limits.nodes)
             threads, processors, seconds = choose_threads(lambda: verify(rows))
-            verify_s |= {} if seconds is None else {rows: seconds}
+            if seconds is not None:
+                verify_s[rows] = seconds
         for number, nodes in enumerate(dict.fromkeys((*NODES, limits.nodes))):
             if nodes <= limits.nodes and nodes not in verify_s and (number < 2 or time.perf_counter() < end_s):
                 verify_s[nodes] = verify(nodes)

@@ -45,12 +45,12 @@ def test_files_and_mistakes(tmp_path):
     file.write_text(json.dumps(made.config))
     assert load_draft_config(str(file)).fusion == "eagle3"
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"head\.json holds no config that can be read"):
+    with pytest.raises(ValueError, match=r"head\.json: the config is not JSON"):
         load_draft_config(str(file))
     file.write_text(json.dumps(test_formats.LLAMA | {"num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"of a llama model, and of no draft\. Looked for model_type dovetail"):
         load_draft_config(str(file))
-    with pytest.raises(ValueError, match="cannot be reached"):
+    with pytest.raises(OSError, match="cannot be reached"):
         load_draft_config("nobody/nothing")
 
 
