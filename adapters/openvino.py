@@ -55,6 +55,9 @@ NO_TOKEN = np.array([[-1]], dtype=np.int64)
 
 MODEL_FILE = "openvino_model.xml"
 
+DRAFT_WEIGHTS = ("int4", "int8", "f32")
+"""Of a draft that runs as a graph beside the target; see `openvino_draft.draft_graph`."""
+
 
 class OpenVINOCache:
     """The rows of a request's state, as `past_key_values` of a later turn. Valid until another text is begun.
@@ -231,6 +234,7 @@ class OpenVINOEngine:
         exact: chains only, and no hole outlives a round. Then every row of the state lies where plain
             generation puts it, sums run in the same order and results are the same to the bit; otherwise
             they differ by a rounding of float32, which int8 activations can make a visible one.
+        draft_weights: of a draft that runs as a graph beside this: "int4", "int8", "f32"; None chooses by the CPU.
     """
 
     runs_in_torch = False
@@ -242,6 +246,7 @@ class OpenVINOEngine:
         config: PretrainedConfig,
     ) -> None:
         self.exact = False
+        self.draft_weights: str | None = None
         self._compile = compile_model
         request = compile_model()
         self.rounding = graph.rounding(model, request)
@@ -283,7 +288,7 @@ class OpenVINOEngine:
         return given
 
     def draft_runner(self, draft: DovetailDraft) -> Any:
-        """As `Engine.draft_runner`: the draft as an int8 graph, compiled once; None without nncf."""
+        """As `Engine.draft_runner`: the draft as a graph, compiled once; None without nncf."""
         if draft not in self._runners:
             try:
                 from .openvino_draft import OpenVINORunner
@@ -291,7 +296,7 @@ class OpenVINOEngine:
                 logger.warning(f"the draft runs in torch, which is slower here: {error}")
                 self._runners[draft] = None
             else:
-                self._runners[draft] = OpenVINORunner(draft, properties=self._draft_properties)
+                self._runners[draft] = OpenVINORunner(draft, self.draft_weights, self._draft_properties)
         return self._runners[draft]
 
     def session(
@@ -409,6 +414,7 @@ class OpenVINOTarget(StoredTarget):
         kv_cache_precision: str | None = None,
         threads: int | None = None,
         exact: bool = False,
+        draft_weights: str | None = None,
         ov_config: dict[str, Any] | None = None,
         **hub_kwargs: Any,
     ) -> "OpenVINOTarget":
@@ -420,13 +426,17 @@ class OpenVINOTarget(StoredTarget):
             threads: CPU threads of the engine; default: OpenVINO's choice.
             exact: drafted text equals plain text to the bit with int8 weights too, at the price of trees and
                 of copying the state every round; see `OpenVINOEngine`.
+            draft_weights: of a draft that runs beside it on the CPU: "int4", "int8" or "f32"; default: "int4" on CPUs
+                with VNNI or AMX, "int8" elsewhere. They decide how much is accepted, never what the text is.
             ov_config: further properties of the CPU plugin.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
         Raises:
             OSError: there is no config.json or no IR.
-            ValueError: the IR is not one of a decoder-only language model with a state.
+            ValueError: the IR is not one of a decoder-only language model with a state; unknown `draft_weights`.
         """
+        if draft_weights not in (None, *DRAFT_WEIGHTS):
+            raise ValueError(f"draft_weights must be one of {', '.join(DRAFT_WEIGHTS)}, got {draft_weights!r}.")
         name = str(pretrained_model_name_or_path)
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
         file = cached_file(name, MODEL_FILE, **hub_kwargs)
@@ -445,5 +455,5 @@ class OpenVINOTarget(StoredTarget):
         engine = OpenVINOEngine(
             model, lambda: core.compile_model(model, "CPU", properties).create_infer_request(), config
         )
-        engine.exact = exact
+        engine.exact, engine.draft_weights = exact, draft_weights
         return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))

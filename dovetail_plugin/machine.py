@@ -20,14 +20,23 @@ VECTORS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int
 
 def cpu_name() -> str:
     """Model name and the vector extensions that matter for speed."""
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
+    have = vector_extensions()
+    return f"{name} ({' '.join(flag for flag in VECTORS if flag in have)})"
+
+
+def vector_extensions() -> set[str]:
+    """Those of `VECTORS` that the CPU has; empty where the system does not tell."""
+    return set(VECTORS) & set(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*:\s*(.+)", info)
-    flags = re.search(r"flags\s*:\s*(.+)", info)
-    have = [flag for flag in VECTORS if flags and flag in flags.group(1).split()]
-    return f"{name.group(1).strip() if name else platform.machine()} ({' '.join(have)})"
+        return ""
+    found = re.search(rf"{field}\s*:\s*(.+)", info)
+    return found.group(1).strip() if found else ""
 
 
 def cpus() -> list[int]:

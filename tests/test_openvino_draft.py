@@ -30,12 +30,12 @@ def rounds(draft, runner, count=6):
     """Trees of several rounds in which different numbers of tokens were accepted."""
     generator = torch.Generator().manual_seed(1)
     drafter = FeatureDrafter(draft, 8, PhaseClock(), runner)
-    drafter.begin(torch.randn(11, 32, generator=generator), prompt(12)[0])
+    drafter.begin(torch.randn(11, draft.config.hidden_size, generator=generator), prompt(12)[0])
     for number in range(count):
         yield drafter.grow(BUDGET)
         accepted = number % 4 + 1
         tokens = torch.randint(3, 97, (accepted,), generator=generator)
-        drafter.advance(torch.randn(accepted, 32, generator=generator), tokens)
+        drafter.advance(torch.randn(accepted, draft.config.hidden_size, generator=generator), tokens)
 
 
 def assert_same_trees(one, other):
@@ -87,13 +87,40 @@ def test_two_texts_at_a_time_do_not_mix(pair):
     assert_same_trees(alone, [other for _, other in mixed])
 
 
-def test_int8_drafts_nearly_the_same(pair):
-    """Compression costs acceptance only; scores stay within what eight bits can do on random weights."""
-    draft, _ = pair
-    runner = OpenVINORunner(draft)
+def bits(graph):
+    """Element types of the graph's compressed matrices."""
+    constants = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
+    return {node.get_element_type().to_string() for node in constants if node.get_output_size() > 0} & {
+        "u8",
+        "i8",
+        "i4",
+    }
+
+
+@pytest.mark.parametrize(("weights", "compressed"), [("int4", {"i4", "u8"}), ("int8", {"u8"})])
+def test_compressed_weights_draft_nearly_the_same(weights, compressed):
+    """Compression costs acceptance only; scores stay within what so few bits can do on random weights."""
+    torch.manual_seed(3)
+    draft = DovetailDraft.for_target(tiny_target("llama", hidden_size=128, intermediate_size=256))
+    assert bits(openvino_draft.draft_graph(draft, weights)) == compressed  # of int4, the head stays int8
+    runner = OpenVINORunner(draft, weights)
     exact, rough = next(rounds(draft, None)), next(rounds(draft, runner))
     assert abs(exact.scores[1] - rough.scores[1]) < 0.5
     assert not torch.equal(exact.scores, rough.scores)
+
+
+def test_matrices_too_small_for_groups_stay_int8():
+    draft = DovetailDraft.for_target(tiny_target("llama", hidden_size=24, num_attention_heads=4, intermediate_size=40))
+    assert bits(openvino_draft.draft_graph(draft, "int4")) == {"u8"}
+
+
+@pytest.mark.parametrize(
+    ("extensions", "weights"),
+    [({"avx512_vnni", "avx2"}, "int4"), ({"amx_int8"}, "int4"), ({"avx2"}, "int8"), (set(), "int8")],
+)
+def test_four_bits_where_the_cpu_has_arithmetic_for_them(monkeypatch, extensions, weights):
+    monkeypatch.setattr(openvino_draft.machine, "vector_extensions", lambda: extensions)
+    assert openvino_draft.default_weights() == weights
 
 
 def test_without_nncf_the_draft_runs_in_torch(monkeypatch):
@@ -105,7 +132,7 @@ def test_without_nncf_the_draft_runs_in_torch(monkeypatch):
     said = []
     monkeypatch.setattr(openvino.logger, "warning", said.append)
     engine = openvino.OpenVINOEngine.__new__(openvino.OpenVINOEngine)
-    engine._runners, engine._draft_properties = {}, {}
+    engine._runners, engine._draft_properties, engine.draft_weights = {}, {}, None
     assert engine.draft_runner(draft) is None
     assert engine.draft_runner(draft) is None
     assert len(said) == 1
