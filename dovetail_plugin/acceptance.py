@@ -7,7 +7,7 @@ training measured (or from a rule of thumb) and follows what is really accepted.
 
 import numpy as np
 
-from .cost import rising
+from .curve import rising
 
 EDGES = np.array([0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97])
 """Between the bins of draft probability."""

@@ -6,31 +6,19 @@
 slow round moves it a little only: corrections are bounded, and made in proportion.
 """
 
-import bisect
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from .curve import Curve
+
 FOLLOW = 0.2
 """Share of an observed error that is taken over at once, where a curve does not say otherwise."""
 
 LARGEST_ERROR = math.log(1.5)
 """A round that is off by more counts as off by this: one slow round is no news about the machine."""
-
-KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-"""Counts whose seconds a `Curve` learns, beside the measured ones."""
-
-# What a `Curve` takes for granted of its seconds, as standard deviations of their logarithm.
-SPREAD, REACH, ROUGHNESS = 0.4, 1.5, 0.03
-"""Of the truth from the straight line between measured counts, far from both; how far apart, in octaves, two counts
-have little to do with each other; and of one count from the smooth curve through its neighbours. So what lies between
-measured neighbours is believed, and what lies in a gap of several octaves is learnt."""
-NOISE_OF_PROBE, NOISE_OF_ROUND = 0.06, 0.2
-"""Of a measured count, and of one round."""
-DRIFT_OF_MACHINE, DRIFT_OF_COUNT = 0.05, 0.005
-"""From round to round: of all counts alike, and of each for itself."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +38,13 @@ class Shape:
 class Measurements:
     """Of one target, draft and machine.
 
-    verify_s: nodes -> seconds of a pass behind `context` tokens. level_s: rows -> seconds of one more draft level.
+    verify_s: nodes -> seconds of a pass behind `context` tokens, after one over as many nodes.
+    level_s: rows -> seconds of one more draft level.
     draft_s: seconds of a tree of one level. transfer_s: bytes -> seconds from the target's device to the draft's.
     threads: torch's, that all this was measured with; None where torch does not run the target.
     processors: that the threads were bound to; None where they were free.
+    switch: logarithm of what a pass takes after one over another number of nodes, to the same after one over as many:
+        engines that prepare a graph for each shape take longer. Learnt from rounds.
     """
 
     verify_s: dict[int, float]
@@ -63,6 +54,7 @@ class Measurements:
     context: int
     threads: int | None = None
     processors: tuple[int, ...] | None = None
+    switch: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, whose keys are strings."""
@@ -76,7 +68,7 @@ class Measurements:
             ValueError: a part is missing, is no number, or makes no sense.
         """
         try:
-            tables = {
+            seconds_of = {
                 name: {int(count): float(seconds) for count, seconds in values[name].items()}
                 for name in ("verify_s", "level_s", "transfer_s")
             }
@@ -86,100 +78,18 @@ class Measurements:
                 context=int(values["context"]),
                 threads=None if values["threads"] is None else int(values["threads"]),
                 processors=None if processors is None else tuple(int(p) for p in processors),
-                **tables,
+                switch=float(values.get("switch", 0.0)),  # not in files of earlier versions
+                **seconds_of,
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"incomplete measurements: {error!r}") from error
-        seconds = [found.draft_s, *found.verify_s.values(), *found.level_s.values(), *found.transfer_s.values()]
+        tables = (found.verify_s, found.level_s, found.transfer_s)
+        seconds = [found.draft_s, found.switch, *(s for table in tables for s in table.values())]
         if not found.verify_s or not found.level_s or not all(math.isfinite(s) and s >= 0 for s in seconds):
             raise ValueError("measurements without counts, or with seconds that are no positive numbers")
         if min(*found.verify_s, *found.level_s, 1 if found.threads is None else found.threads) < 1:
             raise ValueError("measurements with counts of rows or threads below 1")
         return found
-
-
-class Curve:
-    """Seconds as a function of a count: straight between knots, and on beyond the last two.
-
-    It begins as the straight line through what was measured and follows rounds as a Kalman filter over the logarithms
-    of its knots' seconds. An error is put down to the machine (all counts alike), to its count and to counts near it,
-    in proportion to what is not known of each: a count that was never measured is learnt from its first rounds.
-
-    Args:
-        measured: count -> seconds, one entry or more.
-    """
-
-    def __init__(self, measured: dict[int, float]) -> None:
-        known = np.array(sorted(measured), dtype=float)
-        # More rows never take less time for good; where they seemed to, both get the mean.
-        seconds = np.array([measured[int(count)] for count in known])
-        seconds = np.maximum(rising(seconds, np.ones(len(seconds))), 1e-7)
-        knots = np.array(sorted({*KNOTS, *measured}), dtype=float)
-        self._counts, self._known = knots.tolist(), set(measured)
-        self._seconds: list[float] = _straight(knots, known, seconds).tolist()
-        octaves = np.log2(knots)
-        apart = (octaves[:, None] - octaves) / REACH
-        alike = SPREAD**2 * np.exp(-0.5 * apart**2) + ROUGHNESS**2 * np.eye(len(knots))
-        at = np.isin(knots, known).nonzero()[0]
-        seen = alike[np.ix_(at, at)] + NOISE_OF_PROBE**2 * np.eye(len(at))
-        self._covariance = alike - alike[:, at] @ np.linalg.solve(seen, alike[at])
-        self._drift = DRIFT_OF_MACHINE**2 + DRIFT_OF_COUNT**2 * np.eye(len(knots))
-
-    def __call__(self, count: float) -> float:
-        """Seconds for one count. Plain Python: a round of a small model takes a few milliseconds."""
-        left, share = self._place(count)
-        return self._seconds[left] + share * (self._seconds[left + 1] - self._seconds[left])
-
-    def _place(self, count: float) -> tuple[int, float]:
-        """The knot at or before a count, and how far it is to the next one as a share; above 1 beyond the last."""
-        counts = self._counts
-        left = min(max(bisect.bisect_right(counts, count) - 1, 0), len(counts) - 2)
-        return left, (count - counts[left]) / (counts[left + 1] - counts[left])
-
-    def many(self, counts: np.ndarray) -> np.ndarray:
-        """Seconds for each of `counts`."""
-        return _straight(counts, np.array(self._counts), np.array(self._seconds))
-
-    def observe(self, count: int, error: float) -> None:
-        """Take over an error, log(seen / expected) at `count`."""
-        left, share = self._place(count)
-        share = min(share, 1.0)
-        covariance = self._covariance + self._drift
-        shared = (1.0 - share) * covariance[left] + share * covariance[left + 1]
-        variance = (1.0 - share) * shared[left] + share * shared[left + 1] + NOISE_OF_ROUND**2
-        self._covariance = covariance - np.outer(shared, shared) / variance
-        logs = np.log(self._seconds) + shared * (error / variance)
-        # More rows still never take less time: where they seem to, both get what is known better.
-        self._seconds = np.exp(rising(logs, 1.0 / self._covariance.diagonal())).tolist()
-        self._known.add(int(self._counts[left + round(share)]))
-
-    def measured(self) -> dict[int, float]:
-        """Seconds of the counts that were measured or learnt, for the next process."""
-        at = {int(count): seconds for count, seconds in zip(self._counts, self._seconds, strict=True)}
-        return {count: at[count] for count in sorted(self._known)}
-
-
-def _straight(counts: np.ndarray, known: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Straight between known counts and on beyond the last two; flat before the first."""
-    found = np.interp(counts, known, seconds)
-    if len(known) == 1:
-        return found
-    (x0, x1), (y0, y1) = known[-2:], seconds[-2:]
-    return np.where(counts > x1, y1 + (counts - x1) * (y1 - y0) / (x1 - x0), found)
-
-
-def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The nearest sequence that never falls, in weighted squares (pool adjacent violators)."""
-    pools: list[list[float]] = []  # mean, weight, length
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        pools.append([value, weight, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            mean, weight, length = pools.pop()
-            last = pools[-1]
-            total = last[1] + weight
-            last[0] = (last[0] * last[1] + mean * weight) / total if total else last[0]
-            last[1], last[2] = total, last[2] + length
-    return np.repeat([mean for mean, _, _ in pools], [int(length) for _, _, length in pools])
 
 
 @dataclass(frozen=True)
@@ -211,9 +121,11 @@ class CostModel:
     verify: Curve = field(init=False)
     level: Curve = field(init=False)
     rounds: int = 0
+    last_nodes: int | None = None  # of the pass before; None after any other work of the target
 
     def __post_init__(self) -> None:
-        self.verify, self.level = Curve(self.measured.verify_s), Curve(self.measured.level_s)
+        self.verify = Curve(self.measured.verify_s, self.measured.switch)
+        self.level = Curve(self.measured.level_s)
         self._draft_scale = 1.0
         self._transfer_s = min(self.measured.transfer_s.values(), default=0.0)
         self._accept_s = 0.0  # a token's share of accepting and of all else; learnt from the first rounds
@@ -233,7 +145,7 @@ class CostModel:
         return memory_s, row_s * 4 * self.shape.query_numbers / (2 * self.shape.parameters)
 
     def verify_s(self, nodes: int, context: int) -> float:
-        """Of a pass over `nodes` rows behind `context` tokens."""
+        """Of a pass over `nodes` rows behind `context` tokens, after one over as many."""
         beyond = context - self.measured.context
         seconds = self.verify(nodes) + beyond * (self._per_token_s + self._per_token_row_s * nodes)
         return max(seconds, 0.2 * self.verify(1))
@@ -244,6 +156,16 @@ class CostModel:
         beyond = context - self.measured.context
         seconds = self.verify.many(counts) + beyond * (self._per_token_s + self._per_token_row_s * counts)
         return np.maximum(seconds, 0.2 * self.verify(1))
+
+    def switch_table(self, nodes: int) -> np.ndarray:
+        """(nodes,) share of a pass over 1, 2, ... `nodes` rows that it takes more after the pass before."""
+        shares = np.full(nodes, math.expm1(self.verify.switch))
+        if self.last_nodes is not None and self.last_nodes <= nodes:
+            shares[self.last_nodes - 1] = 0.0
+        return shares
+
+    def _switch_factor(self, nodes: int) -> float:
+        return 1.0 if nodes == self.last_nodes else math.exp(self.verify.switch)
 
     def level_table(self, rows: int) -> np.ndarray:
         """(rows + 1,) seconds of one more draft level over 0, 1, ... `rows` rows."""
@@ -267,7 +189,8 @@ class CostModel:
             levels_s = sum(self.level(width) for width in widths)
             draft_s = (self.measured.draft_s + levels_s) * self._draft_scale
             transfer_s = self._transfer_s
-        return RoundCost(draft_s, transfer_s, self.verify_s(nodes, context), self._accept_s * tokens)
+        verify_s = self.verify_s(nodes, context) * self._switch_factor(nodes)
+        return RoundCost(draft_s, transfer_s, verify_s, self._accept_s * tokens)
 
     def observe(
         self, expected: RoundCost, seconds: dict[str, float], *, nodes: int, context: int, tokens: int, drafted: bool
@@ -294,7 +217,8 @@ class CostModel:
         share = min(max(part_s / self.verify_s(nodes, context), 0.0), 1.0)
         correction = math.exp(FOLLOW * share * error)
         self._per_token_s, self._per_token_row_s = self._per_token_s * correction, self._per_token_row_s * correction
-        self.verify.observe(nodes, (1.0 - share) * error)
+        self.verify.observe(nodes, (1.0 - share) * error, nodes != self.last_nodes)
+        self.last_nodes = nodes
 
     def as_measurements(self) -> Measurements:
         """What is known now, to be kept for the next process."""
@@ -307,6 +231,7 @@ class CostModel:
             context=self.measured.context,
             threads=self.measured.threads,
             processors=self.measured.processors,
+            switch=self.verify.switch,
         )
 
 

@@ -160,6 +160,7 @@ class AdaptiveRounds:
                     measured = measure()
                     records.store(self.key, measured, directory)
                 self.policy.costs[self.key] = CostModel(measured, self.shape)
+            self.cost.last_nodes = None  # the prompt was read
             return self.cost.measured
 
     def next(self, context: int, bound: TreeBudget) -> RoundPlan:
@@ -171,7 +172,8 @@ class AdaptiveRounds:
                 verify_s = self.cost.verify_table(context, bound.nodes)
                 self._tables = bound, verify_s, self.cost.level_table(bound.top_k)
             assert self._tables is not None
-            judge = TreeJudge(bound, self._price(context), *self._tables[1:], self.mode)
+            switch = self.cost.switch_table(bound.nodes)
+            judge = TreeJudge(bound, self._price(context), *self._tables[1:], self.mode, switch)
             if fresh:
                 self.mode.lookahead.refresh(self.mode.curve, judge.node_price())
             return RoundPlan(bound, judge)

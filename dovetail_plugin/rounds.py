@@ -166,14 +166,24 @@ class TreeJudge:
         verify_s: (budget.nodes,) seconds of passes over 1, 2, ... rows.
         level_s: (budget.top_k + 1,) seconds of a further draft level over 0, 1, ... rows.
         mode: what is known of this draft, kept up to date.
+        switch: (budget.nodes,) share of those seconds that a pass takes more after the one before it.
 
     Attributes:
         widths: rows of the levels drafted after the first. expected: tokens that the tree is expected to give.
     """
 
-    def __init__(self, budget: TreeBudget, price: float, verify_s: np.ndarray, level_s: np.ndarray, mode: Mode) -> None:
+    def __init__(
+        self,
+        budget: TreeBudget,
+        price: float,
+        verify_s: np.ndarray,
+        level_s: np.ndarray,
+        mode: Mode,
+        switch: np.ndarray,
+    ) -> None:
         self._budget, self._mode = budget, mode
         self._node_costs = price * (verify_s - verify_s[0])  # in tokens, of 0, 1, ... drafted nodes
+        self._switch_costs = price * verify_s * switch
         self._level_costs = price * level_s
         self._frontier = np.ones(1)  # acceptance of the nodes whose children come next, in the order they were run
         self.widths: list[int] = []
@@ -211,7 +221,8 @@ class TreeJudge:
         """
         likely = self._likeliest(scores, self._budget.nodes - 1)
         brought = np.concatenate([[0.0], likely.cumsum()])
-        nodes = int((brought - self._node_costs[: len(brought)]).argmax())
+        costs = self._node_costs + self._switch_costs
+        nodes = int((brought - costs[: len(brought)]).argmax())
         self.expected = 1.0 + float(brought[nodes])
         self._mode.nodes += 0.1 * (nodes + 1 - self._mode.nodes)
         return nodes + 1

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dovetail_plugin.acceptance import BINS, CENTERS, EDGES, GREEDY, SAMPLING, AcceptanceCurve, prior
-from dovetail_plugin.cost import LARGEST_ERROR, CostModel, Curve, Measurements, RoundCost, Shape, rising
+from dovetail_plugin.cost import LARGEST_ERROR, CostModel, Measurements, RoundCost, Shape
+from dovetail_plugin.curve import Curve, rising
 
 MEASURED = Measurements(
     verify_s={1: 0.10, 2: 0.102, 4: 0.106, 8: 0.114, 16: 0.13, 32: 0.18, 48: 0.24},
@@ -121,6 +122,29 @@ def test_a_slower_machine_slows_all_counts():
         curve.observe(4, min(math.log(1.8 / curve(4)), LARGEST_ERROR))
     assert curve(4) == pytest.approx(1.8, rel=0.03)
     assert curve(1) > 1.25 and curve(16) > 2.5
+
+
+@pytest.mark.parametrize("more", [0.0, 0.1, 0.3])
+def test_what_a_switch_costs_is_learnt_apart_from_what_counts_cost(more):
+    """Rounds of an engine that takes longer after another number of rows, on a clock that is off by a twentieth."""
+    truth, rng = {1: 1.0, 4: 1.2, 8: 1.5, 16: 2.4}, np.random.default_rng(0)
+    curve, last = Curve(truth), 0
+    for count in rng.choice(list(truth), 150):
+        switched = bool(count != last)
+        expected = curve(count) * math.exp(curve.switch * switched)
+        seen = truth[count] * (1.0 + more * switched) * math.exp(rng.normal(0, 0.05))
+        curve.observe(int(count), math.log(seen / expected), switched)
+        last = count
+    assert curve.switch == pytest.approx(math.log1p(more), abs=0.04)
+    for count, seconds in truth.items():
+        assert curve(count) == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_switch_never_saves_time():
+    curve = Curve({1: 1.0, 8: 2.0})
+    for _ in range(20):
+        curve.observe(4, -0.3, switched=True)
+    assert curve.switch == 0.0
 
 
 @pytest.mark.parametrize("factor", [0.4, 2.5])
@@ -312,8 +336,12 @@ def test_tables_are_what_a_round_costs():
         observe(model, 0.2, nodes=8, context=300, drafted=True, draft_s=0.05, accept_s=0.01)
     table, levels = model.verify_table(300, 48), model.level_table(8)
     assert (table.shape, levels.shape, levels[0]) == ((48,), (9,), 0.0)
-    for nodes in (1, 5, 48):
-        assert table[nodes - 1] == model.round(None, nodes, 300, 1.0).verify_s
+    switch = model.switch_table(48)
+    assert switch[7] == 0.0 < switch[0] == switch[47]  # the first of these rounds was a little longer
+    for nodes in (1, 5, 8, 48):
+        assert table[nodes - 1] * (1.0 + switch[nodes - 1]) == pytest.approx(
+            model.round(None, nodes, 300, 1.0).verify_s
+        )
     for rows in (1, 3, 8):
         more = model.round([4, rows], 8, 300, 1.0).draft_s - model.round([4], 8, 300, 1.0).draft_s
         assert levels[rows] == pytest.approx(more)
@@ -390,6 +418,13 @@ def test_what_was_learnt_can_be_kept():
     np.testing.assert_allclose(again.verify_table(100, 48), model.verify_table(100, 48), rtol=0.05)  # lines between
     np.testing.assert_allclose(again.level_table(8), model.level_table(8))
     assert again.round([2, 8], 8, 100, 1.0).draft_s == pytest.approx(model.round([2, 8], 8, 100, 1.0).draft_s)
+    assert again.verify.switch == model.verify.switch > 0.0
+
+
+def test_files_of_before_switches_were_learnt_are_read():
+    values = MEASURED.as_dict()
+    assert values.pop("switch") == 0.0
+    assert Measurements.from_dict(values) == MEASURED
 
 
 # --- acceptance ------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "dovetail_plugin"
 
 # From the bottom up; a module may import only from earlier lines.
 LAYERS = [
-    {"_version", "report", "tree", "cache", "cost", "machine", "shapes", "device_plan"},
-    {"assistants"},
+    {"_version", "report", "tree", "cache", "curve", "machine", "shapes", "device_plan"},
+    {"assistants", "cost"},
     {"verify", "target", "acceptance", "records"},
     {"configuration", "rounds"},
     {"blocks", "formats", "fitting"},

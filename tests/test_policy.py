@@ -63,8 +63,9 @@ def a_mode(seed=0):
     return Mode(curve)
 
 
-def judge_of(budget, price, verify_s, level_s=None, mode=None):
-    return TreeJudge(budget, price, verify_s, np.zeros(budget.top_k + 1) if level_s is None else level_s, mode)
+def judge_of(budget, price, verify_s, level_s=None, mode=None, switch=0.0):
+    level_s = np.zeros(budget.top_k + 1) if level_s is None else level_s
+    return TreeJudge(budget, price, verify_s, level_s, mode, np.broadcast_to(switch, verify_s.shape))
 
 
 @settings(deadline=None)
@@ -82,6 +83,22 @@ def test_rows_are_worth_most(scores, price, nodes, seed, data):
     assert 1 <= chosen <= min(nodes, len(scores) + 1)
     assert worth(chosen) == pytest.approx(max(worth(n) for n in range(1, min(nodes, len(scores) + 1) + 1)), abs=1e-9)
     assert judge.expected == pytest.approx(1.0 + sum(likely[: chosen - 1]))
+
+
+@settings(deadline=None)
+@given(scores_lists, prices, st.integers(2, 30), st.floats(0, 0.5), st.data())
+def test_rows_are_worth_their_switch(scores, price, nodes, share, data):
+    """The number of the pass before is cheaper than all others by what these take more after another one."""
+    verify_s, mode = data.draw(tables(nodes, start=0.01)), a_mode(3)
+    last = data.draw(st.integers(1, nodes))
+    switch = np.where(np.arange(1, nodes + 1) == last, 0.0, share)
+    chosen = judge_of(TreeBudget(nodes, 6, 8), price, verify_s, mode=mode, switch=switch).rows(scores)
+    likely = sorted(mode.curve(scores).tolist(), reverse=True)
+
+    def worth(count):
+        return sum(likely[: count - 1]) - price * verify_s[count - 1] * (1.0 + share * (count != last))
+
+    assert worth(chosen) == pytest.approx(max(worth(n) for n in range(1, min(nodes, len(scores) + 1) + 1)), abs=1e-9)
 
 
 @settings(deadline=None)
@@ -194,6 +211,7 @@ class Computer:
     level_s: float
     level_row_s: float = 0.0
     token_s: float = 0.0
+    switch: float = 0.0  # share of a pass that it takes more after one over another number of rows
 
     def verify_s(self, nodes: int) -> float:
         return self.pass_s + (nodes - 1) * self.pass_row_s
@@ -201,10 +219,11 @@ class Computer:
     def further_level_s(self, rows: int) -> float:
         return self.level_s + (rows - 1) * self.level_row_s
 
-    def seconds(self, nodes: int, widths: "list[int] | None", tokens: int) -> dict[str, float]:
-        """Of a round, by phase; no widths where nothing was drafted."""
+    def seconds(self, nodes: int, widths: "list[int] | None", tokens: int, last: int | None = None) -> dict[str, float]:
+        """Of a round, by phase; no widths where nothing was drafted; last: nodes of the round before."""
         draft_s = 0.0 if widths is None else self.tree_s + sum(self.further_level_s(rows) for rows in widths)
-        return {"draft": draft_s, "transfer": 0.0, "verify": self.verify_s(nodes), "accept": self.token_s * tokens}
+        verify_s = self.verify_s(nodes) * (1.0 if nodes == last else 1.0 + self.switch)
+        return {"draft": draft_s, "transfer": 0.0, "verify": verify_s, "accept": self.token_s * tokens}
 
     def measurements(self) -> Measurements:
         """What a probe finds."""
@@ -396,7 +415,8 @@ def play(rounds: AdaptiveRounds, pair: Pair, computers: dict[int, Computer], end
         drafted = plan.budget.nodes > 1
         tree, path = pair.round(position, plan.budget, plan.judge) if drafted else (DraftTree.root(0), [0])
         forecast = rounds.forecast(plan, len(tree), context)
-        seconds = computer.seconds(len(tree), plan.judge.widths if drafted else None, len(path))
+        last = played[-1].nodes if played else None
+        seconds = computer.seconds(len(tree), plan.judge.widths if drafted else None, len(path), last)
         seen = {name: spent * math.exp(rng.normal(0, 0.05)) for name, spent in seconds.items()} | {"other": 0.0}
         acceptance = Acceptance(path, [0] * len(path), stop=False)
         rounds.observe(Outcome(tree, acceptance, context, drafted, seen), forecast)
@@ -448,6 +468,21 @@ def test_a_good_draft_is_used_as_well_as_the_best_budget(computer, draft, kind, 
     assert best > 1.1 * computer.plain_rate()  # or there is nothing to find
     played = play(rounds_on(computer, tmp_path, KINDS[kind]), pair, {0: computer}, 2000)
     assert rate(played) >= 0.97 * best
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_that_prepares_a_graph_for_each_shape_is_given_few_shapes(kind, tmp_path):
+    """Where another number of rows costs a tenth of a pass, the policy is at least as good as the best fixed one."""
+    pair = Pair(greedy=kind == "greedy")
+    computer = replace(COMPUTERS["rows cost a little"], switch=0.1)
+    rounds = rounds_on(computer, tmp_path, KINDS[kind])
+    played = play(rounds, pair, {0: computer}, 2000)
+    assert rounds.cost.verify.switch == pytest.approx(math.log(1.1), abs=0.03)
+    free = replace(computer, switch=0.0)
+    freely = play(rounds_on(free, tmp_path / "free", KINDS[kind]), pair, {0: free}, 2000)
+    seldom, often = (np.mean(np.diff([one.nodes for one in p if one.position >= 500]) != 0) for p in (played, freely))
+    assert seldom < 0.5 * often
+    assert rate(played) >= 0.97 * best_static_rate(pair, computer, 0, 2000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
