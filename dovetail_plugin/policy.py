@@ -175,7 +175,7 @@ class AdaptiveRounds:
             switch = self.cost.switch_table(bound.nodes)
             judge = TreeJudge(bound, self._price(context), *self._tables[1:], self.mode, switch)
             if fresh:
-                self.mode.lookahead.refresh(self.mode.curve, judge.node_price())
+                self.mode.lookahead.refresh(self.mode.curve)
             return RoundPlan(bound, judge)
 
     def _price(self, context: int) -> float:

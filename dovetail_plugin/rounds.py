@@ -58,21 +58,18 @@ class Outcome:
 
 
 class Lookahead:
-    """What the children of a node are expected to bring, before they are drafted: as latest nodes' children did.
+    """What the children of nodes are expected to bring, before they are drafted: as latest nodes' children did.
 
     Remembers, of the latest nodes that were drafted further, how likely their two best children were accepted if
-    they themselves were. The gain of a node is convex in its probability, since children that would not pay for
-    their verification are left out; so it is the mean over these children, not a factor.
+    they themselves were. What a child brings is convex in its probability, since children that would not pay are left
+    out; so it is the mean over these, not what a mean child would bring.
     """
-
-    GRID = np.linspace(0.0, 1.0, 26)
 
     def __init__(self) -> None:
         first = np.linspace(0.3, 0.95, 16)  # until there are real ones
         self._children = np.tile(np.stack([first, 0.4 * (1.0 - first)], axis=1), (8, 1))
         self._next = 0
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
-        self.gains = self.GRID
 
     def observe(self, parents: np.ndarray, children: np.ndarray) -> None:
         """Remember, until `refresh`: acceptance (R,) of parents, scores (R, C) of their children, best first."""
@@ -80,14 +77,10 @@ class Lookahead:
             children = np.pad(children, ((0, 0), (0, 1)), constant_values=-np.inf)
         self._seen.append((parents, children[:, :2]))
 
-    def refresh(self, curve: AcceptanceCurve, node_price: float) -> None:
-        """Work out `gains`: tokens that nodes of `GRID`'s probabilities bring, where verifying a row costs so much."""
-        if self._seen:
-            self._take_over(curve)
-        brought = self.GRID[:, None] * self._children.reshape(1, -1) - node_price
-        self.gains = np.maximum(brought, 0.0).sum(axis=1) / len(self._children)
-
-    def _take_over(self, curve: AcceptanceCurve) -> None:
+    def refresh(self, curve: AcceptanceCurve) -> None:
+        """Take over what was remembered, by this curve."""
+        if not self._seen:
+            return
         parents = np.concatenate([parents for parents, _ in self._seen])
         scores = np.concatenate([children for _, children in self._seen])
         self._seen.clear()
@@ -97,24 +90,31 @@ class Lookahead:
         self._children[(self._next + np.arange(len(shares))) % len(self._children)] = shares
         self._next = (self._next + len(shares)) % len(self._children)
 
-    def __call__(self, likely: np.ndarray) -> np.ndarray:
-        """Tokens that further drafting of nodes with these probabilities is expected to bring, each."""
-        return np.interp(likely, self.GRID, self.gains)
+    def gains(self, likely: np.ndarray, prices: np.ndarray) -> np.ndarray:
+        """Tokens that further drafting of nodes with these probabilities (K,) is expected to bring, each.
+
+        Args:
+            prices: (2 K,) rising: tokens that verifying a child costs; the likeliest of all takes the first place.
+        """
+        expected = likely[:, None] * self._children.mean(axis=0)
+        paid = np.empty(expected.size)
+        paid[np.argsort(-expected, axis=None, kind="stable")] = prices
+        brought = likely[:, None, None] * self._children.T - paid.reshape(*expected.shape, 1)
+        return np.maximum(brought, 0.0).mean(axis=2).sum(axis=1)
 
 
 @dataclass
 class Mode:
     """What is known about drafting for one target at one temperature.
 
-    nodes: rows verified lately, on average. tokens, estimated, seconds: of drafted rounds, older ones counting less:
-        what came, and what trees like these bring by all that is known. since, accepted: drafted rounds since the last
-        rest, and drafted tokens that were accepted in them.
+    tokens, estimated, seconds: of drafted rounds, older ones counting less: what came, and what trees like these bring
+        by all that is known. since, accepted: drafted rounds since the last rest, and drafted tokens that were accepted
+        in them.
     trial: drafted rounds until they are judged. rest: plain rounds until the next trial. interval: of the next rest.
     """
 
     curve: AcceptanceCurve
     lookahead: Lookahead = field(default_factory=Lookahead)
-    nodes: float = 8.0
     tokens: float = 0.0
     estimated: float = 0.0
     seconds: float = 0.0
@@ -182,18 +182,12 @@ class TreeJudge:
         switch: np.ndarray,
     ) -> None:
         self._budget, self._mode = budget, mode
-        self._node_costs = price * (verify_s - verify_s[0])  # in tokens, of 0, 1, ... drafted nodes
-        self._switch_costs = price * verify_s * switch
+        self._node_costs = price * verify_s * (1.0 + switch)  # in tokens, of 0, 1, ... drafted nodes
         self._level_costs = price * level_s
         self._frontier = np.ones(1)  # acceptance of the nodes whose children come next, in the order they were run
+        self._candidates = np.zeros(0)  # acceptance of all nodes so far, best first, as many as may be verified
         self.widths: list[int] = []
         self.expected = 1.0
-
-    def node_price(self) -> float:
-        """Tokens that one more row costs, about where trees end lately."""
-        most = len(self._node_costs) - 1
-        low, high = min(int(self._mode.nodes / 2), most - 1), min(int(self._mode.nodes * 1.5) + 1, most)
-        return float(self._node_costs[high] - self._node_costs[low]) / (high - low)
 
     def width(self, scores: np.ndarray) -> int:
         """Rows of the level below these candidates, the likeliest first; 0 stops.
@@ -202,16 +196,29 @@ class TreeJudge:
             scores: (M,) cumulative log-probabilities of all candidates of the last level: of each row that was run,
                 its children, best first.
         """
-        by_row = scores.reshape(len(self._frontier), -1)
-        self._mode.lookahead.observe(self._frontier, by_row)
+        lookahead = self._mode.lookahead
+        lookahead.observe(self._frontier, scores.reshape(len(self._frontier), -1))
+        level = self._likeliest(scores, self._budget.nodes - 1)
+        self._candidates = -np.sort(-np.concatenate([self._candidates, level]))[: self._budget.nodes - 1]
         likely = self._likeliest(scores, self._budget.top_k)
-        gains = self._mode.lookahead(likely).cumsum() - self._level_costs[1 : len(likely) + 1]
+        gains = lookahead.gains(likely, self._prices(2 * len(likely))).cumsum() - self._level_costs[1 : len(likely) + 1]
         width = int(gains.argmax()) + 1
         if gains[width - 1] <= 0.0:
             return 0
         self.widths.append(width)
         self._frontier = likely[:width]
         return width
+
+    def _prices(self, count: int) -> np.ndarray:
+        """(count,) tokens that `count` nodes better than all so far would cost, cheapest first; inf where none fits.
+
+        A node takes the place of the weakest that would be verified, or makes the pass longer by a row.
+        """
+        taken = self._worth(self._candidates)
+        replaced = self._candidates[:taken][::-1][:count]
+        longer = np.maximum.accumulate(np.diff(self._node_costs[taken : taken + count + 1]))
+        prices = np.sort(np.concatenate([replaced, longer, np.full(count, np.inf)]))
+        return prices[:count]
 
     def rows(self, scores: np.ndarray) -> int:
         """Nodes to verify, the root included.
@@ -220,12 +227,14 @@ class TreeJudge:
             scores: (M,) cumulative log-probabilities of all candidates of the tree.
         """
         likely = self._likeliest(scores, self._budget.nodes - 1)
-        brought = np.concatenate([[0.0], likely.cumsum()])
-        costs = self._node_costs + self._switch_costs
-        nodes = int((brought - costs[: len(brought)]).argmax())
-        self.expected = 1.0 + float(brought[nodes])
-        self._mode.nodes += 0.1 * (nodes + 1 - self._mode.nodes)
+        nodes = self._worth(likely)
+        self.expected = 1.0 + float(likely[:nodes].sum())
         return nodes + 1
+
+    def _worth(self, likely: np.ndarray) -> int:
+        """How many of these candidates, best first, to verify."""
+        brought = np.concatenate([[0.0], likely.cumsum()])
+        return int((brought - self._node_costs[: len(brought)]).argmax())
 
     def _likeliest(self, scores: np.ndarray, count: int) -> np.ndarray:
         """Acceptance of the `count` best candidates, best first."""

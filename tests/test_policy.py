@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import prompt, tiny_target
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_drafting import make_draft, text_and_features
 
@@ -101,23 +101,31 @@ def test_rows_are_worth_their_switch(scores, price, nodes, share, data):
     assert worth(chosen) == pytest.approx(max(worth(n) for n in range(1, min(nodes, len(scores) + 1) + 1)), abs=1e-9)
 
 
+def a_mode_whose_children_are(share):
+    """Every node's only child is accepted that often if the node itself is."""
+    mode = Mode(AcceptanceCurve(CENTERS))
+    mode.lookahead.observe(np.ones(200), np.full((200, 1), np.log(share)))
+    mode.lookahead.refresh(mode.curve)
+    return mode
+
+
 @settings(deadline=None)
-@given(scores_lists, prices, st.integers(1, 8), st.integers(0, 1000), st.floats(0, 0.5), st.data())
-def test_width_is_worth_most(scores, price, top_k, seed, node_price, data):
-    """As above for the rows of a level, each of which is worth what its children are expected to bring."""
-    level_s, mode = np.concatenate([[0.0], data.draw(tables(top_k, start=1e-4))]), a_mode(seed)
-    mode.lookahead.refresh(mode.curve, node_price)
-    judge = judge_of(TreeBudget(16, 6, top_k), price, np.full(16, 0.1), level_s, mode)
-    chosen = judge.width(scores)
-    likely = np.array(sorted(mode.curve(scores).tolist(), reverse=True))
+@given(scores_lists, prices, st.integers(2, 30), st.floats(0.05, 1.0), st.floats(0, 0.05), st.data())
+def test_a_level_is_drafted_if_the_tree_is_worth_more_with_it(scores, price, nodes, share, level_s, data):
+    """One row of one child, which takes the place of another node or makes the pass longer, whatever is cheaper."""
+    steps = sorted(data.draw(st.lists(st.floats(0, 0.02), min_size=nodes, max_size=nodes)))
+    verify_s, mode = 0.01 + np.cumsum(steps), a_mode_whose_children_are(share)
+    chosen = judge_of(TreeBudget(nodes, 6, 1), price, verify_s, np.array([0.0, level_s]), mode).width(scores)
+    likely = mode.curve(scores).tolist()
+    child = max(likely) * mode.lookahead.gains(np.ones(1), np.zeros(2))[0]
 
-    def worth(rows):
-        return mode.lookahead(likely[:rows]).sum() - price * level_s[rows]
+    def worth(candidates):
+        best = sorted(candidates, reverse=True)
+        return max(sum(best[:n]) - price * verify_s[n] for n in range(min(len(best), nodes - 1) + 1))
 
-    most = min(top_k, len(scores))
-    assert 0 <= chosen <= most
-    assert worth(chosen) == pytest.approx(max(worth(rows) for rows in range(most + 1)), abs=1e-9)
-    assert judge.widths == ([chosen] if chosen else [])
+    gain = worth([*likely, child]) - worth(likely) - price * level_s
+    assume(abs(gain) > 1e-9)
+    assert chosen == int(gain > 0)
 
 
 @settings(deadline=None)
@@ -135,7 +143,8 @@ def test_dearer_seconds_never_buy_more(scores, price, factor, nodes, data):
 @given(scores_lists, prices, st.integers(2, 60))
 def test_what_is_free_is_taken(scores, price, nodes):
     judge = judge_of(TreeBudget(nodes, 6, 8), price, np.full(nodes, 0.1), mode=a_mode())
-    assert judge.width(scores) == min(8, len(scores))
+    room = nodes - 1 - len(scores)  # for children
+    assert judge.width(scores) >= min(8, len(scores), max((room + 1) // 2, 0))
     assert judge.rows(scores) == min(nodes, len(scores) + 1)
 
 
@@ -155,11 +164,18 @@ def test_lookahead_is_what_children_brought(children, price):
     for _ in range(100):
         parents = rng.uniform(0.3, 1.0, 3)
         lookahead.observe(parents, np.log(parents[:, None] * np.array(children)))
-        lookahead.refresh(curve, price)
+        lookahead.refresh(curve)
     likely = np.array([0.2, 0.5, 0.84])
     brought = sum(np.maximum(likely * child - price, 0.0) for child in children)
-    np.testing.assert_allclose(lookahead(likely), brought, atol=0.02)
-    assert lookahead(np.zeros(1)) == 0.0
+    np.testing.assert_allclose(lookahead.gains(likely, np.full(6, price)), brought, atol=0.02)
+    assert lookahead.gains(np.zeros(1), np.zeros(2)) == 0.0
+
+
+def test_the_likeliest_child_takes_the_cheapest_place():
+    lookahead = a_mode_whose_children_are(0.5).lookahead
+    share = lookahead.gains(np.ones(1), np.zeros(2))[0]
+    gains = lookahead.gains(np.array([0.4, 0.8]), np.array([0.1, 0.15, np.inf, np.inf]))
+    np.testing.assert_allclose(gains, [0.4 * share - 0.15, 0.8 * share - 0.1])
 
 
 @pytest.mark.parametrize("bound", [TreeBudget(7, 6, 1), TreeBudget(3, 5, 1), TreeBudget(48, 4, 1)], ids=str)
@@ -173,7 +189,7 @@ def test_chains_stay_chains(bound):
     tree = drafter.grow(bound, judge)
     assert len(tree) == min(bound.nodes, bound.depth + 1)
     assert tree.parents.tolist() == list(range(-1, len(tree) - 1))
-    assert judge.widths == [1] * (bound.depth - 1)
+    assert judge.widths == [1] * (min(bound.depth, bound.nodes - 1) - 1)  # no level for which there is no row
 
 
 @torch.no_grad()
@@ -460,14 +476,17 @@ KINDS = {"greedy": 0.0, "sampling": 1.0}
 @pytest.mark.parametrize("computer", COMPUTERS)
 @pytest.mark.parametrize("draft", ["good", "very good"])
 def test_a_good_draft_is_used_as_well_as_the_best_budget(computer, draft, kind, tmp_path):
-    pair = Pair(greedy=kind == "greedy")
-    if draft == "very good":
-        pair = replace(pair, quality=((0, 1.0),), fading=1.0, sureness=(6.0, 1.0))
-    computer = COMPUTERS[computer]
-    best = best_static_rate(pair, computer, 0, 2000)
-    assert best > 1.1 * computer.plain_rate()  # or there is nothing to find
-    played = play(rounds_on(computer, tmp_path, KINDS[kind]), pair, {0: computer}, 2000)
-    assert rate(played) >= 0.97 * best
+    """On average over three texts: on a single one, luck decides a hundredth."""
+    computer, shares = COMPUTERS[computer], []
+    for text in range(1, 4):
+        pair = Pair(greedy=kind == "greedy", seed=text)
+        if draft == "very good":
+            pair = replace(pair, quality=((0, 1.0),), fading=1.0, sureness=(6.0, 1.0))
+        best = best_static_rate(pair, computer, 0, 2000)
+        assert best > 1.1 * computer.plain_rate()  # or there is nothing to find
+        played = play(rounds_on(computer, tmp_path / str(text), KINDS[kind]), pair, {0: computer}, 2000)
+        shares.append(rate(played) / best)
+    assert np.mean(shares) >= 0.97
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -643,7 +662,7 @@ def test_plans_stay_within_the_bound(bound, tmp_path):
     assert (plan.judge is None) == (bound.nodes == 1)
     if plan.judge:
         assert 1 < plan.judge.rows(np.log(np.linspace(0.9, 0.3, 20))) <= bound.nodes
-        assert plan.judge.width(np.log([0.9, 0.8, 0.7, 0.6])) == min(4, bound.top_k)
+        assert 1 <= plan.judge.width(np.log([0.6, 0.3, 0.02, 0.01])) <= bound.top_k
 
 
 def test_plans_follow_a_bound_that_changes(tmp_path):
