@@ -7,9 +7,8 @@ target = OpenVINOTarget.from_pretrained("directory-or-hub-id-of-an-IR")
 out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 ```
 
-The key/value cache is the state of one inference request. Rows of rejected nodes stay in it as holes that the
-mask hides, until there are so many that they are taken out; positions are given explicitly, so a row does not
-care where it lies. Optimum is needed only for optimum's own model objects.
+The key/value cache is the state of one inference request (`openvino_session.py`). Optimum is needed only for optimum's
+own model objects.
 """
 
 import logging
@@ -20,35 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from dovetail_plugin.engine import Tables
 from dovetail_plugin.modeling import DovetailDraft
-from dovetail_plugin.target import TargetOutput
-from dovetail_plugin.tree import DraftTree
 
 from . import openvino_graph as graph
-from .common import (
-    NO_BIAS,
-    PREFILL_ROWS,
-    StoredTarget,
-    seen_and_positions,
-    sliding_window,
-    state_name,
-    stored_generation_config,
-    tables_of,
-    tree_bias,
-)
+from .common import NO_BIAS, StoredTarget, sliding_window, stored_generation_config, tables_of
 from .openvino_graph import ov
+from .openvino_session import OpenVINOCache, OpenVINOSession
 from .openvino_states import expose_states
 
 logger = logging.getLogger(__name__)
-
-FREE_HOLES = 128
-"""Holes that are let be whatever the length of the text; see `OpenVINOSession.keep`."""
 
 NO_TOKEN = np.array([[-1]], dtype=np.int64)
 """Left as input when a session ends: whoever runs the request next puts its own there."""
@@ -57,169 +40,6 @@ MODEL_FILE = "openvino_model.xml"
 
 DRAFT_WEIGHTS = ("int4", "int8", "f32")
 """Of a draft that runs as a graph beside the target; see `openvino_draft.draft_graph`."""
-
-
-class OpenVINOCache:
-    """The rows of a request's state, as `past_key_values` of a later turn. Valid until another text is begun.
-
-    slots: rows of the state, holes included.
-    seen: (capacity,) int64, 1 where rows may look; 0 at padding and holes.
-    held: (capacity,) bool, True at tokens of the text, padding included; False at holes.
-    tokens: tokens of the text, padding included. position: of the next token.
-    """
-
-    def __init__(self) -> None:
-        self.slots = self.tokens = self.position = 0
-        self.seen = np.zeros(1024, dtype=np.int64)
-        self.held = np.zeros(1024, dtype=bool)
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.tokens
-
-    @property
-    def holes(self) -> int:
-        """Rows of the state that no token needs."""
-        return self.slots - self.tokens
-
-    def append(self, seen: np.ndarray) -> None:
-        """Add rows (n,) that hold tokens."""
-        end = self.slots + len(seen)
-        if end > len(self.seen):
-            self.seen = np.concatenate([self.seen, np.zeros(end, dtype=np.int64)])
-            self.held = np.concatenate([self.held, np.zeros(end, dtype=bool)])
-        self.seen[self.slots : end] = seen
-        self.held[self.slots : end] = True
-        self.slots = end
-
-
-class OpenVINOSession:
-    """One generation on an engine's request; implements `Target`. Use as a context manager."""
-
-    def __init__(
-        self,
-        engine: "OpenVINOEngine",
-        cache: OpenVINOCache,
-        *,
-        max_nodes: int,
-        prefill_chunk: int | None,
-        feature_layers: tuple[int, ...] | None = None,
-    ) -> None:
-        names = None if feature_layers is None else [state_name(layer) for layer in feature_layers]
-        self._features = names or [graph.FEATURES]
-        self._engine, self._cache, self._max_nodes = engine, cache, max_nodes
-        self._chunk = prefill_chunk or PREFILL_ROWS
-        self.max_length: int | None = getattr(engine.text_config, "max_position_embeddings", None)
-        self._base = 0  # slot of the latest tree's root
-
-    def __enter__(self) -> "OpenVINOSession":
-        self._engine.claim(self._cache)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._engine.set_neutral()
-
-    @property
-    def _near_window(self) -> bool:
-        """Whether a sliding window could reach into the text: the graph counts its rows, not positions."""
-        window = self._engine.window
-        return window is not None and self._cache.slots + self._max_nodes >= window
-
-    @property
-    def supports_tree(self) -> bool:
-        """False where the window counts rows: chains are exact there, trees are not."""
-        return self._engine.takes_positions and not self._near_window and not self._engine.exact
-
-    # --- Target protocol -----------------------------------------------------------------------
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """As `Target.prefill`, in chunks."""
-        cache, first = self._cache, self._cache.tokens
-        total = first + input_ids.shape[1]
-        seen, positions = seen_and_positions(total, attention_mask, tokens=first, position=cache.position)
-        if self._engine.window is not None:
-            self._compact()
-        features, logits = [], np.empty(0)
-        for start in range(first, total, self._chunk):
-            rows = slice(start, min(start + self._chunk, total))
-            ids = input_ids[0, rows.start - first : rows.stop - first].numpy()
-            logits, hidden = self._infer(ids, seen[rows], positions[rows], first_logit_row=len(ids) - 1)
-            features.append(torch.from_numpy(hidden))
-            cache.tokens += len(ids)
-        cache.position = int(positions[-1]) + 1
-        return TargetOutput(torch.from_numpy(logits), torch.cat(features))
-
-    def score(self, tree: DraftTree) -> TargetOutput:
-        """As `Target.score`."""
-        if self._near_window:
-            self._compact()
-        cache, nodes = self._cache, len(tree)
-        bias = tree_bias(tree, cache.slots)
-        self._base = cache.slots
-        ones = np.ones(nodes, dtype=np.int64)
-        logits, hidden = self._infer(tree.tokens.numpy(), ones, cache.position + tree.depths.numpy(), bias)
-        return TargetOutput(torch.from_numpy(logits), torch.from_numpy(hidden))
-
-    def keep(self, path: list[int]) -> None:
-        """As `Target.keep`: the other rows become holes, taken out when they are half as many as the tokens.
-
-        Until then a hole costs what a row of the cache costs, which is little beside the weights, while taking
-        out copies every layer's state through the host.
-        """
-        cache = self._cache
-        kept = [self._base + node for node in path]
-        for rows in (cache.seen, cache.held):
-            rows[self._base : cache.slots] = 0
-            rows[kept] = 1
-        cache.tokens += len(path)
-        cache.position += len(path)
-        if self._engine.exact or cache.holes > FREE_HOLES + cache.tokens // 2:
-            self._compact()
-
-    def score_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits (1, T, V) of every row of a text, in one pass."""
-        seen, positions = seen_and_positions(input_ids.shape[1], attention_mask, tokens=0, position=0)
-        logits, _ = self._infer(input_ids[0].numpy(), seen, positions)
-        return torch.from_numpy(logits)[None]
-
-    # --- one pass ------------------------------------------------------------------------------
-
-    def _infer(
-        self,
-        ids: np.ndarray,
-        seen: np.ndarray,
-        positions: np.ndarray,
-        bias: np.ndarray | None = None,
-        first_logit_row: int = 0,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Append n rows: logits (n, V) of those from `first_logit_row` on, features (n, F); both copies."""
-        cache = self._cache
-        cache.append(seen)
-        inputs = {
-            "input_ids": ids[None],
-            "attention_mask": cache.seen[None, : cache.slots],
-            "beam_idx": np.zeros(1, dtype=np.int32),
-            graph.TREE_BIAS: NO_BIAS if bias is None else bias,
-            graph.FIRST_LOGIT_ROW: np.array([first_logit_row], dtype=np.int64),
-        }
-        if self._engine.takes_positions:
-            inputs["position_ids"] = positions[None].astype(np.int64)
-        request = self._engine.request
-        request.infer(inputs, share_inputs=True)  # tensors of our own each time: others may have left theirs
-        features = [request.get_tensor(name).data[0] for name in self._features]
-        return request.get_tensor("logits").data[0].copy(), np.concatenate(features, axis=-1)  # copies
-
-    def _compact(self) -> None:
-        """Take the holes out of the state."""
-        cache = self._cache
-        if not cache.holes:
-            return
-        kept = np.flatnonzero(cache.held[: cache.slots])
-        for state in self._engine.request.query_state():
-            rows = np.take(state.state.data, kept, axis=self._engine.row_axis)
-            state.state = ov.Tensor(np.ascontiguousarray(rows))
-        cache.seen[: len(kept)], cache.held[: len(kept)] = cache.seen[kept], True
-        cache.slots = len(kept)
 
 
 class OpenVINOEngine:

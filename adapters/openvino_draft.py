@@ -238,6 +238,6 @@ class OpenVINORunner:
             "logit_rows": np.arange(logits_from, count),
             "beam_idx": np.zeros(1, dtype=np.int32),
         }
-        own.request.infer(inputs)
+        own.request.infer(inputs, share_inputs=True)
         predicted, logits = (own.request.get_tensor(name).data[0].copy() for name in ("predicted", "logits"))
         return torch.from_numpy(predicted), torch.from_numpy(logits)

@@ -36,7 +36,12 @@ LAYERS = [
     {"adapters.common"},
     {"adapters.openvino_graph", "adapters.onnxruntime_graph"},
     {"adapters.openvino_states", "adapters.onnxruntime_states"},
-    {"adapters.openvino_draft", "adapters.onnxruntime_weights", "adapters.onnxruntime_session"},
+    {
+        "adapters.openvino_draft",
+        "adapters.onnxruntime_weights",
+        "adapters.onnxruntime_session",
+        "adapters.openvino_session",
+    },
     {"adapters.openvino", "adapters.onnxruntime", "adapters.vllm"},
     {"adapters.vllm_model"},
     {"adapters.__init__"},

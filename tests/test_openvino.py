@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import random_tree
 from families import SLIDING, VOCAB, prompt, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from test_families import CASES, IDS
 
 if not engines.is_current("openvino"):
@@ -26,6 +28,7 @@ from transformers import AutoTokenizer
 from dovetail_plugin import DovetailDraft, TreeBudget, machine
 from dovetail_plugin.adapters import openvino as adapter
 from dovetail_plugin.adapters import openvino_graph as graph
+from dovetail_plugin.adapters import openvino_session
 from dovetail_plugin.adapters.openvino import OpenVINOTarget
 from dovetail_plugin.benchmark import Comparison, load_prompts
 from dovetail_plugin.engine import engine_of
@@ -189,7 +192,7 @@ def test_chains_once_the_window_is_near():
 @pytest.fixture
 def rows(monkeypatch):
     """After every round: (tokens, rows of the state as the engine has it, rows as the cache counts them)."""
-    seen, keep = [], adapter.OpenVINOSession.keep
+    seen, keep = [], openvino_session.OpenVINOSession.keep
 
     def spy(session, path):
         keep(session, path)
@@ -198,7 +201,7 @@ def rows(monkeypatch):
         assert len(set(held)) == 1
         seen.append((session._cache.tokens, held[0], session._cache.slots))
 
-    monkeypatch.setattr(adapter.OpenVINOSession, "keep", spy)
+    monkeypatch.setattr(openvino_session.OpenVINOSession, "keep", spy)
     return seen
 
 
@@ -207,7 +210,7 @@ def test_holes_are_bounded_and_taken_out(llama, draft, oracle, rows, monkeypatch
     options = GREEDY | {"max_new_tokens": 200}
     plain = llama.generate(prompt(), **options)
     oracle(plain, 17)
-    monkeypatch.setattr(adapter, "FREE_HOLES", free)
+    monkeypatch.setattr(openvino_session, "FREE_HOLES", free)
     rows.clear()
     assert torch.equal(plain, llama.generate(prompt(), **options, assistant_model=draft))
     holes = [held - tokens for tokens, held, _ in rows]
@@ -242,7 +245,7 @@ def test_exact_targets_keep_no_holes(oracle, rows):
 
 @pytest.mark.parametrize("free", [-1000, 1000])
 def test_turns_with_holes_and_without(llama, draft, oracle, monkeypatch, free):
-    monkeypatch.setattr(adapter, "FREE_HOLES", free)
+    monkeypatch.setattr(openvino_session, "FREE_HOLES", free)
     options = GREEDY | {"return_dict_in_generate": True}
     first = llama.generate(prompt(), **GREEDY)
     text = torch.cat([first, prompt(6)], dim=1)
@@ -268,16 +271,32 @@ def test_stale_cache(llama, draft):
 
 def test_prompt_in_chunks(llama, draft, monkeypatch):
     plain = llama.generate(prompt(50), **GREEDY)
-    monkeypatch.setattr(adapter, "PREFILL_ROWS", 7)
-    passes, infer = [], adapter.OpenVINOSession._infer
+    monkeypatch.setattr(openvino_session, "PREFILL_ROWS", 7)
+    passes, infer = [], openvino_session.OpenVINOSession._infer
 
     def spy(session, ids, *args, **kwargs):
         passes.append(len(ids))
         return infer(session, ids, *args, **kwargs)
 
-    monkeypatch.setattr(adapter.OpenVINOSession, "_infer", spy)
+    monkeypatch.setattr(openvino_session.OpenVINOSession, "_infer", spy)
     assert torch.equal(plain, llama.generate(prompt(50), **GREEDY, assistant_model=draft))
     assert passes[:8] == [7] * 7 + [1]
+
+
+@given(st.integers(0, 2000), st.integers(1, 600))
+def test_passes_over_a_prompt_are_whole_blocks_and_a_short_rest(rows, most):
+    passes = openvino_session.prompt_passes(rows, most)
+    assert sum(passes) == rows and all(0 < count <= most for count in passes)
+    assert len(passes) <= -(-rows // most) + 1
+    assert all(count == most for count in passes[:-2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "passes"),
+    [(40, [40]), (64, [64]), (65, [64, 1]), (112, [64, 48]), (113, [113]), (131, [128, 3]), (600, [512, 64, 24])],
+)
+def test_a_short_rest_is_run_by_itself(rows, passes):
+    assert openvino_session.prompt_passes(rows, 512) == passes
 
 
 def test_interrupted_generation_leaves_a_usable_target(llama, draft, monkeypatch):
