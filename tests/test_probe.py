@@ -253,13 +253,13 @@ def choose(used, seconds):
     ("all_s", "three_s", "two_s", "best"),
     [
         (1.0, 1.1, 1.2, 4),
-        (1.0, 0.98, 1.2, 4),  # not by three per cent
-        (1.0, 0.96, 1.2, 3),
-        (1.0, 0.96, 0.9, 2),
-        (1.0, 0.9, 0.96, 3),
+        (1.0, 0.96, 1.2, 4),  # not by five per cent
+        (1.0, 0.94, 1.2, 3),
+        (1.0, 0.94, 0.9, 2),
+        (1.0, 0.9, 0.94, 3),
     ],
 )
-def test_fewer_threads_must_win_by_three_per_cent(used, all_s, three_s, two_s, best):
+def test_fewer_threads_must_win_by_five_per_cent(used, all_s, three_s, two_s, best):
     seconds = {(4, None): all_s, (3, None): three_s, (2, None): two_s}
     assert choose(used, seconds) == (best, None)
     assert set(used) == seconds.keys() and used[-1] == (best, None)  # left in force
@@ -274,6 +274,19 @@ def test_one_numa_node_must_win_too(used, monkeypatch, first_s, second_s, best):
     seconds = {(4, None): 1.0, (3, None): 1.1, (2, None): 1.1, (2, (0, 1)): first_s, (2, (2, 3)): second_s}
     assert choose(used, seconds) == best
     assert set(used) == seconds.keys() and used[-1] == best
+
+
+def test_one_slow_moment_does_not_choose_the_threads(used):
+    """Whatever is tried first runs beside another process the first time."""
+    seconds = iter([2.0, 1.2, 1.3, 1.0, 1.2, 1.3])
+    assert probe.choose_threads(lambda: next(seconds)) == (4, None, 1.0)
+    assert len(used) == 3 * probe.TURNS + 1
+
+
+def test_slow_passes_are_tried_once(used, monkeypatch):
+    monkeypatch.setattr(probe, "QUICK_S", -1.0)
+    seconds = iter([1.0, 0.9, 1.3])
+    assert probe.choose_threads(lambda: next(seconds)) == (3, None, 0.9)
 
 
 def test_nothing_is_tried_where_there_is_no_choice(used):
@@ -293,7 +306,8 @@ def test_threads_are_chosen_by_passes(clock, monkeypatch):
         assert torch.get_num_threads() == 3
         assert (measured.threads, measured.processors) == (3, None)
         assert measured.verify_s == pytest.approx({nodes: 0.5 * honest(nodes) for nodes in (1, 2, 4, 8, 16, 32, 48)})
-    assert sum(len(tree) == 4 for tree in target.trees) <= 3 * (probe.REPEATS + 1)  # not a fourth time
+    tried = 3 * probe.TURNS
+    assert sum(len(tree) == 8 for tree in target.trees) <= tried * (probe.REPEATS + 1)  # and not once more
     assert torch.get_num_threads() == before
 
 
@@ -320,7 +334,7 @@ def test_bindings_are_tried_and_undone(monkeypatch):
         for thread in os.listdir("/proc/self/task"):
             assert os.sched_getaffinity(int(thread)) == {second}
     whole = frozenset(before)
-    assert seen == [(2, whole), (1, whole), (1, frozenset({first})), (1, frozenset({second}))]
+    assert seen == probe.TURNS * [(2, whole), (1, whole), (1, frozenset({first})), (1, frozenset({second}))]
     for thread in os.listdir("/proc/self/task"):
         assert os.sched_getaffinity(int(thread)) == before
     assert torch.get_num_threads() == 1  # as the tests have it
