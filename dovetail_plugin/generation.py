@@ -258,7 +258,7 @@ def rounds_for(
     return draft.policy.rounds(
         key,
         temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
-        shape=_shape(model),
+        shape=lambda: _shape(model),
         calibration=draft.config.calibration if isinstance(draft, DovetailDraft) else None,
     )
 

@@ -101,7 +101,7 @@ class DeviceSplitPolicy:
         key: str,
         *,
         temperature: float,
-        shape: Shape | None = None,
+        shape: Callable[[], Shape | None] = lambda: None,
         calibration: dict[str, list[float]] | None = None,
     ) -> "AdaptiveRounds":
         """For one generation.
@@ -109,7 +109,8 @@ class DeviceSplitPolicy:
         Args:
             key: of target, draft and machine; what was learnt is remembered under it.
             temperature: 0 is greedy.
-            shape, calibration: of the target, and of the draft's checkpoint; None if unknown.
+            shape: gives the target's, None if unknown; called once for a key, since counting parameters takes a while.
+            calibration: of the draft's checkpoint; None if unknown.
         """
         with self._lock:
             mode = self.modes.setdefault(
@@ -134,7 +135,7 @@ class AdaptiveRounds:
     policy: DeviceSplitPolicy
     key: str
     mode: Mode
-    shape: Shape | None
+    shape: Callable[[], Shape | None]
     lock: Any
     limits: TreeBudget = field(init=False)
     _tables: tuple[TreeBudget, np.ndarray, np.ndarray] | None = field(init=False, default=None)
@@ -159,7 +160,7 @@ class AdaptiveRounds:
                 if measured is None:
                     measured = measure()
                     records.store(self.key, measured, directory)
-                self.policy.costs[self.key] = CostModel(measured, self.shape)
+                self.policy.costs[self.key] = CostModel(measured, self.shape())
             self.cost.last_nodes = None  # the prompt was read
             return self.cost.measured
 

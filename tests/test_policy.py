@@ -566,6 +566,14 @@ def test_threads_are_measured_or_kept(threads, tmp_path):
         policy_in(tmp_path, threads=threads)
 
 
+def test_a_target_is_looked_through_once(tmp_path):
+    """Counting an exported graph's parameters takes fifty milliseconds, which no later generation pays."""
+    policy, asked = policy_in(tmp_path), []
+    for _ in range(3):
+        policy.rounds("a", temperature=0.0, shape=lambda: asked.append(1)).prepare(Measure())
+    assert asked == [1]
+
+
 def test_a_machine_is_measured_once(tmp_path):
     policy, measure = policy_in(tmp_path), Measure()
     first = policy.rounds("a", temperature=0.0).prepare(measure)
