@@ -208,7 +208,8 @@ class OpenVINORunner:
     ) -> None:
         own = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY"}
         own["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
-        graph = draft_graph(draft, weights or default_weights())
+        self.weights = weights or default_weights()
+        graph = draft_graph(draft, self.weights)
         self._compiled = ov.Core().compile_model(graph, "CPU", own | (properties or {}))
         self._embed = draft.embed
 

@@ -72,10 +72,14 @@ def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor 
 
 
 class DraftRunner(Protocol):
-    """Runs the steps of a `DovetailDraft` on some engine. `TorchRunner` is the draft itself."""
+    """Runs the steps of a `DovetailDraft` on some engine. `TorchRunner` is the draft itself.
+
+    weights: how these are stored, where that is not `dtype`.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    weights: str | None
     runs_in_torch: bool
 
     def new_rows(self, capacity: int) -> Sequence[Any]:
@@ -116,6 +120,7 @@ class TorchRunner:
     """A draft's own modules, on whatever device they are."""
 
     runs_in_torch = True
+    weights: str | None = None
 
     def __init__(self, draft: DovetailDraft) -> None:
         self._draft = draft

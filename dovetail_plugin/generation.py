@@ -251,7 +251,7 @@ def rounds_for(
         name=model.config.name_or_path,
         rounding=engine.rounding,
         draft=draft.identity(),
-        runner=None if runner is None else [type(runner).__name__, runner.device, runner.dtype],
+        runner=None if runner is None else [type(runner).__name__, runner.device, runner.dtype, runner.weights],
         limits=asdict(draft.policy.limits),
         torch=torch.__version__,
     )

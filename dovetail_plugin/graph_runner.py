@@ -56,6 +56,7 @@ class GraphRunner:
     """
 
     runs_in_torch = True
+    weights: str | None = None
 
     def __init__(self, draft: DovetailDraft) -> None:
         self._draft = draft

@@ -28,6 +28,7 @@ class SmallModelRunner:
     """Runs a causal language model as a `DraftRunner`: features are ignored, "rope" is the positions."""
 
     runs_in_torch = True
+    weights: str | None = None
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size

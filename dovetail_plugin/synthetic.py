@@ -82,6 +82,7 @@ class SyntheticRunner:
     def __init__(self, runner: DraftRunner, rate: float) -> None:
         self._runner, self._ranks = runner, probabilities(rate)
         self.device, self.dtype, self.runs_in_torch = runner.device, runner.dtype, runner.runs_in_torch
+        self.weights = runner.weights
         self._windows: Tensor | None = None  # (V + 1, V): the same row, further to the left every time
         self._next = 0
 
