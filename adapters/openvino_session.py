@@ -22,8 +22,8 @@ FREE_HOLES = 128
 """Holes that are let be whatever the length of the text; see `OpenVINOSession.keep`."""
 
 BLOCK, REST = 64, 48
-"""Rows that OpenVINO multiplies together, and how many more are better run by themselves: 65 rows of an int8 target take
-half as long again as 64 (420 ms and 288), 64 and then one a fifth less than that."""
+"""Rows that OpenVINO multiplies together, and how many more are better run by themselves: 65 rows of an int8 target
+take half as long again as 64 (420 ms and 288), 64 and then one a fifth less than that."""
 
 
 def prompt_passes(rows: int, most: int) -> list[int]:
