@@ -247,7 +247,7 @@ def rounds_for(
         return FixedRounds(draft.budget)
     key = records.key_of(
         engine=type(engine).__name__,
-        model=model.config.to_json_string(),
+        model=model.config.to_json_string(use_diff=False),  # the difference takes milliseconds to find
         name=model.config.name_or_path,
         rounding=engine.rounding,
         draft=draft.identity(),

@@ -197,7 +197,7 @@ class DovetailDraft(PreTrainedModel, Assistant):
     def identity(self) -> list[Any]:
         """As `Assistant.identity`; the device may be another one in the next generation."""
         weight = next(self.parameters())
-        return ["dovetail", self.config.to_json_string(), str(weight.device), str(weight.dtype)]
+        return ["dovetail", self.config.to_json_string(use_diff=False), str(weight.device), str(weight.dtype)]
 
     def attach_once(self, target: PreTrainedModel) -> None:
         """`attach`, unless `target` is the one this draft is attached to already."""
