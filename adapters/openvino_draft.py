@@ -82,8 +82,8 @@ INPUTS = ("features", "embeddings", "cos", "sin", "mask", "logit_rows", "beam_id
 def default_weights() -> str:
     """ "int4" where the CPU multiplies eight-bit numbers by itself, "int8" elsewhere.
 
-    A draft's pass is bound by the bytes of its weights, and four bits cost it one accepted token in a hundred. Without
-    such instructions unpacking costs more than reading.
+    A draft's pass is bound by the bytes of its weights, and four bits cost it one accepted token in a hundred. How fast
+    CPUs without such instructions unpack them has not been measured.
     """
     return "int4" if {"avx512_vnni", "amx_int8"} & machine.vector_extensions() else "int8"
 

@@ -43,8 +43,6 @@ class Measurements:
     draft_s: seconds of a tree of one level. transfer_s: bytes -> seconds from the target's device to the draft's.
     threads: torch's, that all this was measured with; None where torch does not run the target.
     processors: that the threads were bound to; None where they were free.
-    switch: logarithm of what a pass takes after one over another number of nodes, to the same after one over as many:
-        engines that prepare a graph for each shape take longer. Learnt from rounds.
     """
 
     verify_s: dict[int, float]
@@ -54,7 +52,6 @@ class Measurements:
     context: int
     threads: int | None = None
     processors: tuple[int, ...] | None = None
-    switch: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, whose keys are strings."""
@@ -78,13 +75,12 @@ class Measurements:
                 context=int(values["context"]),
                 threads=None if values["threads"] is None else int(values["threads"]),
                 processors=None if processors is None else tuple(int(p) for p in processors),
-                switch=float(values.get("switch", 0.0)),  # not in files of earlier versions
                 **seconds_of,
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"incomplete measurements: {error!r}") from error
         tables = (found.verify_s, found.level_s, found.transfer_s)
-        seconds = [found.draft_s, found.switch, *(s for table in tables for s in table.values())]
+        seconds = [found.draft_s, *(s for table in tables for s in table.values())]
         if not found.verify_s or not found.level_s or not all(math.isfinite(s) and s >= 0 for s in seconds):
             raise ValueError("measurements without counts, or with seconds that are no positive numbers")
         if min(*found.verify_s, *found.level_s, 1 if found.threads is None else found.threads) < 1:
@@ -124,8 +120,7 @@ class CostModel:
     last_nodes: int | None = None  # of the pass before; None after any other work of the target
 
     def __post_init__(self) -> None:
-        self.verify = Curve(self.measured.verify_s, self.measured.switch)
-        self.level = Curve(self.measured.level_s)
+        self.verify, self.level = Curve(self.measured.verify_s), Curve(self.measured.level_s)
         self._draft_scale = 1.0
         self._transfer_s = min(self.measured.transfer_s.values(), default=0.0)
         self._accept_s = 0.0  # a token's share of accepting and of all else; learnt from the first rounds
@@ -219,20 +214,6 @@ class CostModel:
         self._per_token_s, self._per_token_row_s = self._per_token_s * correction, self._per_token_row_s * correction
         self.verify.observe(nodes, (1.0 - share) * error, nodes != self.last_nodes)
         self.last_nodes = nodes
-
-    def as_measurements(self) -> Measurements:
-        """What is known now, to be kept for the next process."""
-        scale = self._draft_scale
-        return Measurements(
-            verify_s=self.verify.measured(),
-            level_s={rows: seconds * scale for rows, seconds in self.level.measured().items()},
-            draft_s=self.measured.draft_s * scale,
-            transfer_s=self.measured.transfer_s,
-            context=self.measured.context,
-            threads=self.measured.threads,
-            processors=self.measured.processors,
-            switch=self.verify.switch,
-        )
 
 
 def _error(seen_s: float, expected_s: float) -> float:

@@ -30,16 +30,15 @@ class Curve:
 
     Args:
         measured: count -> seconds, one entry or more; of a count after itself.
-        switch: what is known of that number.
     """
 
-    def __init__(self, measured: dict[int, float], switch: float = 0.0) -> None:
+    def __init__(self, measured: dict[int, float]) -> None:
         known = np.array(sorted(measured), dtype=float)
         # More rows never take less time for good; where they seemed to, both get the mean.
         seconds = np.array([measured[int(count)] for count in known])
         seconds = np.maximum(rising(seconds, np.ones(len(seconds))), 1e-7)
         knots = np.array(sorted({*KNOTS, *measured}), dtype=float)
-        self._counts, self._known = knots.tolist(), set(measured)
+        self._counts = knots.tolist()
         self._seconds: list[float] = _straight(knots, known, seconds).tolist()
         octaves = np.log2(knots)
         apart = (octaves[:, None] - octaves) / REACH
@@ -48,7 +47,7 @@ class Curve:
         seen = alike[np.ix_(at, at)] + NOISE_OF_PROBE**2 * np.eye(len(at))
         self._covariance = _with_switch(alike - alike[:, at] @ np.linalg.solve(seen, alike[at]), SPREAD_OF_SWITCH**2)
         self._drift = _with_switch(DRIFT_OF_MACHINE**2 + DRIFT_OF_COUNT**2 * np.eye(len(knots)), 0.0)
-        self._switch = switch
+        self._switch = 0.0
 
     def __call__(self, count: float) -> float:
         """Seconds for one count. Plain Python: a round of a small model takes a few milliseconds."""
@@ -85,12 +84,6 @@ class Curve:
         logs = np.log(self._seconds) + moves[:-1]
         # More rows still never take less time: where they seem to, both get what is known better.
         self._seconds = np.exp(rising(logs, 1.0 / self._covariance.diagonal()[:-1])).tolist()
-        self._known.add(int(self._counts[left + round(share)]))
-
-    def measured(self) -> dict[int, float]:
-        """Seconds of the counts that were measured or learnt, for the next process."""
-        at = {int(count): seconds for count, seconds in zip(self._counts, self._seconds, strict=True)}
-        return {count: at[count] for count in sorted(self._known)}
 
 
 def _with_switch(covariance: np.ndarray, variance: float) -> np.ndarray:

@@ -198,9 +198,9 @@ class TreeJudge:
         """
         lookahead = self._mode.lookahead
         lookahead.observe(self._frontier, scores.reshape(len(self._frontier), -1))
-        level = self._likeliest(scores, self._budget.nodes - 1)
+        level = self._likeliest(scores, len(scores))
         self._candidates = -np.sort(-np.concatenate([self._candidates, level]))[: self._budget.nodes - 1]
-        likely = self._likeliest(scores, self._budget.top_k)
+        likely = level[: self._budget.top_k]
         gains = lookahead.gains(likely, self._prices(2 * len(likely))).cumsum() - self._level_costs[1 : len(likely) + 1]
         width = int(gains.argmax()) + 1
         if gains[width - 1] <= 0.0:

@@ -158,7 +158,12 @@ class SmallModelDraft(Assistant):
 
     def identity(self) -> list[Any]:
         """As `Assistant.identity`."""
-        return ["small model", self.config.to_json_string(use_diff=False), str(self.model.device), str(self.model.dtype)]
+        return [
+            "small model",
+            self.config.to_json_string(use_diff=False),
+            str(self.model.device),
+            str(self.model.dtype),
+        ]
 
     def new_drafter(self, capacity: int, clock: PhaseClock) -> SmallModelDrafter:
         """For one text."""
