@@ -25,8 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.adapters import load_exported
-from dovetail_plugin.benchmark import Comparison, load_prompts, provenance
-from dovetail_plugin.engine import engine_of
+from dovetail_plugin.bench.compare import Comparison
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.bench.provenance import provenance
+from dovetail_plugin.targets.engine import engine_of
 from dovetail_plugin.tree import DraftTree
 
 ROWS = (1, 2, 4, 8, 16, 32)

@@ -24,16 +24,11 @@ from run import TARGET, load_bundled
 from transformers import AutoTokenizer
 
 from dovetail_plugin import TreeBudget
-from dovetail_plugin.benchmark import (
-    Run,
-    load_prompts,
-    provenance,
-    tie_tolerance,
-    timed_generate,
-    top_gap_at_difference,
-)
-from dovetail_plugin.placement import decoder_layers, place_layers
-from dovetail_plugin.policy import DeviceSplitPolicy
+from dovetail_plugin.bench.compare import Run, tie_tolerance, timed_generate, top_gap_at_difference
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.bench.provenance import provenance
+from dovetail_plugin.policy.device_split import DeviceSplitPolicy
+from dovetail_plugin.targets.layers_on_gpu import decoder_layers, place_layers
 
 STATIC = {"7/4/10": "paper, laptop", "16/7/10": "paper, server", "60/7/10": "EAGLE-2"}
 PHASES = ("draft", "transfer", "verify", "accept", "other")

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.cli.common import HelpFormatter
-from dovetail_plugin.fitting import check_fits
+from dovetail_plugin.drafts.compatibility import check_fits
 
 EPILOG = """\
 shapes, with the parameters they have for two query heads on each key/value head and 3072 tokens:

@@ -15,7 +15,7 @@ import sys
 import torch
 from run import load_bundled
 
-from dovetail_plugin.benchmark import provenance
+from dovetail_plugin.bench.provenance import provenance
 
 MODES = ("plain", "draft")
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.benchmark import provenance
-from dovetail_plugin.placement import apply_plan
-from dovetail_plugin.plan import format_bytes, make_plan, parse_bytes
+from dovetail_plugin.bench.provenance import provenance
+from dovetail_plugin.planning.apply import apply_plan
+from dovetail_plugin.planning.make_plan import format_bytes, make_plan, parse_bytes
 
 HERE = Path(__file__).parent
 SMALL_GPU = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}

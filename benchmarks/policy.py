@@ -27,8 +27,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.benchmark import Comparison, Run, load_prompts, provenance, timed_generate
-from dovetail_plugin.policy import DeviceSplitPolicy
+from dovetail_plugin.bench.compare import Comparison, Run, timed_generate
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.bench.provenance import provenance
+from dovetail_plugin.policy.device_split import DeviceSplitPolicy
 
 CHAINS = [TreeBudget(depth + 1, depth, 1) for depth in range(1, 9)]
 TREES = [

@@ -4,16 +4,18 @@ Importing this package registers drafts with transformers, so that
 `target.generate(..., assistant_model=draft)` works; see `hf.py` for what exactly that touches.
 """
 
+import os
+
 from ._version import __version__
-from .candidates import DovetailCandidateGenerator
-from .configuration import DovetailConfig
-from .generation import generate_with_draft
+from .drafts.config import DovetailConfig
+from .drafts.model import DovetailDraft
+from .drafts.prompt_lookup import PromptLookupDraft
+from .drafts.small_model import SmallModelDraft
+from .generation.generate import generate_with_draft
+from .generation.stock_loop import DovetailCandidateGenerator
 from .hf import is_registered, register, unregister
-from .lookup import PromptLookupDraft
-from .modeling import DovetailDraft
-from .policy import DeviceSplitPolicy
+from .policy.device_split import DeviceSplitPolicy
 from .report import GenerationReport
-from .small_model import SmallModelDraft
 from .tree import DraftTree, TreeBudget
 
 __all__ = [
@@ -32,5 +34,11 @@ __all__ = [
     "register",
     "unregister",
 ]
+
+# In a checkout the adapters stand beside the package, in an installed copy inside it. Found by the package's own path,
+# so that a checkout on PYTHONPATH takes its own adapters, whatever else is installed.
+_beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_beside, "adapters", "stored_target.py")):
+    __path__.append(_beside)
 
 register()

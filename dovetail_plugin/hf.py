@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 
-from .assistants import Assistant
-from .candidates import DovetailCandidateGenerator
-from .configuration import DovetailConfig
-from .generation import check_request, generate_with_draft
-from .modeling import DovetailDraft
+from .drafts.base import Assistant
+from .drafts.config import DovetailConfig
+from .drafts.model import DovetailDraft
+from .generation.generate import check_request, generate_with_draft
+from .generation.stock_loop import DovetailCandidateGenerator
 
 _originals: dict[str, Callable[..., Any]] = {}
 

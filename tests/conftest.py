@@ -7,9 +7,9 @@ import pytest
 import torch
 from families import tiny_target
 
-import dovetail_plugin.generation
+import dovetail_plugin.generation.generate
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
-from dovetail_plugin.drafting import FeatureDrafter
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 
 
 def pytest_addoption(parser):
@@ -114,6 +114,6 @@ def oracle(monkeypatch):
                 super().grow(budget, judge)
                 return random_tree(text[self.known - 1], text[self.known :], budget, rng, vocab)
 
-        monkeypatch.setattr(dovetail_plugin.generation, "FeatureDrafter", OracleDrafter)
+        monkeypatch.setattr(dovetail_plugin.generation.generate, "FeatureDrafter", OracleDrafter)
 
     return install

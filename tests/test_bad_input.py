@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicLayer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.engine import engine_of
+from dovetail_plugin.targets.engine import engine_of
 
 GREEDY = dict(max_new_tokens=24, do_sample=False, eos_token_id=None)
 

@@ -8,15 +8,9 @@ from families import prompt, tiny_target
 from helpers import PLAIN_TEMPLATE, byte_tokenizer, write_jsonl
 
 from dovetail_plugin import DovetailDraft
-from dovetail_plugin.benchmark import (
-    Comparison,
-    Run,
-    load_prompts,
-    provenance,
-    tie_tolerance,
-    timed_generate,
-    top_gap_at_difference,
-)
+from dovetail_plugin.bench.compare import Comparison, Run, tie_tolerance, timed_generate, top_gap_at_difference
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.bench.provenance import provenance
 from dovetail_plugin.machine import thread_count
 
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.benchmark import Comparison, load_prompts
+from dovetail_plugin.bench.compare import Comparison
+from dovetail_plugin.bench.prompts import load_prompts
 
 PAIR = Path(__file__).parent.parent / "examples" / "tiny_pair"
 TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"

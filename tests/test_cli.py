@@ -7,9 +7,9 @@ import pytest
 from helpers import run_python, save_pair, write_jsonl
 
 from dovetail_plugin import DovetailDraft
-from dovetail_plugin.benchmark import timed_generate
+from dovetail_plugin.bench.compare import timed_generate
 from dovetail_plugin.cli import main
-from dovetail_plugin.shapes import SHAPES, shape_config
+from dovetail_plugin.planning.known_shapes import SHAPES, shape_config
 
 SHORT = ("--max-new-tokens", "12", "--draft-device", "cpu")
 
@@ -243,7 +243,7 @@ def test_text_that_differs_fails_the_bench(here, monkeypatch, capsys):
             run.ids[0, -1] = 7
         return run
 
-    monkeypatch.setattr("dovetail_plugin.benchmark.timed_generate", last_token_wrong)
+    monkeypatch.setattr("dovetail_plugin.bench.compare.timed_generate", last_token_wrong)
     write_jsonl(here / "mine.jsonl", [{"prompt": "one"}])
     assert main(["bench", *PAIR, *SHORT, "--prompts", "mine.jsonl"]) == 1
     assert "1 DIFFER" in capsys.readouterr().out

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_plugin.acceptance import BINS, CENTERS, EDGES, GREEDY, SAMPLING, AcceptanceCurve, prior
-from dovetail_plugin.cost import LARGEST_ERROR, CostModel, Measurements, RoundCost, Shape
-from dovetail_plugin.curve import Curve, rising
+from dovetail_plugin.drafts.calibration import BINS, CENTERS, EDGES
+from dovetail_plugin.policy.acceptance import GREEDY, SAMPLING, AcceptanceCurve, prior
+from dovetail_plugin.policy.cost import LARGEST_ERROR, CostModel, RoundCost, Shape
+from dovetail_plugin.policy.curve import Curve, rising
+from dovetail_plugin.policy.measurements import Measurements
 
 MEASURED = Measurements(
     verify_s={1: 0.10, 2: 0.102, 4: 0.106, 8: 0.114, 16: 0.13, 32: 0.18, 48: 0.24},

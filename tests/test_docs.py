@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dovetail_plugin.counting import draft_sizes
-from dovetail_plugin.device_plan import parse_bytes
-from dovetail_plugin.draft_configs import config_alone
-from dovetail_plugin.pairing import KNOWN
-from dovetail_plugin.shapes import SHAPES
+from dovetail_plugin.drafts.known_pairs import KNOWN
+from dovetail_plugin.planning.count_weights import draft_sizes
+from dovetail_plugin.planning.device_plan import parse_bytes
+from dovetail_plugin.planning.draft_config import config_alone
+from dovetail_plugin.planning.known_shapes import SHAPES
 
 DOCS = Path(__file__).parent.parent / "docs"
 LLAMA_8B, LLAMA_70B = "llama-3.1-8b-shape", "llama-3.1-70b-shape"

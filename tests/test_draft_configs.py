@@ -9,10 +9,10 @@ from families import tiny_target
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.cli import main
-from dovetail_plugin.draft_configs import config_alone, load_draft_config
-from dovetail_plugin.formats import load_checkpoint
-from dovetail_plugin.plan import make_plan
-from dovetail_plugin.shapes import shape_config
+from dovetail_plugin.drafts.checkpoints.read import load_checkpoint
+from dovetail_plugin.planning.draft_config import config_alone, load_draft_config
+from dovetail_plugin.planning.known_shapes import shape_config
+from dovetail_plugin.planning.make_plan import make_plan
 
 GIB = 2**30
 UNTOLD = {"own_embedding", "fusion_bias"}

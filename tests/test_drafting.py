@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
-from dovetail_plugin.drafting import DraftError, FeatureDrafter
+from dovetail_plugin.drafts.base import DraftError
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
 
 DRAFTS = [("dgf", 1), ("dgf", 3), ("concat", 1), ("concat", 2)]

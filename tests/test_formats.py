@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.formats import kind_of, load_checkpoint
+from dovetail_plugin.drafts.checkpoints.read import kind_of, load_checkpoint
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
 
 H, INNER, HEADS, KV_HEADS, DIM, KEPT, TARGET_LAYERS = 32, 40, 4, 2, 8, 30, 8

@@ -6,7 +6,7 @@ from families import prompt, tiny_target
 from test_bundled import load
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.benchmark import Comparison
+from dovetail_plugin.bench.compare import Comparison
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def test_bundled_pair():
     from test_bundled import TARGET
     from transformers import AutoTokenizer
 
-    from dovetail_plugin.benchmark import load_prompts
+    from dovetail_plugin.bench.prompts import load_prompts
 
     target, draft = load(torch.float32)
     draft.to("cuda", torch.bfloat16)
@@ -51,7 +51,7 @@ def test_bundled_pair():
 
 def test_growing_a_tree_never_waits_for_the_device():
     """No synchronisation inside `grow_on_device`: CUDA itself raises if there is one."""
-    from dovetail_plugin.drafting import FeatureDrafter
+    from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
     from dovetail_plugin.report import PhaseClock
 
     llama = tiny_target("llama")

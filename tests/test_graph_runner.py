@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, graph_runner
-from dovetail_plugin.drafting import FeatureDrafter, TorchRunner
-from dovetail_plugin.graph_rows import MAX_STATIC_ROWS
-from dovetail_plugin.graph_runner import GraphRunner, runner_for
+from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
+from dovetail_plugin.drafts import cuda_graphs as graph_runner
+from dovetail_plugin.drafts.cuda_graph_rows import MAX_STATIC_ROWS
+from dovetail_plugin.drafts.cuda_graphs import GraphRunner, runner_for
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter, TorchRunner
 from dovetail_plugin.report import PhaseClock
 
 DRAFTS = [("dgf", 1), ("dgf", 3), ("concat", 1), ("concat", 2)]

@@ -5,7 +5,7 @@ import torch
 from families import VOCAB, tiny_target
 
 from dovetail_plugin import DovetailDraft
-from dovetail_plugin.drafting import FeatureDrafter
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.training.data import Batch, Sequence, collate
 from dovetail_plugin.training.features import target_features

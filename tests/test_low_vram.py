@@ -8,8 +8,8 @@ from test_drafting import FakeCuda, make_draft, move, text_and_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, machine
-from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.loading import TOKEN_ORDER, dtype_for, frequent_tokens
+from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER, dtype_for, frequent_tokens
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
 
 

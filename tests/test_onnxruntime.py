@@ -22,10 +22,9 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.adapters import onnxruntime_graph as graph
-from dovetail_plugin.adapters import onnxruntime_session as sessions
-from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget
-from dovetail_plugin.engine import engine_of
+from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget, graph
+from dovetail_plugin.adapters.onnxruntime import session as sessions
+from dovetail_plugin.targets.engine import engine_of
 from dovetail_plugin.tree import DraftTree
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)

@@ -17,9 +17,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from dovetail_plugin import DovetailDraft
-from dovetail_plugin.adapters import onnxruntime_weights as weights
-from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget, engine_for
-from dovetail_plugin.engine import engine_of
+from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget, engine_for, weights
+from dovetail_plugin.targets.engine import engine_of
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
 

@@ -27,11 +27,11 @@ from transformers import AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget, machine
 from dovetail_plugin.adapters import openvino as adapter
-from dovetail_plugin.adapters import openvino_graph as graph
-from dovetail_plugin.adapters import openvino_session
-from dovetail_plugin.adapters.openvino import OpenVINOTarget
-from dovetail_plugin.benchmark import Comparison, load_prompts
-from dovetail_plugin.engine import engine_of
+from dovetail_plugin.adapters.openvino import OpenVINOTarget, graph
+from dovetail_plugin.adapters.openvino import session as openvino_session
+from dovetail_plugin.bench.compare import Comparison
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.targets.engine import engine_of
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
 

@@ -7,12 +7,12 @@ import torch
 from families import prompt, tiny_target
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.drafting import FeatureDrafter
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
-openvino_draft = pytest.importorskip("dovetail_plugin.adapters.openvino_draft")
+openvino_draft = pytest.importorskip("dovetail_plugin.adapters.openvino.draft")
 OpenVINORunner = openvino_draft.OpenVINORunner
 
 BUDGET = TreeBudget(nodes=10, depth=4, top_k=3)
@@ -124,7 +124,7 @@ def test_without_nncf_the_draft_runs_in_torch(monkeypatch):
 
     draft = DovetailDraft.for_target(tiny_target("llama"))
     monkeypatch.setitem(sys.modules, "nncf", None)
-    monkeypatch.delitem(sys.modules, "dovetail_plugin.adapters.openvino_draft")
+    monkeypatch.delitem(sys.modules, "dovetail_plugin.adapters.openvino.draft")
     said = []
     monkeypatch.setattr(openvino.logger, "warning", said.append)
     engine = openvino.OpenVINOEngine.__new__(openvino.OpenVINOEngine)

@@ -12,8 +12,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
 from dovetail_plugin.cli import main
-from dovetail_plugin.pairing import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
-from dovetail_plugin.writers import write_draft
+from dovetail_plugin.drafts.convert import write_draft
+from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
 
 EAGLE3 = [name for name in test_formats.FORMATS if name.startswith(("eagle3", "speculators"))]
 

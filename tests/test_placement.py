@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.placement import Border, decoder_layers, final_norm, place_layers
+from dovetail_plugin.targets.layers_on_gpu import Border, decoder_layers, final_norm, place_layers
 
 pytestmark = pytest.mark.torch_only("layers of torch targets")
 
@@ -51,7 +51,7 @@ def test_nothing_crosses_twice(monkeypatch):
     border, crossed = model._dovetail_border, []
     border.device = torch.device("meta")
     monkeypatch.setattr(
-        "dovetail_plugin.placement.send_to_device", lambda value, *_, **__: crossed.append(value) or value
+        "dovetail_plugin.targets.layers_on_gpu.send_to_device", lambda value, *_, **__: crossed.append(value) or value
     )
     ids = prompt(5)
     for _ in range(2):

@@ -11,10 +11,10 @@ from families import FULL_ATTENTION, SLIDING, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dovetail_plugin import DovetailConfig, DovetailDraft
-from dovetail_plugin.counting import target_sizes
-from dovetail_plugin.placement import apply_plan
-from dovetail_plugin.plan import make_plan
-from dovetail_plugin.shapes import shape_config
+from dovetail_plugin.planning.apply import apply_plan
+from dovetail_plugin.planning.count_weights import target_sizes
+from dovetail_plugin.planning.known_shapes import shape_config
+from dovetail_plugin.planning.make_plan import make_plan
 
 pytestmark = pytest.mark.torch_only("plans for targets in torch")
 

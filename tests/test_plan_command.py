@@ -8,9 +8,9 @@ from helpers import run_python, save_pair
 
 from dovetail_plugin import machine
 from dovetail_plugin.cli import main
-from dovetail_plugin.plan import format_bytes, make_plan, parse_bytes
-from dovetail_plugin.policy import DeviceSplitPolicy
-from dovetail_plugin.shapes import load_config, shape_config
+from dovetail_plugin.planning.known_shapes import load_config, shape_config
+from dovetail_plugin.planning.make_plan import format_bytes, make_plan, parse_bytes
+from dovetail_plugin.policy.device_split import DeviceSplitPolicy
 
 pytestmark = pytest.mark.torch_only("plans for targets in torch")
 

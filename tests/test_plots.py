@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.benchmark import BenchResult, Comparison, Run
-from dovetail_plugin.plots import check_file, draw, picture
+from dovetail_plugin.bench.compare import BenchResult, Comparison, Run
+from dovetail_plugin.bench.plot import check_file, draw, picture
+from dovetail_plugin.bench.sweep import BUDGETS, Sweep, sweep
 from dovetail_plugin.report import Round
-from dovetail_plugin.sweep import BUDGETS, Sweep, sweep
 
 RESULT = BenchResult(
     plain_tokens_per_s=10.0,

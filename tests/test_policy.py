@@ -19,25 +19,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_drafting import make_draft, text_and_features
 
-import dovetail_plugin.decoding
-import dovetail_plugin.generation
+import dovetail_plugin.generation.generate
+import dovetail_plugin.generation.loop
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
-from dovetail_plugin.acceptance import BINS, CENTERS, SAMPLING, AcceptanceCurve
-from dovetail_plugin.cost import Measurements
-from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.policy import LIMITS, REFRESH, AdaptiveRounds, DeviceSplitPolicy
+from dovetail_plugin.drafts.calibration import BINS, CENTERS
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.policy.acceptance import SAMPLING, AcceptanceCurve
+from dovetail_plugin.policy.device_split import LIMITS, REFRESH, AdaptiveRounds, DeviceSplitPolicy
+from dovetail_plugin.policy.measurements import Measurements
+from dovetail_plugin.policy.on_off import FIRST_REST, FIRST_TRIAL, LONG_TRIAL, LONGEST_REST, TRIAL, Mode
+from dovetail_plugin.policy.rounds import Outcome
+from dovetail_plugin.policy.tree_rule import Lookahead, TreeJudge
 from dovetail_plugin.report import PHASES, PhaseClock
-from dovetail_plugin.rounds import (
-    FIRST_REST,
-    FIRST_TRIAL,
-    LONG_TRIAL,
-    LONGEST_REST,
-    TRIAL,
-    Lookahead,
-    Mode,
-    Outcome,
-    TreeJudge,
-)
 from dovetail_plugin.verify import Acceptance
 
 # --- the judge of one tree -------------------------------------------------------------------------
@@ -65,7 +58,9 @@ def a_mode(seed=0):
 
 def judge_of(budget, price, verify_s, level_s=None, mode=None, switch=0.0):
     level_s = np.zeros(budget.top_k + 1) if level_s is None else level_s
-    return TreeJudge(budget, price, verify_s, level_s, mode, np.broadcast_to(switch, verify_s.shape))
+    return TreeJudge(
+        budget, price, verify_s, level_s, mode.curve, mode.lookahead, np.broadcast_to(switch, verify_s.shape)
+    )
 
 
 @settings(deadline=None)
@@ -813,7 +808,7 @@ def test_a_drafter_that_fails_while_it_is_measured(llama, adaptive, monkeypatch,
                 raise RuntimeError("out of memory")
             return super().grow(budget, judge)
 
-    monkeypatch.setattr(dovetail_plugin.generation, "FeatureDrafter", Failing)
+    monkeypatch.setattr(dovetail_plugin.generation.generate, "FeatureDrafter", Failing)
     plain = generate(llama)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(generate(llama, adaptive), plain)
@@ -848,13 +843,13 @@ def test_a_pass_that_fails_while_it_is_measured(adaptive):
 def test_generations_at_once_share_a_policy(tmp_path, monkeypatch):
     """Two threads, each with a target and a draft of its own, of one kind: measured once, and both texts right."""
     policy, texts, ready = policy_in(tmp_path), {}, threading.Barrier(2)
-    measured, measure = [], dovetail_plugin.decoding.measure
+    measured, measure = [], dovetail_plugin.generation.loop.measure
 
     def counted(*args, **kwargs):
         measured.append(threading.get_ident())
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(dovetail_plugin.decoding, "measure", counted)
+    monkeypatch.setattr(dovetail_plugin.generation.loop, "measure", counted)
     pairs = []
     for _ in range(2):
         target = tiny_target("llama")

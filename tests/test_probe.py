@@ -10,12 +10,13 @@ import torch
 from families import prompt, tiny_target
 from transformers import DynamicCache
 
-from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget, machine, probe, records
-from dovetail_plugin.cost import Measurements
-from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.policy import LIMITS
+from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget, machine
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.policy import probe, records
+from dovetail_plugin.policy.device_split import LIMITS
+from dovetail_plugin.policy.measurements import Measurements
 from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.target import TorchTarget
+from dovetail_plugin.targets.transformers_model import TorchTarget
 
 MEASURED = Measurements({1: 0.1, 8: 0.2}, {1: 0.01}, 0.02, {0: 0.0}, 17, threads=3, processors=(0, 2))
 

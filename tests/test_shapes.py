@@ -2,8 +2,8 @@
 
 import pytest
 
-from dovetail_plugin.counting import target_sizes
-from dovetail_plugin.shapes import SHAPES, load_config, shape_config
+from dovetail_plugin.planning.count_weights import target_sizes
+from dovetail_plugin.planning.known_shapes import SHAPES, load_config, shape_config
 
 pytestmark = pytest.mark.torch_only("configs of targets in torch")
 

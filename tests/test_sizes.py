@@ -8,15 +8,15 @@ from families import FULL_ATTENTION, SLIDING, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import dovetail_plugin.generation
+import dovetail_plugin.generation.generate
 from dovetail_plugin import DovetailDraft
-from dovetail_plugin.counting import draft_sizes, target_sizes
-from dovetail_plugin.drafting import FeatureDrafter
-from dovetail_plugin.graph_rows import Store, power_of_two
+from dovetail_plugin.drafts.cuda_graph_rows import Store, power_of_two
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.planning.count_weights import draft_sizes, target_sizes
+from dovetail_plugin.planning.known_shapes import shape_config
+from dovetail_plugin.planning.memory import DRAFT_ROWS, Rows
 from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.shapes import shape_config
-from dovetail_plugin.sizes import DRAFT_ROWS, Rows
-from dovetail_plugin.target import TorchTarget
+from dovetail_plugin.targets.transformers_model import TorchTarget
 from dovetail_plugin.tree import DraftTree
 
 pytestmark = pytest.mark.torch_only("targets in torch")
@@ -119,7 +119,7 @@ def test_cache_of_latent_attention():
 def test_cache_of_a_draft(llama):
     draft = DovetailDraft.for_target(llama, blocks=2)
     sizes, rows = draft_sizes(draft.config, "float32"), Rows(300, 16, 300)
-    assert DRAFT_ROWS == dovetail_plugin.generation.DRAFT_ROWS
+    assert DRAFT_ROWS == dovetail_plugin.generation.generate.DRAFT_ROWS
     store = Store(draft, power_of_two(rows.context + DRAFT_ROWS))
     assert sizes.kv_bytes(rows, on_gpu=True) == store.kv.nbytes
     drafter = FeatureDrafter(draft, rows.context + DRAFT_ROWS, PhaseClock())

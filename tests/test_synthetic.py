@@ -9,18 +9,18 @@ from families import COMMON, FULL_ATTENTION, SLIDING, VOCAB, prompt
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.drafting import FeatureDrafter, TorchRunner
-from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.synthetic import (
+from dovetail_plugin.bench.random_model import random_model
+from dovetail_plugin.bench.synthetic import (
     RANKS,
     SyntheticComparison,
     SyntheticRunner,
     WatchedTarget,
     probabilities,
-    random_model,
     synthetic_generate,
 )
-from dovetail_plugin.target import TorchTarget
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter, TorchRunner
+from dovetail_plugin.report import PhaseClock
+from dovetail_plugin.targets.transformers_model import TorchTarget
 
 pytestmark = pytest.mark.torch_only("what an engine computes is thrown away")
 
@@ -262,7 +262,7 @@ def test_random_model(model_type, fields):
 
 def test_random_matrices_differ(monkeypatch):
     """Although they repeat one block, which is shorter than a matrix here."""
-    monkeypatch.setattr("dovetail_plugin.synthetic.BLOCK", 997)
+    monkeypatch.setattr("dovetail_plugin.bench.random_model.BLOCK", 997)
     config = config_of("llama")
     model = random_model(config, torch.float32)
     matrices = [m for m in model.parameters() if m.shape == (48, 32)]

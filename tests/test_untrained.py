@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail_plugin import DeviceSplitPolicy, PromptLookupDraft, SmallModelDraft, TreeBudget
-from dovetail_plugin.lookup import LookupDrafter
+from dovetail_plugin.drafts.prompt_lookup import LookupDrafter
 from dovetail_plugin.report import PhaseClock
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False}

@@ -41,8 +41,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
 from dovetail_plugin.adapters import vllm as plugin
-from dovetail_plugin.benchmark import load_prompts
-from dovetail_plugin.drafting import FeatureDrafter
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 
 PAIR = Path(__file__).parent.parent / "examples" / "tiny_pair"
 TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"

@@ -6,7 +6,7 @@ A caller's mistake ends with one line on stderr and status 2, not with a traceba
 import argparse
 import sys
 
-from . import bench, convert, export, generate, plan, train
+from ..cli import bench, convert, export, generate, plan, train
 
 DESCRIPTION = """\
 Make a large language model on the CPU talk faster with a small draft model on the GPU, word for word the same.

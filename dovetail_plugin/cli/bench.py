@@ -12,13 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from .. import plots
-from ..benchmark import Comparison, load_prompts, random_prompts
+from ..bench import plot as plots
+from ..bench.compare import Comparison
+from ..bench.prompts import load_prompts, random_prompts
+from ..bench.random_model import random_model
+from ..bench.sweep import PROMPTS, sweep
+from ..bench.synthetic import SyntheticComparison, probabilities
+from ..drafts.model import DovetailDraft
 from ..machine import thread_count
-from ..modeling import DovetailDraft
-from ..shapes import SHAPES, load_config
-from ..sweep import PROMPTS, sweep
-from ..synthetic import SyntheticComparison, probabilities, random_model
+from ..planning.known_shapes import SHAPES, load_config
 from .common import (
     HelpFormatter,
     LoadedPair,

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..assistants import Assistant
-from ..formats import read_config
-from ..modeling import DovetailDraft
-from ..pairing import LOOKUP, draft_name_for, load_assistant
-from ..placement import apply_plan
-from ..policy import DeviceSplitPolicy, parse_budget
+from ..drafts.base import Assistant
+from ..drafts.checkpoints.read import read_config
+from ..drafts.known_pairs import LOOKUP, draft_name_for, load_assistant
+from ..drafts.model import DovetailDraft
+from ..planning.apply import apply_plan
+from ..planning.device_plan import parse_budget
+from ..policy.device_split import DeviceSplitPolicy
 from ..tree import TreeBudget
 
 
@@ -167,7 +168,7 @@ def check_target(args: argparse.Namespace) -> str:
 def load_target(args: argparse.Namespace) -> Any:
     """The target, in torch or exported."""
     if args.target_ir:
-        from ..adapters import load_exported
+        from dovetail_plugin.adapters import load_exported
 
         return load_exported(args.target_ir, threads=args.threads)
     return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)

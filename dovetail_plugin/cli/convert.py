@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..modeling import DovetailDraft
-from ..writers import FORMATS, write_draft
+from ..drafts.convert import FORMATS, write_draft
+from ..drafts.model import DovetailDraft
 from .common import HelpFormatter
 
 EPILOG = """\

@@ -5,7 +5,8 @@ import argparse
 import torch
 from transformers import TextStreamer
 
-from ..benchmark import Run, encode_prompt, timed_generate
+from ..bench.compare import Run, timed_generate
+from ..bench.prompts import encode_prompt
 from ..machine import thread_count
 from .common import (
     HelpFormatter,

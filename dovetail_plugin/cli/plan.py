@@ -5,12 +5,12 @@ import json
 
 import torch
 
-from ..configuration import DovetailConfig
-from ..counting import FLOAT_DTYPES, QUANTISED
-from ..draft_configs import load_draft_config
-from ..plan import format_bytes
-from ..policy import DeviceSplitPolicy
-from ..shapes import SHAPES, load_config
+from ..drafts.config import DovetailConfig
+from ..planning.count_weights import FLOAT_DTYPES, QUANTISED
+from ..planning.draft_config import load_draft_config
+from ..planning.known_shapes import SHAPES, load_config
+from ..planning.make_plan import format_bytes
+from ..policy.device_split import DeviceSplitPolicy
 from .common import HelpFormatter
 
 DESCRIPTION = """\

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..acceptance import BINS, EDGES, prior
-from ..modeling import DovetailDraft
+from ..drafts.calibration import BINS, EDGES
+from ..drafts.model import DovetailDraft
+from ..policy.acceptance import prior
 from .data import Batch
 from .losses import roll_out
 

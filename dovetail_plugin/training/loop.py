@@ -25,8 +25,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from ..loading import TOKEN_ORDER
-from ..modeling import DovetailDraft
+from ..drafts.checkpoints.load import TOKEN_ORDER
+from ..drafts.model import DovetailDraft
 from .calibration import Calibration
 from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl

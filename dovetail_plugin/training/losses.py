@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling import DovetailDraft
+from ..drafts.model import DovetailDraft
 from .data import Batch, Sequence
 
 

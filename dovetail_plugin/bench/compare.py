@@ -1,0 +1,196 @@
+"""Plain `generate` against the same call with a draft: interleaved, both sides counted by the same code.
+
+Enters: a target, a draft, prompts as token ids, options of `generate`. Leaves: a `BenchResult` that prints
+a table and one JSON line. Identity of the texts is checked on the way; a greedy text that differs is looked
+up at its first differing token, where reduced precision may only have broken a tie.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..drafts.base import Assistant
+from ..report import PHASES
+from ..targets.engine import engine_of, next_logits
+from .provenance import provenance
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation. tokens: new ones. seconds: of the whole call of `generate`, prompt included."""
+
+    tokens: int
+    seconds: float
+    ids: Tensor
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def timed_generate(target: PreTrainedModel, input_ids: Tensor, **options: Any) -> Run:
+    """One call of `target.generate`, timed from outside; used for both sides of every comparison."""
+    start_s = time.perf_counter()
+    ids = target.generate(input_ids, **options)
+    return Run(ids.shape[1] - input_ids.shape[1], time.perf_counter() - start_s, ids)
+
+
+@dataclass
+class BenchResult:
+    """Medians over prompts; phases and acceptance over all rounds of all prompts.
+
+    ties: greedy texts that differ where the plain run's two best logits were equal up to rounding.
+    differences: texts that differ otherwise; must be 0 when greedy.
+    synthetic_acceptance: rate at which acceptance was simulated; there are no texts to compare then. None: real.
+    """
+
+    plain_tokens_per_s: float
+    draft_tokens_per_s: float
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    acceptance_length: float
+    nodes_per_round: float
+    rounds: int
+    phase_ms_per_round: dict[str, float]
+    round_ms: float
+    prompts: int
+    new_tokens: int
+    identical: int
+    ties: int
+    differences: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    synthetic_acceptance: float | None = None
+
+    def table(self) -> str:
+        """The table that people read."""
+        lines = [
+            f"{'':24}{'plain':>10}{'draft':>10}{'ratio':>10}",
+            f"{'tokens/s (median)':24}{self.plain_tokens_per_s:10.2f}{self.draft_tokens_per_s:10.2f}{self.ratio:10.2f}",
+            f"{'ratio, quartiles':24}{self.ratio_quartiles[0]:20.2f}{self.ratio_quartiles[1]:10.2f}",
+            f"{'acceptance length':24}{self.acceptance_length:20.2f}",
+            f"{'nodes per round':24}{self.nodes_per_round:20.1f}",
+            f"{'rounds':24}{self.rounds:20d}",
+        ]
+        for phase, ms in self.phase_ms_per_round.items():
+            share = ms / self.round_ms if self.round_ms else 0.0
+            lines.append(f"{'  ' + phase + ', ms a round':24}{ms:20.2f}{share:10.1%}")
+        lines.append(f"{'  round, ms':24}{self.round_ms:20.2f}")
+        return "\n".join([*lines, self._about_texts()])
+
+    def _about_texts(self) -> str:
+        if self.synthetic_acceptance is not None:
+            return f"SYNTHETIC: acceptance simulated at {self.synthetic_acceptance:.2f}"
+        texts = f"{self.identical} of {self.prompts} identical"
+        if self.ties:
+            texts += f", {self.ties} part at a tie of the target"
+        if self.differences:
+            texts += f", {self.differences} DIFFER"
+        return f"{'texts':24}{texts:>30}"
+
+    def json_line(self) -> str:
+        """Everything, with command, versions and machine, on one line."""
+        return json.dumps(asdict(self) | provenance())
+
+
+@dataclass
+class Comparison:
+    """Runs plain and drafted generations side by side and adds them up.
+
+    Args:
+        target, draft: on their devices.
+        options: of `generate`, for both sides.
+        seed: of each pair of runs when sampling; both sides get the same one.
+    """
+
+    target: PreTrainedModel
+    draft: Assistant
+    options: dict[str, Any]
+    seed: int = 0
+    pairs: list[tuple[Run, Run]] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+    parted: list[float] = field(default_factory=list)
+
+    def add(self, input_ids: Tensor) -> None:
+        """One prompt (1, T), both ways; which comes first alternates."""
+        order = (False, True) if len(self.pairs) % 2 == 0 else (True, False)
+        runs = {}
+        for drafted in order:
+            runs[drafted] = self.run(input_ids, drafted=drafted, number=len(self.pairs))
+        self.pairs.append((runs[False], runs[True]))
+        self.reports.append(self.draft.report)
+        self._compare_texts(runs[False], runs[True])
+
+    def run(self, input_ids: Tensor, *, drafted: bool, number: int = 0, **changes: Any) -> Run:
+        """One generation over a prompt (1, T), not added; its number goes into the seed, `changes` replace options."""
+        torch.manual_seed(self.seed + number)
+        extra = {"assistant_model": self.draft} if drafted else {}
+        return timed_generate(self.target, input_ids, **(self.options | changes), **extra)
+
+    def _compare_texts(self, plain: Run, drafted: Run) -> None:
+        if not torch.equal(plain.ids, drafted.ids):
+            self.parted.append(top_gap_at_difference(self.target, plain.ids, drafted.ids))
+
+    def warm_up(self, input_ids: Tensor) -> None:
+        """One short generation of each kind that is not counted."""
+        for drafted in (False, True):
+            self.run(input_ids, drafted=drafted, max_new_tokens=8)
+
+    def result(self, **settings: Any) -> BenchResult:
+        """Medians over what was added so far. `settings` are stored with the numbers."""
+        plain = [p.tokens_per_s for p, _ in self.pairs]
+        drafted = [d.tokens_per_s for _, d in self.pairs]
+        ratios = [d / p for p, d in zip(plain, drafted, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        rounds = [r for report in self.reports for r in report.rounds]
+        count = max(len(rounds), 1)
+        phases = {
+            name: 1e3 * sum(report.phase_seconds[name] for report in self.reports) / count
+            for name in (*PHASES, "other")
+        }
+        sampling = bool(self.options.get("do_sample"))
+        ties = 0 if sampling else sum(gap <= tie_tolerance(engine_of(self.target).rounding) for gap in self.parted)
+        return BenchResult(
+            plain_tokens_per_s=statistics.median(plain),
+            draft_tokens_per_s=statistics.median(drafted),
+            ratio=statistics.median(ratios),
+            ratio_quartiles=(quartiles[0], quartiles[2]),
+            acceptance_length=sum(r.emitted for r in rounds) / count,
+            nodes_per_round=sum(r.nodes for r in rounds) / count,
+            rounds=len(rounds),
+            phase_ms_per_round=phases,
+            round_ms=sum(phases.values()),
+            prompts=len(self.pairs),
+            new_tokens=sum(d.tokens for _, d in self.pairs),
+            identical=len(self.pairs) - len(self.parted),
+            ties=ties,
+            differences=len(self.parted) - ties,
+            settings=settings,
+        )
+
+
+def tie_tolerance(dtype: torch.dtype) -> float:
+    """Largest relative gap of two logits that counts as a tie: a few roundings of the dtype.
+
+    float32 has none: there the texts must be the same.
+    """
+    return 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+
+
+def top_gap_at_difference(target: PreTrainedModel, plain: Tensor, drafted: Tensor) -> float:
+    """Gap between the target's two best logits where two texts (1, T) part, relative to the best one.
+
+    The logits are those of a plain run over the common text. infinity if one text is a prefix of the other.
+    """
+    shared = min(plain.shape[1], drafted.shape[1])
+    differs = (plain[0, :shared] != drafted[0, :shared]).nonzero()
+    if not len(differs):
+        return float("inf")
+    at = int(differs[0])
+    best = next_logits(target, plain[:, :at])[0].float().topk(2).values
+    return float((best[0] - best[1]) / best[0].abs())

@@ -1,0 +1,64 @@
+"""Prompts for comparisons: files of chats and random tokens, as token ids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_prompts(file: Path | None, tokenizer: Any, count: int) -> list[Tensor]:
+    """The first `count` prompts as (1, T) token ids, through the chat template if there is one.
+
+    Args:
+        file: JSON lines with `prompt`, `question`, `turns` or `messages`; None takes the GSM8K test
+            questions that come with the package.
+
+    Raises:
+        ValueError: a line is not JSON or has none of these fields (file and line are named), or there is none.
+    """
+    file = file or Path(__file__).parent.parent / "prompts" / "gsm8k-test.jsonl"
+    prompts: list[Tensor] = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if len(prompts) == count:
+                break
+            if not line.strip():
+                continue
+            try:
+                messages = _messages(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}.") from error
+            prompts.append(encode_prompt(messages, tokenizer))
+    if not prompts:
+        raise ValueError(f"no prompts in {file}.")
+    return prompts
+
+
+def random_prompts(count: int, vocab_size: int, *, tokens: int = 96, seed: int = 0) -> list[Tensor]:
+    """`count` prompts (1, tokens) int64 that mean nothing, for targets without a tokenizer.
+
+    The default length is about that of a GSM8K question in a chat template.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (1, tokens), generator=generator) for _ in range(count)]
+
+
+def _messages(row: Any) -> list[dict[str, str]]:
+    """The chat of one line, ready for the assistant's turn."""
+    row = row if isinstance(row, dict) else {}
+    if row.get("messages"):
+        return row["messages"]
+    text = row.get("prompt") or row.get("question") or (row.get("turns") or [None])[0]
+    if not isinstance(text, str):
+        raise ValueError("no text under prompt, question, turns or messages")
+    return [{"role": "user", "content": text}]
+
+
+def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
+    """(1, T) int64 of a chat, ready for the answer; the last message alone if there is no chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return torch.tensor([ids])

@@ -1,0 +1,52 @@
+"""A causal language model of random weights for a config, quickly."""
+
+import copy
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from .. import machine
+
+BLOCK = (1 << 24) - 3
+"""Random numbers that the weights of a big model repeat; odd, so that equal matrices do not become the same."""
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, *, seed: int = 0) -> PreTrainedModel:
+    """A causal language model of random weights on the CPU, quickly and in `dtype` from the start.
+
+    Matrices repeat one block of normally distributed numbers; norms, biases, and buffers such as rotary frequencies
+    are what transformers initialises them to.
+
+    Args:
+        config: of a decoder-only model; left as it is.
+        dtype: of all parameters.
+        seed: of the numbers.
+
+    Raises:
+        ValueError: this machine has too little memory.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    needed, free = sum(parameter.nbytes for parameter in model.parameters()), machine.available_bytes()
+    if free is not None and needed > free:
+        raise ValueError(f"the weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free.")
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.empty(min(BLOCK, sum(m.numel() for m in matrices)), dtype=dtype)
+    block.normal_(std=0.02, generator=generator)
+    at = 0
+    for matrix in matrices:
+        for part in matrix.data.view(-1).split(len(block)):
+            ahead = min(len(part), len(block) - at)
+            part[:ahead] = block[at : at + ahead]
+            part[ahead:] = block[: len(part) - ahead]
+            at = (at + len(part)) % len(block)
+        matrix._is_hf_initialized = True  # the next line leaves it alone
+    model.initialize_weights()
+    return model.eval()

@@ -1,0 +1,207 @@
+"""The parts of a draft model: fusions of feature and token, and Llama decoder blocks over `KVRows`.
+
+Enters: features, embeddings, rotary tables, a mask. Leaves: hidden states. Each part knows its own weights and
+nothing of the whole; `modeling.py` puts them together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from ..cache import KVRows
+from .config import DovetailConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)  # .to: autocast gives bf16
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, with frequencies that stay fp32 when the draft is cast: rounded ones turn far rows wrongly."""
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and not buffer.is_meta and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions over optional `KVRows`; reads rows of `width` (default H)."""
+
+    def __init__(self, config: DovetailConfig, width: int | None = None) -> None:
+        super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills them in
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width, bias = width or config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+        batch, length, _ = x.shape
+        query = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        key = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        value = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        cos, sin = (table.to(query.dtype) for table in rope)  # under autocast the query is bf16
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if rows is not None:
+            rows.append(key, value)
+            key, value = rows.keys, rows.values
+        out = attend(query, key, value, mask)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention without repeated keys.
+
+    Args:
+        query: (B, Hq, n, d).
+        key, value: (B, Hkv, m, d).
+        mask: (n, m) additive; None means causal over n = m rows.
+
+    Returns:
+        (B, Hq, n, d)
+    """
+    groups = query.shape[1] // key.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
+    if torch.jit.is_tracing():  # for engines that recognise heads repeated this way and read them once themselves
+        key, value = (rows[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for rows in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    # The query heads of a group become rows of one head, so keys and values are read once.
+    batch, heads, n, d = query.shape
+    folded = query.reshape(batch, heads // groups, groups * n, d)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(groups, 1))
+    return out.reshape(batch, heads, n, d)
+
+
+class MLP(nn.Module):
+    """SwiGLU, as Llama's."""
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A Llama decoder block; the first one of a draft has no input norm (method: block 0 reads x0 as it is)."""
+
+    def __init__(self, config: DovetailConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if index else nn.Identity()
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+        x = within_range(x + self.self_attn(self.input_layernorm(x), rope, rows, mask))
+        return within_range(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+class Eagle3Block(nn.Module):
+    """The one block of an EAGLE-3 head (Li et al. 2025): attention reads embedding and feature side by side.
+
+    Its input is what `Eagle3Fusion` gives, (B, n, 2H); the residual stream begins with the feature half, before its
+    norm, or after it where the config says `norm_before_residual`.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.hidden_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.self_attn = Attention(config, 2 * width)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.mlp = MLP(config)
+        self.norm_before_residual = config.norm_before_residual
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+        embeddings, features = x.chunk(2, dim=-1)
+        normed = self.hidden_norm(features)
+        residual = normed if self.norm_before_residual else features
+        both = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        x = within_range(residual + self.self_attn(both, rope, rows, mask))
+        return within_range(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+def within_range(x: Tensor) -> Tensor:
+    """The residual stream of a draft in fp16, kept finite: bf16 weights may drive it beyond fp16's range."""
+    return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
+
+
+class GatedFusion(nn.Module):
+    """Dynamic Gating Fusion (Dovetail, section 3): a learnt gate mixes feature and token.
+
+        h1 = f W_1;  h2 = SiLU(RMSNorm(e) W_2);  z = sigmoid([h1 ; h2] W_z);  x0 = z h1 + (1 - z) h2
+
+    `W_1`, `W_2` (H, H) and `W_z` (2H, H) multiply from the right, as in the reference checkpoints.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.W_1 = nn.Parameter(torch.empty(width, width))
+        self.W_2 = nn.Parameter(torch.empty(width, width))
+        self.W_z = nn.Parameter(torch.empty(2 * width, width))
+
+    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        h1 = features @ self.W_1
+        h2 = F.silu(self.input_layernorm(embeddings) @ self.W_2)
+        gate = torch.sigmoid(torch.cat([h1, h2], dim=-1) @ self.W_z)
+        return torch.lerp(h2, h1, gate)
+
+
+class ConcatFusion(nn.Module):
+    """EAGLE-1's and EAGLE-2's fusion, the ablation baseline: `fc([e ; f])`, with bias unless the config says no."""
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fusion_bias)
+
+    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        return self.fc(torch.cat([embeddings, features], dim=-1))
+
+
+class Eagle3Fusion(nn.Module):
+    """EAGLE-3's input: several target features become one of width H; feature and token stay side by side.
+
+    `project` is run once for features of the target, whose predictions come back at width H already.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=config.fusion_bias)
+
+    def project(self, features: Tensor) -> Tensor:
+        """(..., F) -> (..., H)."""
+        return self.fc(features)
+
+    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        return torch.cat([embeddings, features], dim=-1)
+
+
+FUSIONS = {"dgf": GatedFusion, "concat": ConcatFusion, "eagle3": Eagle3Fusion}
+"""By `DovetailConfig.fusion`."""

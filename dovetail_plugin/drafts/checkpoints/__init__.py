@@ -1,0 +1,1 @@
+"""Draft checkpoints of this and other projects: `read` detects and reads them, `load` prepares their loading."""

@@ -1,0 +1,308 @@
+"""Published draft checkpoints, read: config and tensors of other projects in, ours out.
+
+Enters: a directory or hub id. Leaves: a `Checkpoint`: a `DovetailConfig` and tensors under `DovetailDraft`'s names.
+Which format it is, is told by config fields and tensor names, never by the name of the repository:
+
+    paper        the Dovetail paper's: `W_1`, `W_2`, `W_z` at top level
+    eagle        EAGLE-1 and EAGLE-2: `fc.weight` and `layers.0.*`
+    eagle3       EAGLE-3: `midlayer.*`
+    speculators  vllm-project/speculators: its config; tensors as EAGLE-3 with `layers.0.` for `midlayer.`
+
+Pickled files are read with `weights_only=True`, which runs no code. This module knows nothing of models or devices.
+"""
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..config import DovetailConfig
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Looked for in this order."""
+
+BORROWED = ("embed_tokens.weight", "lm_head.weight")
+"""Tables that some checkpoints copy from their target; it has them, so they are left out."""
+
+
+class UnknownFormat(ValueError):
+    """A checkpoint is of no known draft. is_language_model: whether its config is one of a causal language model."""
+
+    def __init__(self, config: dict[str, Any], message: str) -> None:
+        super().__init__(message)
+        self.is_language_model = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A draft of any format, in our terms. kind: "paper", "eagle", "eagle3" or "speculators"."""
+
+    kind: str
+    config: DovetailConfig
+    tensors: dict[str, Tensor]
+
+
+def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
+    """The config.json of a checkpoint, as it is; `name` may be that file.
+
+    Raises:
+        OSError: there is none; says how to use a local directory where the hub is out of reach.
+        ValueError: it is no JSON object.
+    """
+    try:
+        file = name if Path(name).is_file() else cached_file(name, "config.json", **hub_kwargs)
+    except OSError as error:
+        raise OSError(
+            f"{name}: no config.json there, as a directory or on the hub ({error}). Where the hub cannot be reached, "
+            "download the repository elsewhere and give the directory."
+        ) from error
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: the config is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{name}: the config holds no object.")
+    return config
+
+
+def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwargs: Any) -> Checkpoint:
+    """Read a checkpoint of any format but ours.
+
+    Args:
+        config: of `read_config`, if it was read already.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+
+    Raises:
+        ValueError: the format is unknown (says what was looked for), a file is damaged or holds more than tensors,
+            ids of a reduced vocabulary are out of range.
+        OSError: there are no weights.
+    """
+    config = read_config(name, **hub_kwargs) if config is None else config
+    tensors = {key.removeprefix("model."): value for key, value in read_tensors(name, **hub_kwargs).items()}
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
+    return translate(name, config, tensors)
+
+
+def translate(name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    """A checkpoint of any format but ours, in our terms; `name` is for messages.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    kind = kind_of(config, tensors)
+    try:
+        return Checkpoint(kind, *_READERS[kind](config, tensors))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name} looks like {kind}, but its config lacks {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def kind_of(config: dict[str, Any], names: Any) -> str:
+    """Which format a config and tensor names are.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    if "speculators_model_type" in config or "speculators_config" in config:
+        return "speculators"
+    if "W_1" in names and "W_z" in names:
+        return "paper"
+    if any(name.startswith("midlayer.") for name in names):
+        return "eagle3"
+    if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
+        return "eagle"
+    raise UnknownFormat(
+        config,
+        f"this is no draft that is known: its model_type is {config.get('model_type')!r}, and its tensors are "
+        f"{', '.join(sorted(names)[:6]) or 'none'}, ... Looked for: W_1 and W_z (the Dovetail paper), fc.weight with "
+        "layers.0.* (EAGLE-1, EAGLE-2), midlayer.* (EAGLE-3), speculators_config (speculators), model_type dovetail.",
+    )
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def read_tensors(name: str, **hub_kwargs: Any) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU.
+
+    Raises:
+        OSError: there are no weight files. ValueError: one is damaged, or is a pickle of more than tensors.
+    """
+    hub_kwargs = hub_kwargs | {"_raise_exceptions_for_missing_entries": False}
+    for candidate in WEIGHT_FILES:
+        file = cached_file(name, candidate, **hub_kwargs)
+        if file is None:
+            continue
+        files = [file]
+        if candidate.endswith(".json"):
+            shards = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [cached_file(name, shard, **hub_kwargs) for shard in shards]
+            missing = [shard for shard, found in zip(shards, files, strict=True) if found is None]
+            if missing:
+                raise OSError(f"{name}: {candidate} names {', '.join(missing)}, which is not there.")
+        tensors: dict[str, Tensor] = {}
+        for each in files:
+            tensors |= _read_safetensors(each) if each.endswith(".safetensors") else _read_pickle(each)
+        return tensors
+    raise OSError(f"{name}: no weights there; looked for {', '.join(WEIGHT_FILES)}.")
+
+
+def _read_safetensors(file: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not safetensors ({error}); copy or download it again.") from error
+
+
+def _read_pickle(file: str) -> dict[str, Tensor]:
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file}: damaged, or a pickle of more than plain tensors, which is not run "
+            f"({str(error).splitlines()[0]}). Ask its author for safetensors."
+        ) from error
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise ValueError(f"{file}: holds other things than named tensors.")
+    return stored
+
+
+# --- formats ----------------------------------------------------------------------------------------
+
+_Translated = tuple[DovetailConfig, dict[str, Tensor]]
+
+
+def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What all formats call as Llama does."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = {key: value for key, value in rope.items() if key != "type"} | {"rope_type": kind}
+    rope.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
+    fields = ["max_position_embeddings", "num_key_value_heads", "head_dim", "rms_norm_eps"]
+    fields += ["bos_token_id", "eos_token_id", "pad_token_id"]
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "rope_parameters": rope,
+        "attention_bias": bool(config.get("attention_bias") or config.get("qkv_bias")),
+    } | {name: config[name] for name in fields if config.get(name) is not None}
+
+
+def _blocks(tensors: dict[str, Tensor]) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+
+
+def _paper(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
+    ours = DovetailConfig(**_llama_fields(config), num_hidden_layers=_blocks(tensors), fusion="dgf")
+    fused = ("W_1", "W_2", "W_z", "input_layernorm.weight")
+    names = {name: f"fusion.{name}" if name in fused else name for name in tensors if name not in BORROWED}
+    return ours, {new: tensors[old] for old, new in names.items()}
+
+
+def _eagle(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
+    bias = "fc.bias" in tensors
+    if config.get("bias", bias) != bias:
+        raise ValueError(f"config.json says bias={config['bias']}, but fc.bias is {'' if bias else 'not '}there.")
+    ours = DovetailConfig(
+        **_llama_fields(config), num_hidden_layers=_blocks(tensors), fusion="concat", fusion_bias=bias
+    )
+    names = {name: name.replace("fc.", "fusion.fc.", 1) if name.startswith("fc.") else name for name in tensors}
+    return ours, {new: tensors[old] for old, new in names.items() if old not in BORROWED}
+
+
+def _eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
+    width, target_width = config["hidden_size"], config.get("target_hidden_size") or config["hidden_size"]
+    own = config.get("eagle_config") or {}
+    layers = own.get("eagle_aux_hidden_state_layer_ids") or config.get("eagle_aux_hidden_state_layer_ids")
+    kept = tensors["lm_head.weight"].shape[0]
+    ours = DovetailConfig(
+        **_llama_fields(config),
+        num_hidden_layers=1,
+        fusion="eagle3",
+        fusion_bias="fc.bias" in tensors,
+        target_hidden_size=target_width if target_width != width else None,
+        feature_layers=layers,
+        draft_vocab_size=kept if kept != config["vocab_size"] else None,
+        norm_before_residual=bool(config.get("norm_before_residual", False)),
+        own_embedding="embed_tokens.weight" in tensors,
+    )
+    renamed = {"lm_head.weight": "head_weight", "embed_tokens.weight": "embed_weight"}
+    translated = {}
+    for name, tensor in tensors.items():
+        if name in ("d2t", "t2d"):
+            continue
+        new = renamed.get(name, name)
+        new = new.replace("midlayer.", "layers.0.", 1) if new.startswith("midlayer.") else new
+        translated[f"fusion.{new}" if new.startswith("fc.") else new] = tensor
+    if ours.draft_vocab_size is not None:
+        translated["token_ids"] = _token_ids(tensors, ours)
+    return ours, translated
+
+
+def _token_ids(tensors: dict[str, Tensor], config: DovetailConfig) -> Tensor:
+    """(Vd,) int64 of the target's ids: draft id + d2t[draft id].
+
+    Raises:
+        ValueError: d2t is missing, of another size or leads outside the vocabulary; t2d tells otherwise.
+    """
+    size = config.draft_vocab_size
+    assert size is not None
+    if "d2t" not in tensors:
+        raise ValueError(f"the head has {size} tokens of {config.vocab_size}, but d2t, which says which, is missing.")
+    offsets = tensors["d2t"].long()
+    if offsets.shape != (size,):
+        raise ValueError(f"d2t has shape {tuple(offsets.shape)}, expected ({size},).")
+    ids = torch.arange(size) + offsets
+    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if len(wrong):
+        raise ValueError(f"d2t leads to token {int(wrong[0])}, outside the vocabulary of {config.vocab_size}.")
+    if len(ids.unique()) != size:
+        raise ValueError("d2t gives two draft tokens the same id of the target.")
+    mask = tensors.get("t2d")
+    if mask is not None and not torch.equal(mask.bool().nonzero()[:, 0], ids.sort().values):
+        raise ValueError("t2d and d2t name different tokens of the target.")
+    return ids
+
+
+def _speculators(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
+    algorithm = config.get("speculators_model_type", (config.get("speculators_config") or {}).get("algorithm"))
+    if algorithm != "eagle3":
+        raise ValueError(f"speculators' {algorithm!r} is not read; eagle3 is.")
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    flat = config["transformer_layer_config"] | {
+        name: config[name]
+        for name in (
+            "draft_vocab_size",
+            "norm_before_residual",
+            "target_hidden_size",
+            "eagle_aux_hidden_state_layer_ids",
+        )
+        if config.get(name) is not None
+    }
+    ours, translated = _eagle3(flat, tensors)
+    ours.target_name_or_path = verifier.get("name_or_path")
+    return ours, translated
+
+
+_READERS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], _Translated]] = {
+    "paper": _paper,
+    "eagle": _eagle,
+    "eagle3": _eagle3,
+    "speculators": _speculators,
+}

@@ -1,0 +1,139 @@
+"""Drafts written in the formats of other projects: the way back of `formats.py`.
+
+Enters: a `DovetailDraft`. Leaves: a directory with config.json and model.safetensors that the other project loads:
+
+    dovetail     this project's own, whatever the draft was read from
+    eagle3       EAGLE-3 as SGLang, vLLM and SpecForge read it
+    speculators  vllm-project/speculators
+    vllm         what vLLM serves: EAGLE-3 for EAGLE-3 drafts, which it knows, our own for all others, by our plugin
+
+A format can hold only what it has names for, and says so of other drafts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import DovetailConfig
+from .model import DovetailDraft
+
+FORMATS = ("dovetail", "eagle3", "speculators", "vllm")
+
+SPECULATORS_VERSION = "0.3.0"
+"""Of the config layout that is written."""
+
+
+def write_draft(draft: DovetailDraft, directory: Path, to: str) -> None:
+    """Write `draft` to `directory` in format `to`, one of `FORMATS`.
+
+    Raises:
+        ValueError: the format is unknown, or cannot hold this draft.
+        FileExistsError: the directory holds a checkpoint already.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"unknown format {to!r}; use one of {', '.join(FORMATS)}.")
+    if (directory / "config.json").exists():
+        raise FileExistsError(f"{directory} holds a checkpoint already; name another directory.")
+    if to == "dovetail" or (to == "vllm" and draft.config.fusion != "eagle3"):
+        draft.save_pretrained(directory)
+        return
+    if draft.config.fusion != "eagle3":
+        kind = {"dgf": "Dynamic Gating Fusion", "concat": "EAGLE-1 or EAGLE-2"}[draft.config.fusion]
+        raise ValueError(
+            f"{to} holds EAGLE-3 drafts, and this one is of the kind {kind}; it can be written as dovetail."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    if to == "speculators":
+        config, block = _speculators_config(draft.config), "layers.0."
+    else:
+        config, block = _eagle3_config(draft.config), "midlayer."
+    save_file(_eagle3_tensors(draft, block), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _eagle3_tensors(draft: DovetailDraft, block: str) -> dict[str, Tensor]:
+    renamed = {"head_weight": "lm_head.weight", "embed_weight": "embed_tokens.weight"}
+    tensors = {}
+    for name, tensor in draft.state_dict().items():
+        if name == "token_ids":
+            continue
+        new = renamed.get(name, name).removeprefix("fusion.")
+        new = block + new.removeprefix("layers.0.") if new.startswith("layers.0.") else new
+        tensors[new] = tensor.detach().cpu().contiguous()
+    if draft.config.draft_vocab_size is not None:
+        assert draft.token_ids is not None
+        ids = draft.token_ids.cpu()
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    return tensors
+
+
+def _llama_config(config: DovetailConfig) -> dict[str, Any]:
+    rope = dict(config.rope_parameters or {})
+    theta = rope.pop("rope_theta", 10000.0)
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "attention_bias",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "tie_word_embeddings": False,
+    } | {name: getattr(config, name) for name in fields}
+
+
+def _eagle3_config(config: DovetailConfig) -> dict[str, Any]:
+    own = _llama_config(config) | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "norm_before_residual": config.norm_before_residual,
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+    }
+    if config.target_hidden_size is not None:
+        own["target_hidden_size"] = config.target_hidden_size
+    if config.feature_layers is not None:
+        own["eagle_config"] = {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": list(config.feature_layers),
+        }
+    return own
+
+
+def _speculators_config(config: DovetailConfig) -> dict[str, Any]:
+    own = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 5}],
+            "verifier": {"name_or_path": config.target_name_or_path, "architectures": []},
+        },
+        "transformer_layer_config": _llama_config(config),
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "norm_before_residual": config.norm_before_residual,
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+    }
+    if config.target_hidden_size is not None:
+        own["target_hidden_size"] = config.target_hidden_size
+    if config.feature_layers is not None:
+        own["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)
+    return own

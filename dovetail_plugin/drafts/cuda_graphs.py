@@ -1,0 +1,236 @@
+"""A `DraftRunner` with static shapes: on a GPU the levels of a tree are replayed as CUDA graphs.
+
+Launching the forty-odd small operations of a level one by one takes longer than a small GPU needs to run them.
+Passes of up to 16 rows are therefore padded to 1, 2, 4, 8 or 16 rows over 256, 512, ... columns of keys and values;
+each such pair of shapes is captured at its first use and replayed from then on. Longer passes (prompts, long
+catch-ups) run as they are, over the same storage. On other devices the same static pass runs without capture.
+
+GPU memory of one text, at b bytes a number: `2 * blocks * kv_heads * head_dim * capacity * b` for keys and values,
+with the capacity a power of two; `16 * (V + 3 H + capacity) * b` for what goes in and out of graphs; temporaries of
+about `16 * (V + 3 * intermediate) * b`, once, for all graphs of a text share a pool; and what the driver takes for each
+graph, of which there are 5 x log2(capacity / 128) at most. cuBLAS takes a workspace for the stream that captures
+(8 MiB, 32 MiB on Hopper). One text's share is kept when its text ends, for the next one.
+"""
+
+import contextlib
+import logging
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cuda_graph_rows import MAX_STATIC_ROWS, MIN_COLUMNS, BlockRows, GraphRows, Store, power_of_two
+from .model import DovetailDraft
+
+logger = logging.getLogger(__name__)
+
+WARMUP_RUNS = 3
+"""Passes before a capture: libraries choose kernels and take workspaces in them, which a capture may not."""
+
+
+def runner_for(draft: DovetailDraft) -> "GraphRunner":
+    """The `GraphRunner` of a draft, kept with it, so that a generation replays what earlier ones captured.
+
+    A new one is made when the draft was moved or cast.
+    """
+    weight = next(draft.parameters())
+    kept = draft.__dict__.get("_graph_runner")
+    if kept is None or (kept.device, kept.dtype) != (weight.device, weight.dtype):
+        kept = draft.__dict__["_graph_runner"] = GraphRunner(draft)
+    return kept
+
+
+class GraphRunner:
+    """Runs a draft's steps with static shapes; implements `DraftRunner`.
+
+    Graphs hold addresses. They are dropped when the draft's weights or the target's head come to lie elsewhere,
+    and when a text outgrows its storage. If a capture fails, the runner goes on without graphs for good.
+
+    Args:
+        draft: attached to its target before the first pass.
+
+    Attributes:
+        enable_graphs: whether passes are captured and replayed; may be set to False at any time.
+    """
+
+    runs_in_torch = True
+    weights: str | None = None
+
+    def __init__(self, draft: DovetailDraft) -> None:
+        self._draft = draft
+        self._parameters = list(draft.parameters())
+        self.device, self.dtype = self._parameters[0].device, self._parameters[0].dtype
+        self.enable_graphs = self.device.type == "cuda"
+        self._idle: list[Store] = []  # of texts that ended
+        self._stream: torch.cuda.Stream | None = None  # that captures
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_idle": [], "_stream": None}  # a copied draft captures its own graphs
+
+    def new_rows(self, capacity: int) -> list[GraphRows]:
+        """As `DraftRunner.new_rows`: one object for all blocks, without storage before the first pass."""
+        return [GraphRows(capacity)]
+
+    @torch.no_grad()
+    def run(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: list[GraphRows],
+        mask: Tensor | None,
+        logits_from: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """As `DraftRunner.run`. Only captures wait for the device.
+
+        Results are copies that later passes leave alone. Autocast has no effect.
+
+        Raises:
+            ValueError: no target is attached.
+        """
+        (own,) = rows
+        start, end = own.length, own.length + tokens.shape[0]
+        embeddings = self._draft.embed(tokens)  # no part of a graph: the table may lie on another device
+        with _without_autocast(self.device.type):
+            if mask is not None and end - start <= MAX_STATIC_ROWS:
+                padded = power_of_two(end - start)
+                store = self._room(own, end, start + padded)
+                store.load(features, embeddings, rope, mask, start)
+                self._run_static(store, padded, max(power_of_two(start + padded), MIN_COLUMNS))
+                predicted = store.predicted[: end - start].clone()
+                logits = store.logits[logits_from : end - start].clone()
+            else:
+                store = self._room(own, end, end)
+                embeddings = embeddings.to(device=self.device, dtype=self.dtype, non_blocking=True)
+                blocks = store.blocks(torch.arange(start, end, device=self.device), end)
+                predicted = self._step(features, embeddings, rope, blocks, mask)
+                logits = self._draft.head(predicted[logits_from:])
+        own.length = end
+        return predicted, logits
+
+    # --- passes --------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        features: Tensor,
+        embeddings: Tensor,
+        rope: tuple[Tensor, Tensor],
+        blocks: list[BlockRows],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """`DovetailDraft.step` after the embedding: features and embeddings (n, H) -> predicted features (n, H)."""
+        x = self._draft.fusion(features[None], embeddings[None])
+        for layer, own in zip(self._draft.layers, blocks, strict=True):
+            x = layer(x, rope, own, mask)
+        return x[0]
+
+    def _static_pass(self, store: Store, rows: int, columns: int) -> None:
+        """What is captured. All numbers that vary come from tensors of `store`; the results go into two of them."""
+        padding = (store.indices[:rows] >= store.count)[:, None]
+        positions = store.start + store.indices[:rows]
+        predicted = self._step(
+            store.features[:rows].masked_fill(padding, 0.0),
+            store.embeddings[:rows].masked_fill(padding, 0.0),
+            (store.cos[:, :rows], store.sin[:, :rows]),
+            store.blocks(positions, columns),
+            store.whole_mask(positions, padding, columns),
+        )
+        store.predicted[:rows].copy_(predicted)
+        store.logits[:rows].copy_(self._draft.head(predicted))
+
+    def _run_static(self, store: Store, rows: int, columns: int) -> None:
+        """The static pass: its graph, captured first if need be, or without graphs the pass itself."""
+        assert self._draft.head_weight is not None, "attach() comes first"
+        store.fit(self._draft.head_weight.shape[0], self._addresses())
+        if self.enable_graphs and (rows, columns) not in store.graphs:
+            try:
+                store.graphs[rows, columns] = self._capture(store, rows, columns)
+            except RuntimeError as error:
+                self.enable_graphs = False
+                store.drop_graphs()
+                logger.warning("the draft goes on without CUDA graphs: %s: %s", type(error).__name__, error)
+        if self.enable_graphs:
+            with torch.inference_mode():  # torch sets its generator's tensors, which others may have made in this mode
+                store.graphs[rows, columns].replay()
+        else:
+            self._static_pass(store, rows, columns)
+
+    @torch.inference_mode(False)  # torch makes its generator's tensors, which others must be able to set in any mode
+    @torch.no_grad()
+    def _capture(self, store: Store, rows: int, columns: int) -> torch.cuda.CUDAGraph:
+        """A graph of the static pass. The passes before it write what the replay after it writes again.
+
+        Raises:
+            RuntimeError: of CUDA, or out of memory.
+        """
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self._stream = stream = self._stream or torch.cuda.Stream()
+            store.pool = store.pool or torch.cuda.graph_pool_handle()
+            stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARMUP_RUNS):
+                        self._static_pass(store, rows, columns)
+            finally:
+                current.wait_stream(stream)
+            graph, pool = torch.cuda.CUDAGraph(), store.pool
+            try:
+                # The stream is entered twice because `torch.cuda.graph` does not leave it when a capture fails.
+                # "thread_local": what other threads do with the GPU meanwhile is no concern of this graph.
+                with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, "thread_local"):
+                    self._static_pass(store, rows, columns)
+            except RuntimeError:
+                _recover(stream, pool)
+                raise
+        return graph
+
+    def _addresses(self) -> tuple[int, ...]:
+        """Where the weights lie that graphs read."""
+        if not self.enable_graphs:
+            return ()
+        tables = (self._draft.head_weight, self._draft.head_bias)
+        return tuple(weight.data_ptr() for weight in (*self._parameters, *tables) if weight is not None)
+
+    # --- storage -------------------------------------------------------------------------------
+
+    def _room(self, own: GraphRows, end: int, padded_end: int) -> Store:
+        """The text's storage with room for a pass up to row `end`; earlier rows behind the live ones are forgotten."""
+        store = own.store
+        if store is None:
+            store = own.store = self._take(power_of_two(max(own.capacity, padded_end, MIN_COLUMNS)))
+            # It only moves: a graph that dies whenever garbage is collected could die in the middle of a capture.
+            weakref.finalize(own, self._idle.append, store).atexit = False
+        store.forget(own.length)
+        if padded_end > store.capacity:
+            store.reserve(power_of_two(padded_end), own.length)
+        store.expect(end, padded_end)
+        return store
+
+    def _take(self, capacity: int) -> Store:
+        """Storage that an ended text left, with its graphs, or else new one; other idle storage is freed."""
+        left = next((store for store in self._idle if store.capacity >= capacity), None)
+        self._idle.clear()
+        if left is None:
+            return Store(self._draft, capacity)
+        left.clear()
+        return left
+
+
+def _recover(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Undo what a capture that CUDA broke off leaves behind: an allocator (of torch before 2.12) that believes it is
+    still going on and frees no memory, and a generator that gives no random numbers before another capture ends."""
+    with contextlib.suppress(RuntimeError, AttributeError):  # it has ended, or this torch has no such function
+        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+    another = torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, "thread_local")
+    with contextlib.suppress(RuntimeError), torch.cuda.stream(stream), another:
+        torch.zeros(1, device=stream.device)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast keeps cast weights for a while only, at addresses that a graph would go on reading."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,93 @@
+"""The text being generated: the target's row of logits in, the next token out, exactly as `generate` does it.
+
+Holds the token buffer and applies what `generate` prepared: logits processors along the path that was
+really taken, one random draw for each emitted token, stopping criteria and streamer token by token.
+Because a row is processed only when the walk reaches its node, history-dependent processors see the same
+calls in the same order as in plain decoding.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..verify import Choice
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+
+class Text:
+    """Prompt and generated tokens of one sequence.
+
+    Args:
+        input_ids: (1, T) int64 prompt.
+        processors, criteria, config: as `generate` prepared them.
+        streamer: gets every token as it is chosen.
+
+    Attributes:
+        scores, logits: tuples of (1, V) float32 for each new token if asked for, else None.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        *,
+        processors: "LogitsProcessorList",
+        criteria: "StoppingCriteriaList",
+        config: "GenerationConfig",
+        streamer: Any = None,
+    ) -> None:
+        self.prompt_tokens = self.length = input_ids.shape[1]
+        self.max_length = config.max_length
+        self._buffer = input_ids.new_empty(1, min(self.max_length, self.length + 1024) + 1)
+        self._buffer[:, : self.length] = input_ids
+        self._processors, self._criteria, self._streamer = processors, criteria, streamer
+        self._do_sample = config.do_sample
+        wants = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if wants and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if wants and config.output_logits else None
+
+    @property
+    def ids(self) -> Tensor:
+        """(1, length) int64, a view."""
+        return self._buffer[:, : self.length]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be added."""
+        return self.max_length - self.length
+
+    def choose(self, logits: Tensor) -> Choice:
+        """Choose the next token from the target's logits (1, V), append and stream it.
+
+        Every tensor operation and random draw is the one that `GenerationMixin._sample` makes.
+        """
+        raw = logits.to(copy=True, dtype=torch.float32, device=self._buffer.device)
+        scores = self._processors(self.ids, raw)
+        token = self._pick(scores)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        self._append(token)
+        if self._streamer is not None:
+            self._streamer.put(token.cpu())
+        return Choice(int(token), bool(self._criteria(self.ids, self.scores).all()))
+
+    def _pick(self, scores: Tensor) -> Tensor:
+        """The token (1,) that processed scores (1, V) give."""
+        if self._do_sample:
+            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        return torch.argmax(scores, dim=-1)
+
+    def _append(self, token: Tensor) -> None:
+        if self.length == self._buffer.shape[1]:
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
+        self._buffer[:, self.length] = token
+        self.length += 1
+
+    def end(self) -> None:
+        """Tell the streamer that the text is complete."""
+        if self._streamer is not None:
+            self._streamer.end()

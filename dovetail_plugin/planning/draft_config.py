@@ -1,0 +1,59 @@
+"""The `DovetailConfig` of a draft of any format from its config.json alone, for plans made before a download.
+
+Enters: a name. Leaves: a config. Formats are told by tensor names (`formats.py`), of which a config says enough but in
+two points: the paper's drafts look like EAGLE's, whose fusion is smaller by two matrices of the hidden size, and it is
+not said whether an EAGLE-3 draft brings an embedding table. Where the directory holds the weights, they are looked at.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from ..drafts.checkpoints.read import WEIGHT_FILES, UnknownFormat, load_checkpoint, read_config, translate
+from ..drafts.config import DovetailConfig
+from .known_shapes import SHAPES
+
+
+def load_draft_config(name: str) -> DovetailConfig:
+    """The config of a draft: a directory, a config.json or a hub id, of any format that `formats.py` reads.
+
+    Raises:
+        OSError: there is no such thing. ValueError: it is the config of no draft.
+    """
+    if name in SHAPES:
+        return config_alone(name, SHAPES[name])
+    stored = read_config(name)
+    if stored.get("model_type") == DovetailConfig.model_type:
+        return DovetailConfig.from_pretrained(name)
+    local = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    if not Path(name).is_file() and any(cached_file(name, file, **local) for file in WEIGHT_FILES):
+        return load_checkpoint(name, stored, local_files_only=True).config
+    return config_alone(name, stored)
+
+
+def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
+    """Our config of a published draft's, as if the tensors that such drafts usually have were there.
+
+    Raises:
+        ValueError: it is the config of no draft.
+    """
+    layout = config.get("transformer_layer_config") or config
+    size = config.get("draft_vocab_size") or layout.get("draft_vocab_size")
+    eagle3 = any("Eagle3" in architecture for architecture in config.get("architectures") or [])
+    one = torch.empty(1, device="meta")
+    if layout is not config or size or eagle3:
+        size = size or layout.get("vocab_size", 1)
+        head = torch.empty(size, 1, device="meta")
+        tensors = {"midlayer.input_layernorm.weight": one, "lm_head.weight": head, "d2t": torch.zeros(size)}
+        return translate(name, config, tensors).config
+    if layout.get("num_hidden_layers") == 1:
+        bias = {"fc.bias": one} if config.get("bias", True) else {}
+        return translate(name, config, {"fc.weight": one, "layers.0.mlp.down_proj.weight": one} | bias).config
+    raise UnknownFormat(
+        config,
+        f"{name}: the config of a {config.get('model_type')} model, and of no draft. Looked for model_type dovetail, "
+        "transformer_layer_config (speculators), draft_vocab_size (EAGLE-3), num_hidden_layers 1 (EAGLE-1, EAGLE-2, "
+        "the Dovetail paper).",
+    )

@@ -1,0 +1,138 @@
+"""The rule that grows a tree as far as it pays."""
+
+import numpy as np
+
+from ..tree import TreeBudget
+from .acceptance import AcceptanceCurve
+
+
+class Lookahead:
+    """What the children of nodes are expected to bring, before they are drafted: as latest nodes' children did.
+
+    Remembers, of the latest nodes that were drafted further, how likely their two best children were accepted if
+    they themselves were. What a child brings is convex in its probability, since children that would not pay are left
+    out; so it is the mean over these, not what a mean child would bring.
+    """
+
+    def __init__(self) -> None:
+        first = np.linspace(0.3, 0.95, 16)  # until there are real ones
+        self._children = np.tile(np.stack([first, 0.4 * (1.0 - first)], axis=1), (8, 1))
+        self._next = 0
+        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def observe(self, parents: np.ndarray, children: np.ndarray) -> None:
+        """Remember, until `refresh`: acceptance (R,) of parents, scores (R, C) of their children, best first."""
+        if children.shape[1] < 2:  # chains
+            children = np.pad(children, ((0, 0), (0, 1)), constant_values=-np.inf)
+        self._seen.append((parents, children[:, :2]))
+
+    def refresh(self, curve: AcceptanceCurve) -> None:
+        """Take over what was remembered, by this curve."""
+        if not self._seen:
+            return
+        parents = np.concatenate([parents for parents, _ in self._seen])
+        scores = np.concatenate([children for _, children in self._seen])
+        self._seen.clear()
+        likely = parents > 0.02
+        shares = curve(scores[likely]) / parents[likely, None]
+        shares = np.minimum(shares[-len(self._children) :], 1.0)
+        self._children[(self._next + np.arange(len(shares))) % len(self._children)] = shares
+        self._next = (self._next + len(shares)) % len(self._children)
+
+    def gains(self, likely: np.ndarray, prices: np.ndarray) -> np.ndarray:
+        """Tokens that further drafting of nodes with these probabilities (K,) is expected to bring, each.
+
+        Args:
+            prices: (2 K,) rising: tokens that verifying a child costs; the likeliest of all takes the first place.
+        """
+        expected = likely[:, None] * self._children.mean(axis=0)
+        paid = np.empty(expected.size)
+        paid[np.argsort(-expected, axis=None, kind="stable")] = prices
+        brought = likely[:, None, None] * self._children.T - paid.reshape(*expected.shape, 1)
+        return np.maximum(brought, 0.0).mean(axis=2).sum(axis=1)
+
+
+class TreeJudge:
+    """Decides while one tree grows: how wide the next level is, and how many nodes are verified.
+
+    Args:
+        budget: bounds.
+        price: tokens that a second is worth.
+        verify_s: (budget.nodes,) seconds of passes over 1, 2, ... rows.
+        level_s: (budget.top_k + 1,) seconds of a further draft level over 0, 1, ... rows.
+        curve: of acceptance, kept up to date by whoever observes rounds.
+        lookahead: of this draft, kept up to date here.
+        switch: (budget.nodes,) share of those seconds that a pass takes more after the one before it.
+
+    Attributes:
+        widths: rows of the levels drafted after the first. expected: tokens that the tree is expected to give.
+    """
+
+    def __init__(
+        self,
+        budget: TreeBudget,
+        price: float,
+        verify_s: np.ndarray,
+        level_s: np.ndarray,
+        curve: AcceptanceCurve,
+        lookahead: Lookahead,
+        switch: np.ndarray,
+    ) -> None:
+        self._budget, self._curve, self._lookahead = budget, curve, lookahead
+        self._node_costs = price * verify_s * (1.0 + switch)  # in tokens, of 0, 1, ... drafted nodes
+        self._level_costs = price * level_s
+        self._frontier = np.ones(1)  # acceptance of the nodes whose children come next, in the order they were run
+        self._candidates = np.zeros(0)  # acceptance of all nodes so far, best first, as many as may be verified
+        self.widths: list[int] = []
+        self.expected = 1.0
+
+    def width(self, scores: np.ndarray) -> int:
+        """Rows of the level below these candidates, the likeliest first; 0 stops.
+
+        Args:
+            scores: (M,) cumulative log-probabilities of all candidates of the last level: of each row that was run,
+                its children, best first.
+        """
+        lookahead = self._lookahead
+        lookahead.observe(self._frontier, scores.reshape(len(self._frontier), -1))
+        level = self._likeliest(scores, len(scores))
+        self._candidates = -np.sort(-np.concatenate([self._candidates, level]))[: self._budget.nodes - 1]
+        likely = level[: self._budget.top_k]
+        gains = lookahead.gains(likely, self._prices(2 * len(likely))).cumsum() - self._level_costs[1 : len(likely) + 1]
+        width = int(gains.argmax()) + 1
+        if gains[width - 1] <= 0.0:
+            return 0
+        self.widths.append(width)
+        self._frontier = likely[:width]
+        return width
+
+    def _prices(self, count: int) -> np.ndarray:
+        """(count,) tokens that `count` nodes better than all so far would cost, cheapest first; inf where none fits.
+
+        A node takes the place of the weakest that would be verified, or makes the pass longer by a row.
+        """
+        taken = self._worth(self._candidates)
+        replaced = self._candidates[:taken][::-1][:count]
+        longer = np.maximum.accumulate(np.diff(self._node_costs[taken : taken + count + 1]))
+        prices = np.sort(np.concatenate([replaced, longer, np.full(count, np.inf)]))
+        return prices[:count]
+
+    def rows(self, scores: np.ndarray) -> int:
+        """Nodes to verify, the root included.
+
+        Args:
+            scores: (M,) cumulative log-probabilities of all candidates of the tree.
+        """
+        likely = self._likeliest(scores, self._budget.nodes - 1)
+        nodes = self._worth(likely)
+        self.expected = 1.0 + float(likely[:nodes].sum())
+        return nodes + 1
+
+    def _worth(self, likely: np.ndarray) -> int:
+        """How many of these candidates, best first, to verify."""
+        brought = np.concatenate([[0.0], likely.cumsum()])
+        return int((brought - self._node_costs[: len(brought)]).argmax())
+
+    def _likeliest(self, scores: np.ndarray, count: int) -> np.ndarray:
+        """Acceptance of the `count` best candidates, best first."""
+        return self._curve(np.sort(scores)[::-1][:count])

@@ -1,0 +1,54 @@
+"""What runs a target: torch for transformers' own models, an adapter for those of other libraries.
+
+An `Engine` knows one model: whether it can be verified, its embedding table and head, its kind of cache, and
+how to open a `Target` session for one generation. `engine_of` finds it. Nothing above this module asks what
+kind of model a target is.
+"""
+
+import importlib
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Engine
+from .transformers_model import TorchEngine
+
+ADAPTERS = {
+    "optimum.intel.openvino": "dovetail_plugin.adapters.openvino",
+    "optimum.onnxruntime": "dovetail_plugin.adapters.onnxruntime",
+}
+"""Package of a model's class -> module of ours with `engine_for(model)`; imported when such a model comes."""
+
+_engines: weakref.WeakKeyDictionary[Any, "Engine"] = weakref.WeakKeyDictionary()
+
+
+def engine_of(model: Any) -> Engine:
+    """The engine of a model, the same one every time."""
+    engine = _engines.get(model)
+    if engine is None:
+        engine = _engines[model] = _find_engine(model)
+    return engine
+
+
+def _find_engine(model: Any) -> Engine:
+    own = getattr(model, "dovetail_engine", None)
+    if own is not None:
+        return own
+    for base in type(model).__mro__:
+        for package, adapter in ADAPTERS.items():
+            if base.__module__.startswith(package):
+                return importlib.import_module(adapter).engine_for(model)
+    return TorchEngine(model)
+
+
+@torch.inference_mode()
+def next_logits(model: Any, input_ids: Tensor) -> Tensor:
+    """A plain run over `input_ids` (1, T) from scratch: the logits (1, V) of the last row."""
+    engine = engine_of(model)
+    session = engine.session(
+        engine.cache(None), max_length=input_ids.shape[1], max_nodes=1, prefill_chunk=None, model_kwargs={}
+    )
+    with session as target:
+        return target.prefill(input_ids, None).logits
