@@ -7,6 +7,7 @@ Importing this package registers drafts with transformers, so that
 import os
 
 from ._version import __version__
+from .drafts.base import Draft, Drafter
 from .drafts.config import DovetailConfig
 from .drafts.model import DovetailDraft
 from .drafts.prompt_lookup import PromptLookupDraft
@@ -23,7 +24,9 @@ __all__ = [
     "DovetailCandidateGenerator",
     "DovetailConfig",
     "DovetailDraft",
+    "Draft",
     "DraftTree",
+    "Drafter",
     "GenerationReport",
     "PromptLookupDraft",
     "SmallModelDraft",
