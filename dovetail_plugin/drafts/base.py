@@ -162,6 +162,7 @@ class Draft(ABC):
         verification: `"tree"` (Dovetail's loop inside `generate`) or `"stock"` (transformers' assisted loop, which
             verifies chains; transformers 5.8 or later).
         supports_stock_loop: whether `verification="stock"` is possible.
+        supports_placement: whether a plan can say where the draft's parts go; see `planning.apply_plan`.
     """
 
     budget: Setting[TreeBudget | None] = Setting(None, _check_budget)
@@ -169,6 +170,7 @@ class Draft(ABC):
     verification: Setting[Literal["tree", "stock"]] = Setting("tree", _check_verification)
     report: GenerationReport | None = None
     supports_stock_loop: ClassVar[bool] = False
+    supports_placement: ClassVar[bool] = False
 
     _attached_to: "weakref.ref[TargetModel] | None" = None
 
