@@ -7,6 +7,8 @@
 # make test-onnxruntime        tests over ONNX Runtime targets (newest transformers); a further environment exports
 # make test-vllm               drafts of this project in vLLM's CPU build (Python 3.11 or newer)
 # make lint          ruff and mypy
+# make docs          the documentation site, into build/site
+# make examples      the scripts in examples/
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ TARGET = $(PAIR)/dovetail-tiny-target
 DRAFT = $(PAIR)/dovetail-tiny-draft
 
 .PHONY: setup demo test test-all test-oldest test-openvino test-openvino-runtime \
-  test-onnxruntime test-vllm lint bench clean
+  test-onnxruntime test-vllm lint docs examples bench clean
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -96,6 +98,20 @@ test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+
+# The site's tools live in an environment of their own; the command line page asks .venv for its help texts.
+.venv-docs/installed: constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup .venv-docs/installed
+	DOVETAIL_PYTHON=.venv/bin/python .venv-docs/bin/mkdocs build --strict --quiet
+
+examples: export OMP_NUM_THREADS = 1
+examples: setup
+	.venv/bin/python -m pytest tests/test_examples.py
 
 lint: setup
 	.venv/bin/ruff format --check .

@@ -83,11 +83,11 @@ def test_the_wheel_holds_every_package(built):
         assert f"dovetail_plugin/{module.relative_to(ROOT)}" in files
 
 
-def test_the_wheel_holds_data_and_licences(built):
+def test_the_wheel_holds_data_and_licenses(built):
     files = built.wheel_files()
     assert {"dovetail_plugin/py.typed", "dovetail_plugin/prompts/gsm8k-test.jsonl"} <= files
-    licences = {name.rsplit("/", 1)[1] for name in files if ".dist-info/licenses/" in name}
-    assert licences == {"LICENSE", "NOTICE"}
+    licenses = {name.rsplit("/", 1)[1] for name in files if ".dist-info/licenses/" in name}
+    assert licenses == {"LICENSE", "NOTICE"}
 
 
 def test_the_wheel_installs_nothing_beside_the_package(built):
@@ -121,7 +121,9 @@ def test_the_source_distribution_is_complete(built):
             if file.is_file() and not generated and str(relative) not in files:
                 missing.add(str(relative))
     top = [file.name for file in ROOT.iterdir() if file.suffix in {".md", ".txt", ".toml", ".yml"}]
-    missing |= {name for name in (*top, "Makefile", "LICENSE", "NOTICE", ".pre-commit-config.yaml") if name not in files}
+    missing |= {
+        name for name in (*top, "Makefile", "LICENSE", "NOTICE", ".pre-commit-config.yaml") if name not in files
+    }
     assert not missing
     assert not {name for name in files if name.endswith((".pyc", ".so")) or "__pycache__" in name}
 
