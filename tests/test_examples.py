@@ -1,19 +1,18 @@
-"""The scripts in examples/ run as a user runs them, on the bundled pair."""
+"""The scripts in examples/ run as a user runs them, on the bundled pair.
+
+`test_openvino_example.py` runs the one that needs OpenVINO.
+"""
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import engines
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TARGET = EXAMPLES / "tiny_pair" / "dovetail-tiny-target"
 MOST_LINES = 50
 
 
@@ -25,13 +24,11 @@ def run(script: str, *arguments: object, folder: Path) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.torch_only("files")
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(script):
     assert len(script.read_text().splitlines()) < MOST_LINES
 
 
-@pytest.mark.torch_only("a script that loads a torch target")
 def test_compare_reports_identical_text(tmp_path):
     done = run("compare.py", "--max-new-tokens", 24, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -39,7 +36,6 @@ def test_compare_reports_identical_text(tmp_path):
     assert "identical text:" in done.stdout
 
 
-@pytest.mark.torch_only("a script that loads a torch target")
 def test_chat_continues_the_conversation(tmp_path):
     says = ("--say", "A pen costs 3 dollars. How much do 12 pens cost?", "--say", "And how much do 20 pens cost?")
     done = run("chat.py", *says, folder=tmp_path)
@@ -48,14 +44,12 @@ def test_chat_continues_the_conversation(tmp_path):
     assert "####" in done.stdout
 
 
-@pytest.mark.torch_only("a script that loads a torch target")
 def test_train_tiny_writes_a_draft(tmp_path):
     done = run("train_tiny.py", "--steps", 4, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "my-draft").iterdir()}
 
 
-@pytest.mark.torch_only("what it says without an export")
 def test_openvino_example_says_what_it_needs(tmp_path):
     """Without OpenVINO, the extra; with it, the directory that is missing."""
     done = run("openvino_int8.py", "--target", tmp_path / "no-export", folder=tmp_path)
@@ -65,14 +59,3 @@ def test_openvino_example_says_what_it_needs(tmp_path):
         assert "Traceback" not in done.stderr
     else:
         assert "no-export" in done.stderr
-
-
-def test_openvino_example_generates(tmp_path):
-    if not engines.is_current("openvino"):
-        pytest.skip("runs with --engine openvino")
-    export = engines.current().exporter.path(AutoModelForCausalLM.from_pretrained(TARGET), "int8")
-    AutoTokenizer.from_pretrained(TARGET).save_pretrained(tmp_path / "export")
-    shutil.copytree(export, tmp_path / "export", dirs_exist_ok=True)
-    done = run("openvino_int8.py", "--target", tmp_path / "export", "--max-new-tokens", 24, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "tokens/s" in done.stdout
