@@ -99,7 +99,7 @@ test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
-# The site's tools live in an environment of their own; the command line page asks .venv for its help texts.
+# The site has a separate environment; the command line page asks .venv for its help texts.
 .venv-docs/installed: constraints-docs.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff

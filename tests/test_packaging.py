@@ -129,7 +129,7 @@ def test_the_source_distribution_is_complete(built):
 
 
 def test_the_installed_wheel_works(built, tmp_path):
-    """Installed into a folder of its own, with the dependencies of this environment."""
+    """Installed into a separate folder, with the dependencies of this environment."""
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target")
     run(*pip, site, built.wheel, cwd=tmp_path)

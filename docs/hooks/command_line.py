@@ -1,6 +1,6 @@
 """mkdocs hook: puts the help of every `dovetail` command into the command line reference.
 
-The documentation has an environment of its own, without torch. `DOVETAIL_PYTHON` names the Python that has the
+The environment of the documentation has no torch. `DOVETAIL_PYTHON` names the Python that has the
 package; `make docs` sets it.
 """
 
