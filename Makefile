@@ -7,8 +7,6 @@
 # make test-onnxruntime        tests over ONNX Runtime targets (newest transformers); a further environment exports
 # make test-vllm               drafts of this project in vLLM's CPU build (Python 3.11 or newer)
 # make lint          ruff and mypy
-# make docs          the documentation site, into build/site
-# make examples      the scripts in examples/
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
 
 PYTHON ?= python3
@@ -19,7 +17,7 @@ TARGET = $(PAIR)/dovetail-tiny-target
 DRAFT = $(PAIR)/dovetail-tiny-draft
 
 .PHONY: setup demo test test-all test-oldest test-openvino test-openvino-runtime \
-  test-onnxruntime test-vllm lint docs examples bench clean
+  test-onnxruntime test-vllm lint bench clean
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -99,7 +97,18 @@ test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
-# The site has a separate environment; the command line page asks .venv for its help texts.
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: setup
+	.venv/bin/python benchmarks/run.py
+
+.PHONY: docs examples
+
+# make docs builds the documentation site in build/site. Its tools have a separate environment; the command line page
+# asks .venv for the help texts. make examples runs the scripts in examples/.
 .venv-docs/installed: constraints-docs.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
@@ -112,14 +121,6 @@ docs: setup .venv-docs/installed
 examples: export OMP_NUM_THREADS = 1
 examples: setup
 	.venv/bin/python -m pytest tests/test_examples.py
-
-lint: setup
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
-	.venv/bin/mypy
-
-bench: setup
-	.venv/bin/python benchmarks/run.py
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info
