@@ -49,8 +49,6 @@ PAIR = ROOT / "examples" / "tiny_pair"
 TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"
 STAND_INS = {
     "examples": ROOT / "examples",
-    "benchmarks": ROOT / "benchmarks",
-    "Makefile": ROOT / "Makefile",
     "my-target": TARGET,
     "DIR": TARGET,
     "Qwen/Qwen3-8B": TARGET,
@@ -190,7 +188,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def run_command(words: list[str]) -> None:
-    """One command of a page; `make` shows what it would do, and a script in `benchmarks/` its help only."""
+    """One command of a page; `make` only shows what it would do, and a benchmark script its help."""
     program, *arguments = words
     if program == "dovetail":
         assert main([*adapted(arguments), *SMALL.get(arguments[0], [])]) == 0, words
@@ -198,7 +196,8 @@ def run_command(words: list[str]) -> None:
         subprocess.run(["make", "--dry-run", *arguments], check=True, capture_output=True, cwd=ROOT)
     elif program == "python" and arguments[0].startswith("benchmarks/"):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, arguments[0], "--help"], check=True, capture_output=True, env=env)
+        script = ROOT / arguments[0]
+        subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True, env=env)
     else:
         raise ValueError(f"the tests do not know how to run {program!r}; mark the block as not run.")
 

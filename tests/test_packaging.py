@@ -20,8 +20,6 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = None
 
-pytest.importorskip("setuptools", minversion="77")
-
 ROOT = Path(__file__).parent.parent
 LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
