@@ -5,7 +5,7 @@ Each module imports its library when it is imported itself, and nothing else doe
 
 from typing import Any
 
-from transformers.utils import cached_file
+from dovetail_plugin.compat import find_file
 
 FILES = {"openvino_model.xml": "openvino", "model.onnx": "onnxruntime"}
 """What an exporter writes, and the module that drives it."""
@@ -21,9 +21,7 @@ def load_exported(name: str, **options: Any) -> Any:
         ValueError: it has neither file, or the graph cannot be a target.
         ImportError: the engine is not installed; names the extra.
     """
-    kinds = [
-        kind for file, kind in FILES.items() if cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    ]
+    kinds = [kind for file, kind in FILES.items() if find_file(name, file)]
     if not kinds:
         raise ValueError(f"{name} has none of {', '.join(FILES)}; export a model with `dovetail export`.")
     if kinds[0] == "openvino":

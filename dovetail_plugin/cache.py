@@ -6,15 +6,32 @@ of one generation and gives stock layers back afterwards, so users only ever see
 This module knows nothing of trees beyond "a path of the rows appended last".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .compat import Cache, DynamicLayer, DynamicSlidingWindowLayer, stock_layer, stock_sliding_layer
 
 SLIDING_SLACK_ROWS = 256
 """Rows a sliding layer may hold beyond its window and tree before the window is moved to the front."""
+
+
+class AttentionRows(Protocol):
+    """Where an attention layer puts new rows, and what it attends to."""
+
+    @property
+    def keys(self) -> Tensor:
+        """(1, kv_heads, m, head_dim) of all rows that may be attended to."""
+
+    @property
+    def values(self) -> Tensor:
+        """(1, kv_heads, m, head_dim), likewise."""
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add n rows: keys and values (1, kv_heads, n, head_dim)."""
 
 
 class KVRows:
@@ -124,11 +141,7 @@ class TreeLayer(DynamicLayer):
 
     def to_stock(self) -> DynamicLayer:
         """transformers' own layer with the same rows (views, not copies)."""
-        layer = DynamicLayer()
-        if self.rows.length:
-            layer.lazy_initialization(self.rows.keys, self.rows.values)
-            layer.keys, layer.values = self.rows.keys, self.rows.values
-        return layer
+        return stock_layer(self.rows.keys, self.rows.values) if self.rows.length else stock_layer(None, None)
 
 
 class TreeSlidingLayer(TreeLayer):
@@ -181,18 +194,17 @@ class TreeSlidingLayer(TreeLayer):
         super().keep(start - self.dropped, path, count)
 
     def to_stock(self) -> DynamicLayer:
-        layer = DynamicSlidingWindowLayer(sliding_window=self.sliding_window)
-        if self.rows.length:
-            first = self.first_visible() - self.dropped
-            layer.lazy_initialization(self.rows.keys, self.rows.values)
-            layer.keys, layer.values = self.rows.keys[:, :, first:], self.rows.values[:, :, first:]
-        layer.cumulative_length = self.get_seq_length()
-        return layer
+        seen = self.get_seq_length()
+        if not self.rows.length:
+            return stock_sliding_layer(self.sliding_window, None, None, seen)
+        first = self.first_visible() - self.dropped
+        keys, values = self.rows.keys[:, :, first:], self.rows.values[:, :, first:]
+        return stock_sliding_layer(self.sliding_window, keys, values, seen)
 
 
-def refuse_reason(cache: Cache) -> str | None:
-    """Why this cache cannot roll back rejected rows in place, or None if it can."""
-    kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+def refuse_reason(layers: Iterable[object]) -> str | None:
+    """Return why a cache of these layers cannot roll back rejected rows in place, or None if it can."""
+    kinds = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kinds:
         return "its cache has layers of type " + ", ".join(sorted(kind.__name__ for kind in kinds))
     return None

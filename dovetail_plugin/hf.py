@@ -1,9 +1,9 @@
-"""The one seam to transformers: `assistant_model=<a draft of ours>` reaches our loop, all else passes through.
+"""Installs drafts in transformers: `assistant_model=<a draft>` reaches Dovetail's loop, everything else passes through.
 
 `generate` has no registry for assistants, so `register` wraps three methods of `GenerationMixin`:
-`_validate_generation_mode` (to refuse with a reason before any work), `_assisted_decoding` (to run our
-loop) and `_get_candidate_generator` (for `draft.verification = "stock"`). Each acts only if the assistant
-is ours. `register` runs when the package is imported and may be called again; `unregister` restores.
+`_validate_generation_mode` (to refuse with a reason before any work), `_assisted_decoding` (to run the loop) and
+`_get_candidate_generator` (for `draft.verification = "stock"`). Each acts only if the assistant is a `Draft`. Arguments
+are bound to the original's signature, so that callers may pass them by position and new parameters do no harm.
 """
 
 import functools
@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 
-from .drafts.base import Assistant
+from . import compat
+from .drafts.base import Draft
 from .drafts.config import DovetailConfig
 from .drafts.model import DovetailDraft
 from .generation.generate import check_request, generate_with_draft
@@ -22,11 +23,15 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def register() -> None:
-    """Make transformers know drafts: as `assistant_model`, and in the Auto classes. Idempotent."""
+    """Make transformers know drafts, as `assistant_model` and in the Auto classes. Idempotent.
+
+    Warns once of a transformers that is newer than the tested versions.
+    """
     AutoConfig.register(DovetailConfig.model_type, DovetailConfig, exist_ok=True)
     AutoModelForCausalLM.register(DovetailConfig, DovetailDraft, exist_ok=True)
     if _originals:
         return
+    compat.warn_untested()
     for name, wrap in _WRAPPERS.items():
         original = getattr(GenerationMixin, name)
         _originals[name] = original
@@ -41,42 +46,44 @@ def unregister() -> None:
 
 
 def is_registered() -> bool:
-    """Whether `assistant_model=draft` reaches our loop."""
+    """Return whether `assistant_model=draft` reaches Dovetail's loop."""
     return bool(_originals)
 
 
 def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        draft = generation_mode_kwargs.get("assistant_model")
-        if isinstance(draft, Assistant):
-            check_request(self, draft, generation_config)
-            if not isinstance(draft, DovetailDraft):  # no model with a config, which is what follows compares
-                rest = {name: value for name, value in generation_mode_kwargs.items() if name != "assistant_model"}
-                return original(self, generation_mode, generation_config, rest)
-        return original(self, generation_mode, generation_config, generation_mode_kwargs)
+    def _validate_generation_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = compat.bound_arguments(original, (self, *args), kwargs)
+        mode_kwargs = arguments.get("generation_mode_kwargs") or {}
+        draft = mode_kwargs.get("assistant_model")
+        if not isinstance(draft, Draft):
+            return original(self, *args, **kwargs)
+        check_request(self, draft, arguments["generation_config"])
+        # What follows compares the config and tokenizer of an assistant that is a language model.
+        arguments["generation_mode_kwargs"] = {k: v for k, v in mode_kwargs.items() if k != "assistant_model"}
+        return original(**arguments)
 
     return _validate_generation_mode
 
 
 def _decode(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, Assistant) or assistant_model.verification == "stock":
-            return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
-        for unused in ("inputs_tensor", "tokenizer", "assistant_tokenizer"):
-            kwargs.pop(unused, None)
-        kwargs["draft"] = assistant_model
-        return generate_with_draft(self, input_ids, *args, **kwargs)
+    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = compat.bound_arguments(original, (self, *args), kwargs)
+        draft = arguments.get("assistant_model")
+        if not isinstance(draft, Draft) or draft.verification == "stock":
+            return original(self, *args, **kwargs)
+        del arguments["self"], arguments["assistant_model"]
+        return generate_with_draft(self, draft=draft, **arguments)
 
     return _assisted_decoding
 
 
 def _candidates(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
-        if not isinstance(assistant_model, DovetailDraft):
-            return original(self, *args, assistant_model=assistant_model, **kwargs)
-        return DovetailCandidateGenerator(
-            assistant_model, self, kwargs["generation_config"], kwargs["logits_processor"]
-        )
+    def _get_candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = compat.bound_arguments(original, (self, *args), kwargs)
+        draft = arguments.get("assistant_model")
+        if not isinstance(draft, Draft):
+            return original(self, *args, **kwargs)
+        return DovetailCandidateGenerator(draft, self, arguments["generation_config"], arguments["logits_processor"])
 
     return _get_candidate_generator
 

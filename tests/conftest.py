@@ -7,7 +7,6 @@ import pytest
 import torch
 from families import tiny_target
 
-import dovetail_plugin.generation.generate
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 
@@ -97,6 +96,8 @@ def oracle(monkeypatch):
         rng = random.Random(seed)
         text = plain[0].tolist()
 
+        new_drafter = DovetailDraft.new_drafter
+
         class OracleDrafter(FeatureDrafter):
             known: int | None = None  # tokens of the text so far; None while the prompt is run
 
@@ -114,6 +115,10 @@ def oracle(monkeypatch):
                 super().grow(budget, judge)
                 return random_tree(text[self.known - 1], text[self.known :], budget, rng, vocab)
 
-        monkeypatch.setattr(dovetail_plugin.generation.generate, "FeatureDrafter", OracleDrafter)
+        def new_oracle(self, engine, *, capacity, clock):
+            runner = new_drafter(self, engine, capacity=capacity, clock=clock).runner
+            return OracleDrafter(self, runner, capacity=capacity, clock=clock)
+
+        monkeypatch.setattr(DovetailDraft, "new_drafter", new_oracle)
 
     return install

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
 from dovetail_plugin.drafts.base import DraftError
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
 DRAFTS = [("dgf", 1), ("dgf", 3), ("concat", 1), ("concat", 2)]
@@ -55,7 +56,7 @@ def paths_with_scores(tree):
 def test_tree_is_the_methods_tree(fusion, blocks, budget):
     draft = make_draft(fusion, blocks)
     ids, features = text_and_features()
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     drafter.begin(features, ids)
     drafter.grow(TreeBudget(12, 4, 4))  # an earlier tree must leave no trace
     tree = paths_with_scores(drafter.grow(budget))
@@ -70,9 +71,9 @@ def test_advancing_equals_beginning_anew():
     """Rows of accepted tokens, added a few at a time between trees, give what one pass over the text gives."""
     draft = make_draft("dgf", 2)
     ids, features = text_and_features(20)
-    once = FeatureDrafter(draft, 64, PhaseClock())
+    once = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     once.begin(features, ids)
-    bits = FeatureDrafter(draft, 64, PhaseClock())
+    bits = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     bits.begin(features[:5], ids[:6])
     for start, end in ((5, 6), (6, 10), (10, 17), (17, 20)):
         bits.grow(TreeBudget(10, 4, 3))
@@ -89,7 +90,7 @@ def test_prompt_is_never_run_again():
     sizes = []
     original = draft.step
     draft.step = lambda f, *args, **kwargs: (sizes.append(f.shape[1]), original(f, *args, **kwargs))[1]
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     drafter.begin(features, ids)
     for _ in range(3):
         drafter.grow(TreeBudget(16, 4, 5))
@@ -105,7 +106,7 @@ def test_prompt_is_never_run_again():
 def test_chain_scores_are_the_reference_logprobs():
     draft = make_draft()
     ids, features = text_and_features()
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     drafter.begin(features, ids)
     tokens, scores = drafter.grow_chain(4, lambda logits, _: (logits.argmax(-1), logits))
     picked = scores.log_softmax(-1)[torch.arange(4), tokens].tolist()
@@ -117,7 +118,7 @@ def test_nan_logits_are_noticed():
     draft = make_draft()
     draft.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     ids, features = text_and_features()
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     with torch.no_grad(), pytest.raises(DraftError, match="not finite"):
         drafter.begin(features, ids)
         drafter.grow(TreeBudget(8, 3, 3))
@@ -171,7 +172,7 @@ def test_draft_step_mixes_no_devices(fusion):
         )  # fmt: skip
         draft = move(DovetailDraft(config), "cuda")
         draft.embed_weight = draft.head_weight = torch.empty(97, 32, device="cuda")
-        drafter = FeatureDrafter(draft, 64, PhaseClock())
+        drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
         assert drafter.device.type == "cuda"
         drafter.begin(torch.empty(6, 32), torch.arange(7))
         for _ in range(2):

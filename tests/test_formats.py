@@ -19,6 +19,7 @@ from torch import Tensor
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.drafts.checkpoints.read import kind_of, load_checkpoint
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
 H, INNER, HEADS, KV_HEADS, DIM, KEPT, TARGET_LAYERS = 32, 40, 4, 2, 8, 30, 8
@@ -260,7 +261,7 @@ def test_forward_and_tree_are_the_published_equations(name, tmp_path, target):
         wanted = reference.predict(entered[:n], following[:n])
         torch.testing.assert_close(out.features[0, n - 1], wanted, atol=1e-5, rtol=1e-5)
     budget = TreeBudget(9, 3, 3)
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     drafter.begin(features, ids)
     tree = drafter.grow(budget)
     paths, found = [], {}

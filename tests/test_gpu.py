@@ -52,11 +52,12 @@ def test_bundled_pair():
 def test_growing_a_tree_never_waits_for_the_device():
     """No synchronisation inside `grow_on_device`: CUDA itself raises if there is one."""
     from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+    from dovetail_plugin.drafts.torch_runner import TorchRunner
     from dovetail_plugin.report import PhaseClock
 
     llama = tiny_target("llama")
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda")
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     with torch.no_grad():
         drafter.begin(torch.randn(6, 32), prompt(7)[0])
         torch.cuda.set_sync_debug_mode("error")

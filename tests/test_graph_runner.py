@@ -20,9 +20,12 @@ from torch.utils._pytree import tree_leaves
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
 from dovetail_plugin.drafts import cuda_graphs as graph_runner
 from dovetail_plugin.drafts.cuda_graph_rows import MAX_STATIC_ROWS
-from dovetail_plugin.drafts.cuda_graphs import GraphRunner, runner_for
-from dovetail_plugin.drafts.feature_drafter import FeatureDrafter, TorchRunner
+from dovetail_plugin.drafts.cuda_graphs import GraphRunner
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.runners import graph_runner_for
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
+from dovetail_plugin.runner import Pass
 
 DRAFTS = [("dgf", 1), ("dgf", 3), ("concat", 1), ("concat", 2)]
 BUDGETS = [TreeBudget(16, 5, 6), TreeBudget(6, 5, 1), TreeBudget(9, 3, 3), TreeBudget(40, 3, 20), TreeBudget(2, 1, 1)]
@@ -31,7 +34,14 @@ BUDGETS = [TreeBudget(16, 5, 6), TreeBudget(6, 5, 1), TreeBudget(9, 3, 3), TreeB
 def drafters(draft, capacity=64, runner=None):
     """The default one and one over static shapes."""
     runner = runner or GraphRunner(draft)
-    return FeatureDrafter(draft, capacity, PhaseClock()), FeatureDrafter(draft, capacity, PhaseClock(), runner=runner)
+    plain, static = (
+        FeatureDrafter(draft, each, capacity=capacity, clock=PhaseClock()) for each in (TorchRunner(draft), runner)
+    )
+    return plain, static
+
+
+def tensors_of(predicted):
+    return predicted.features, predicted.logits
 
 
 def assert_same_trees(one, other, tolerance=1e-5):
@@ -116,8 +126,8 @@ def test_trees_are_the_default_runners(fusion, blocks, min_columns):
         for drafter in (plain, static):
             drafter.advance(features[start:end], ids[start + 1 : end + 1])
     assert_same_trees(plain.grow(BUDGETS[0]), static.grow(BUDGETS[0]))
-    assert static.rows[0].store.capacity == max(128, min_columns)
-    assert bool(static.rows[0].store.graphs) == static.runner.enable_graphs
+    assert static.rows.store.capacity == max(128, min_columns)
+    assert bool(static.rows.store.graphs) == static.runner.enable_graphs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -196,17 +206,16 @@ def test_any_appending_and_setting_back_is_as_with_kv_rows(prompt_rows, steps, s
             mask[:, start:].fill_diagonal_(0)
             features = torch.randn(count, 32, generator=generator)
             tokens = torch.randint(97, (count,), generator=generator)
-            rope = draft.rope_at(torch.arange(start, length)[None], torch.float32)
+            step = Pass(features, tokens, start, mask=mask if start else None, logits_from=count - 1)
             results = []
             for runner, rows in zip(runners, all_rows, strict=True):
-                for own in rows:
-                    own.length = start
-                results.append(runner.run(features, tokens, rope, rows, mask if start else None, count - 1))
-                assert {own.length for own in rows} == {length}
+                rows.length = start
+                results.append(tensors_of(runner.run(step, rows)))
+                assert rows.length == length
             for one, other in zip(*results, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-            for block, own in enumerate(all_rows[0]):
-                keys, values = all_rows[1][0].store.kv[block][..., :length, :]
+            for block, own in enumerate(all_rows[0].layers):
+                keys, values = all_rows[1].store.kv[block][..., :length, :]
                 torch.testing.assert_close(own.keys, keys, atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(own.values, values, atol=1e-5, rtol=1e-5)
 
@@ -215,24 +224,24 @@ def test_any_appending_and_setting_back_is_as_with_kv_rows(prompt_rows, steps, s
 def test_results_outlive_later_passes_and_dropped_rows_leave_no_trace():
     draft = make_draft("dgf", 2)
     runner = GraphRunner(draft)
-    rows, (cos, sin) = runner.new_rows(64), draft.rope_at(torch.arange(9)[None], torch.float32)
-    features, tokens, rope = torch.randn(3, 32), torch.arange(3), (cos[:, :3], sin[:, :3])
-    runner.run(features, tokens, rope, rows, None)
-    first = runner.run(features, tokens, rope, rows, torch.zeros(3, 6))
+    rows, features, tokens = runner.new_rows(64), torch.randn(3, 32), torch.arange(3)
+    runner.run(Pass(features, tokens, 0), rows)
+    behind = Pass(features, tokens, 0, mask=torch.zeros(3, 6))
+    first = tensors_of(runner.run(behind, rows))
     before = [tensor.clone() for tensor in first]
-    rows[0].length = 3
-    runner.run(torch.full((9, 32), float("nan")), torch.arange(9), (cos, sin), rows, torch.zeros(9, 12))
+    rows.length = 3
+    runner.run(Pass(torch.full((9, 32), float("nan")), torch.arange(9), 0, mask=torch.zeros(9, 12)), rows)
     assert all(torch.equal(one, other) for one, other in zip(before, first, strict=True))
-    rows[0].length = 3
-    again = runner.run(features, tokens, rope, rows, torch.zeros(3, 6))
+    rows.length = 3
+    again = tensors_of(runner.run(behind, rows))
     assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
 
 
 def test_storage_goes_to_the_next_text_and_only_one_is_kept():
     draft = make_draft()
     ids, features = text_and_features(6)
-    runner = runner_for(draft)
-    assert runner_for(draft) is runner
+    runner = graph_runner_for(draft)
+    assert graph_runner_for(draft) is runner
 
     def tree(drafter):
         drafter.begin(features, ids)
@@ -240,26 +249,26 @@ def test_storage_goes_to_the_next_text_and_only_one_is_kept():
 
     plain, first = drafters(draft, runner=runner)
     wanted = tree(plain)
-    assert first.rows[0].store is None  # nothing is allocated before the draft is needed
+    assert first.rows.store is None  # nothing is allocated before the draft is needed
     assert_same_trees(wanted, tree(first))
-    first.rows[0].store.kv.fill_(float("nan"))  # of a draft that failed
+    first.rows.store.kv.fill_(float("nan"))  # of a draft that failed
     _, second = drafters(draft, runner=runner)  # while the first text goes on
     assert_same_trees(wanted, tree(second))
-    left = first.rows[0].store
-    assert second.rows[0].store is not left
+    left = first.rows.store
+    assert second.rows.store is not left
     del first
     _, third = drafters(draft, runner=runner)
     assert_same_trees(wanted, tree(third))
-    assert third.rows[0].store is left and not runner._idle
+    assert third.rows.store is left and not runner._idle
     del second, third
     gc.collect()
     assert len(runner._idle) == 2
     _, long = drafters(draft, capacity=1000, runner=runner)
     assert_same_trees(wanted, tree(long))
-    assert long.rows[0].store.capacity == 1024 and not runner._idle
+    assert long.rows.store.capacity == 1024 and not runner._idle
 
     draft.to(torch.bfloat16)
-    assert runner_for(draft) is not runner
+    assert graph_runner_for(draft) is not runner
 
 
 def copied_of(what, draft=None):
@@ -271,13 +280,13 @@ def copied_of(what, draft=None):
 def test_draft_with_a_runner_can_be_copied():
     draft = make_draft()
     ids, features = text_and_features(6)
-    drafter = FeatureDrafter(draft, 64, PhaseClock(), runner=runner_for(draft))
+    drafter = FeatureDrafter(draft, graph_runner_for(draft), capacity=64, clock=PhaseClock())
     drafter.begin(features, ids)
     wanted = drafter.grow(BUDGETS[0])
     copied = copied_of(draft)
-    runner = runner_for(copied)
-    assert runner is not runner_for(draft) and runner._draft is copied
-    other = FeatureDrafter(copied, 64, PhaseClock(), runner=runner)
+    runner = graph_runner_for(copied)
+    assert runner is not graph_runner_for(draft) and runner._draft is copied
+    other = FeatureDrafter(copied, runner, capacity=64, clock=PhaseClock())
     other.begin(features, ids)
     assert_same_trees(wanted, other.grow(BUDGETS[0]))
     assert_same_trees(wanted, copied_of(drafter, draft).grow(BUDGETS[0]))
@@ -297,7 +306,7 @@ def test_another_target_with_other_tables():
 
 def test_unattached_draft_says_so():
     config = DovetailConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4)
-    drafter = FeatureDrafter(draft := DovetailDraft(config), 64, PhaseClock(), runner=GraphRunner(draft))
+    drafter = FeatureDrafter(draft := DovetailDraft(config), GraphRunner(draft), capacity=64, clock=PhaseClock())
     drafter.begin(torch.randn(3, 32), torch.arange(4))
     with pytest.raises(ValueError, match="no embedding table"):
         drafter.catch_up()
@@ -351,10 +360,10 @@ def test_graphs_of_other_weights_are_not_replayed(recordings):
     assert_same_trees(plain.grow(BUDGETS[0]), static.grow(BUDGETS[0]))
     draft.layers[1].mlp.up_proj.weight.data = draft.layers[1].mlp.up_proj.weight.data * 2
     assert_same_trees(plain.grow(BUDGETS[0]), static.grow(BUDGETS[0]))
-    assert len(recordings) == 3 and list(static.rows[0].store.graphs) == [(8, 256)]
+    assert len(recordings) == 3 and list(static.rows.store.graphs) == [(8, 256)]
     static.runner.enable_graphs = False
     assert_same_trees(plain.grow(BUDGETS[0]), static.grow(BUDGETS[0]))
-    assert not static.rows[0].store.graphs
+    assert not static.rows.store.graphs
 
 
 # --- devices and waiting -------------------------------------------------------------------------
@@ -400,14 +409,14 @@ def test_levels_stay_on_the_device_and_read_no_numbers(fusion, monkeypatch):
         runner.enable_graphs = False  # tensors without memory can be in no graph
         rows = runner.new_rows(16)
         features, tokens = torch.empty(6, 32, device="cuda"), torch.empty(6, dtype=torch.int64, device="cuda")
-        rope = draft.rope_at(torch.arange(6, device="cuda")[None], torch.float32)
-        runner.run(features, tokens, rope, rows, None, 5)
+        runner.run(Pass(features, tokens, 0, logits_from=5), rows)
         touched = Touched()
         for step in range(6):  # 24 rows: past the first storage
-            mask = torch.empty(3, rows[0].length + 3, device="cuda")
-            rope = draft.rope_at(torch.empty(1, 3, dtype=torch.int64, device="cuda"), torch.float32)
+            mask = torch.empty(3, rows.length + 3, device="cuda")
+            level = Pass(features[:3], tokens[:3], rows.length, is_level=True, mask=mask, logits_from=step % 2)
+            draft.rope_for(level, torch.float32)  # the table over the next positions is made now and then only
             with touched:
-                predicted, logits = runner.run(features[:3], tokens[:3], rope, rows, mask, step % 2)
+                predicted, logits = tensors_of(runner.run(level, rows))
             assert predicted.device.type == logits.device.type == "cuda"
             assert predicted.shape == (3, 32) and logits.shape == (3 - step % 2, 97)
         assert touched.devices <= {"cuda", "meta"}  # shapes alone, for attention and slices: see FakeCuda
@@ -463,7 +472,7 @@ def test_replays_are_the_static_pass(fusion, blocks, dtype, min_columns):
     draft = cuda_draft(fusion, blocks, dtype)
     eager, graphs = GraphRunner(draft), GraphRunner(draft)
     eager.enable_graphs = False
-    one, other = (start(FeatureDrafter(draft, 64, PhaseClock(), runner=r)) for r in (eager, graphs))
+    one, other = (start(FeatureDrafter(draft, r, capacity=64, clock=PhaseClock())) for r in (eager, graphs))
     ids, features = text_and_features(40)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     for end in (8, 11, 15, 30, 38):
@@ -477,8 +486,8 @@ def test_replays_are_the_static_pass(fusion, blocks, dtype, min_columns):
             drafter.catch_up()
     for budget in BUDGETS:
         other.grow(budget)
-    store = other.rows[0].store
-    assert graphs.enable_graphs and not one.rows[0].store.graphs
+    store = other.rows.store
+    assert graphs.enable_graphs and not one.rows.store.graphs
     assert {rows for rows, _ in store.graphs} <= {1, 2, 4, 8, 16}
     captured = dict(store.graphs)
     assert captured
@@ -502,20 +511,20 @@ def test_replays_agree_with_the_drafts_own_modules():
         chains = [d.grow_chain(4, lambda logits, _: (logits.argmax(-1), logits)) for d in (plain, static)]
     torch.testing.assert_close(*(scores for _, scores in chains), atol=1e-3, rtol=1e-3)
     static.grow(TreeBudget(6, 5, 1))
-    assert static.runner.enable_graphs and {(1, 256), (4, 256), (8, 256)} <= set(static.rows[0].store.graphs)
+    assert static.runner.enable_graphs and {(1, 256), (4, 256), (8, 256)} <= set(static.rows.store.graphs)
 
 
 @gpu
 def test_later_texts_replay_and_moved_weights_are_captured_anew():
     draft = cuda_draft()
-    runner = runner_for(draft)
-    wanted = start(FeatureDrafter(draft, 64, PhaseClock(), runner=runner)).grow(BUDGETS[0])
+    runner = graph_runner_for(draft)
+    wanted = start(FeatureDrafter(draft, runner, capacity=64, clock=PhaseClock())).grow(BUDGETS[0])
     gc.collect()
     (store,) = runner._idle
     graph = store.graphs[8, 256]
-    drafter = start(FeatureDrafter(draft, 64, PhaseClock(), runner=runner))
+    drafter = start(FeatureDrafter(draft, runner, capacity=64, clock=PhaseClock()))
     assert_same_trees(wanted, drafter.grow(BUDGETS[0]), 1e-4)
-    assert drafter.rows[0].store is store and store.graphs[8, 256] is graph
+    assert drafter.rows.store is store and store.graphs[8, 256] is graph
     olds = [parameter.data for parameter in draft.parameters()] + [draft.head_weight]  # keeps their addresses taken
     draft.to("cpu").to("cuda")
     draft.attach(tiny_target("llama"))
@@ -524,7 +533,7 @@ def test_later_texts_replay_and_moved_weights_are_captured_anew():
     assert_same_trees(wanted, drafter.grow(BUDGETS[0]), 1e-4)
     assert store.graphs[8, 256] is not graph
     copied = copied_of(draft)
-    other = start(FeatureDrafter(copied, 64, PhaseClock(), runner=runner_for(copied)))
+    other = start(FeatureDrafter(copied, graph_runner_for(copied), capacity=64, clock=PhaseClock()))
     assert_same_trees(wanted, other.grow(BUDGETS[0]), 1e-4)
 
 
@@ -564,6 +573,7 @@ def test_failing_captures_leave_everything_in_order(error, monkeypatch, caplog):
     torch.cuda.empty_cache()
     torch.rand(1, device="cuda")
     monkeypatch.undo()
-    again = start(FeatureDrafter(draft, 64, PhaseClock(), runner=GraphRunner(draft)))  # others may still capture
+    runner = GraphRunner(draft)  # others may still capture
+    again = start(FeatureDrafter(draft, runner, capacity=64, clock=PhaseClock()))
     assert_same_trees(wanted, again.grow(BUDGETS[0]), 1e-4)
-    assert again.runner.enable_graphs and again.rows[0].store.graphs
+    assert again.runner.enable_graphs and again.rows.store.graphs

@@ -6,6 +6,7 @@ from families import VOCAB, tiny_target
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.training.data import Batch, Sequence, collate
 from dovetail_plugin.training.features import target_features
@@ -64,7 +65,7 @@ def predictions_ref(draft, features, ids, passes, monkeypatch):
         def pick(logits, chosen, row=row):
             return ids[row + 2 + len(chosen)][None], logits
 
-        drafter = FeatureDrafter(draft, capacity=64, clock=PhaseClock())
+        drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
         monkeypatch.setattr(draft, "head", spy)
         drafter.begin(features[: row + 1], ids[: row + 2])
         drafter.grow_chain(depth, pick)

@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, machine
 from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER, dtype_for, frequent_tokens
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
 
 def grown(draft):
     ids, features = text_and_features(8)
-    drafter = FeatureDrafter(draft, 64, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
     drafter.begin(features, ids)
     return drafter.grow(TreeBudget(16, 4, 5))
 
@@ -48,7 +49,7 @@ def test_embedding_on_the_cpu_beside_a_draft_on_the_gpu():
         draft = move(DovetailDraft(config), "cuda")
         draft.embedding_device = "cpu"
         draft.embed_weight, draft.head_weight = torch.empty(97, 32), torch.empty(97, 32, device="cuda")
-        drafter = FeatureDrafter(draft, 64, PhaseClock())
+        drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
         drafter.begin(torch.empty(6, 32), torch.arange(7))
         drafter.catch_up()
         tree = drafter.grow_on_device(TreeBudget(9, 3, 4))

@@ -8,6 +8,8 @@ from families import prompt, tiny_target
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.runners import runner_for
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
 pytest.importorskip("openvino")
@@ -29,7 +31,7 @@ def pair(request):
 def rounds(draft, runner, count=6):
     """Trees of several rounds in which different numbers of tokens were accepted."""
     generator = torch.Generator().manual_seed(1)
-    drafter = FeatureDrafter(draft, 8, PhaseClock(), runner)
+    drafter = FeatureDrafter(draft, runner, capacity=8, clock=PhaseClock())
     drafter.begin(torch.randn(11, draft.config.hidden_size, generator=generator), prompt(12)[0])
     for number in range(count):
         yield drafter.grow(BUDGET)
@@ -47,7 +49,7 @@ def assert_same_trees(one, other):
 
 def test_the_same_trees_as_in_torch(pair):
     draft, runner = pair
-    assert_same_trees(list(rounds(draft, None)), list(rounds(draft, runner)))
+    assert_same_trees(list(rounds(draft, TorchRunner(draft))), list(rounds(draft, runner)))
 
 
 def test_the_same_trees_when_holes_are_taken_out(pair, monkeypatch):
@@ -62,19 +64,19 @@ def test_the_same_trees_when_holes_are_taken_out(pair, monkeypatch):
         assert rows.slots == rows.length == rows.request.query_state()[0].state.shape[2]
 
     monkeypatch.setattr(openvino_draft.StateRows, "_compact", counted)
-    assert_same_trees(list(rounds(draft, None)), list(rounds(draft, runner)))
+    assert_same_trees(list(rounds(draft, TorchRunner(draft))), list(rounds(draft, runner)))
     assert sum(taken_out) > 0
 
 
 def test_holes_are_bounded(pair, monkeypatch):
     draft, runner = pair
     monkeypatch.setattr(openvino_draft, "SPARE_HOLES", 20)
-    drafter = FeatureDrafter(draft, 8, PhaseClock(), runner)
+    drafter = FeatureDrafter(draft, runner, capacity=8, clock=PhaseClock())
     drafter.begin(torch.randn(11, 32), prompt(12)[0])
     for _ in range(30):
         drafter.grow(BUDGET)
         drafter.advance(torch.randn(1, 32), torch.tensor([5]))
-        own = drafter.rows[0]
+        own = drafter.rows
         assert own.slots <= 2 * own.length + 20 + BUDGET.top_k
 
 
@@ -100,7 +102,7 @@ def test_compressed_weights_draft_nearly_the_same(weights, compressed):
     draft = DovetailDraft.for_target(tiny_target("llama", hidden_size=128, intermediate_size=256))
     assert bits(openvino_draft.draft_graph(draft, weights)) == compressed  # of int4, the head stays int8
     runner = OpenVINORunner(draft, weights)
-    exact, rough = next(rounds(draft, None)), next(rounds(draft, runner))
+    exact, rough = next(rounds(draft, TorchRunner(draft))), next(rounds(draft, runner))
     assert abs(exact.scores[1] - rough.scores[1]) < 0.5
     assert not torch.equal(exact.scores, rough.scores)
 
@@ -128,8 +130,8 @@ def test_without_nncf_the_draft_runs_in_torch(monkeypatch):
     said = []
     monkeypatch.setattr(openvino.logger, "warning", said.append)
     engine = openvino.OpenVINOEngine.__new__(openvino.OpenVINOEngine)
-    engine._runners, engine._draft_properties, engine.draft_weights = {}, {}, None
-    assert engine.draft_runner(draft) is None
-    assert engine.draft_runner(draft) is None
+    engine._draft_properties, engine.draft_weights = {}, None
+    for _ in range(2):
+        assert isinstance(runner_for(draft, engine), TorchRunner)
     assert len(said) == 1
     assert "dovetail-plugin[openvino]" in said[0]

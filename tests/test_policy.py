@@ -24,6 +24,7 @@ import dovetail_plugin.generation.loop
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
 from dovetail_plugin.drafts.calibration import BINS, CENTERS
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.policy.acceptance import SAMPLING, AcceptanceCurve
 from dovetail_plugin.policy.device_split import LIMITS, REFRESH, AdaptiveRounds, DeviceSplitPolicy
 from dovetail_plugin.policy.measurements import Measurements
@@ -173,12 +174,16 @@ def test_the_likeliest_child_takes_the_cheapest_place():
     np.testing.assert_allclose(gains, [0.4 * share - 0.15, 0.8 * share - 0.1])
 
 
+def drafter_of(draft):
+    return FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
+
+
 @pytest.mark.parametrize("bound", [TreeBudget(7, 6, 1), TreeBudget(3, 5, 1), TreeBudget(48, 4, 1)], ids=str)
 @torch.no_grad()
 def test_chains_stay_chains(bound):
     """Under a bound of one child a real drafter's tree is a line, no longer than nodes and depth allow."""
     ids, features = text_and_features()
-    drafter = FeatureDrafter(make_draft(), 64, PhaseClock())
+    drafter = drafter_of(make_draft())
     drafter.begin(features, ids)
     judge = judge_of(bound, 1e-3, np.full(bound.nodes, 0.1), mode=a_mode())
     tree = drafter.grow(bound, judge)
@@ -190,7 +195,7 @@ def test_chains_stay_chains(bound):
 @torch.no_grad()
 def test_the_drafter_does_what_the_judge_says():
     ids, features = text_and_features()
-    drafter = FeatureDrafter(make_draft(), 64, PhaseClock())
+    drafter = drafter_of(make_draft())
     drafter.begin(features, ids)
 
     class Told:

@@ -12,11 +12,12 @@ from transformers import DynamicCache
 
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget, machine
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.policy import probe, records
 from dovetail_plugin.policy.device_split import LIMITS
 from dovetail_plugin.policy.measurements import Measurements
 from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.targets.transformers_model import TorchTarget
+from dovetail_plugin.targets.transformers_model import TorchSession
 
 MEASURED = Measurements({1: 0.1, 8: 0.2}, {1: 0.01}, 0.02, {0: 0.0}, 17, threads=3, processors=(0, 2))
 
@@ -213,11 +214,11 @@ def test_the_text_is_as_it_was(family, trees):
     ids = prompt(30)
     plain = model.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     cache = DynamicCache(config=model.config)
-    with TorchTarget(model, cache, max_length=100, max_nodes=LIMITS.nodes) as target:
+    with TorchSession(model, cache, max_length=100, max_nodes=LIMITS.nodes) as target:
         target.supports_tree = trees
         output = target.prefill(ids, None)
         token = int(output.logits.argmax())
-        drafter = FeatureDrafter(draft, 100, PhaseClock())
+        drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=100, clock=PhaseClock())
         drafter.begin(output.features, torch.cat([ids[0], torch.tensor([token])]))
         before = drafter.grow(TreeBudget(12, 4, 4))
         measured = measure(target, drafter, limits=LIMITS if trees else LIMITS.as_chain(), limit_s=0.5)

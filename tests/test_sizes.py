@@ -8,15 +8,16 @@ from families import FULL_ATTENTION, SLIDING, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import dovetail_plugin.generation.generate
+import dovetail_plugin.drafts.base
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.drafts.cuda_graph_rows import Store, power_of_two
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.planning.count_weights import draft_sizes, target_sizes
 from dovetail_plugin.planning.known_shapes import shape_config
 from dovetail_plugin.planning.memory import DRAFT_ROWS, Rows
 from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.targets.transformers_model import TorchTarget
+from dovetail_plugin.targets.transformers_model import TorchSession
 from dovetail_plugin.tree import DraftTree
 
 pytestmark = pytest.mark.torch_only("targets in torch")
@@ -82,7 +83,7 @@ def test_draft_weights_are_those_of_the_real_draft(llama, blocks):
 def filled(model, rows, prompt_tokens):
     """The cache layers of a target that has run a prompt and a tree, still lent."""
     cache = DynamicCache(config=model.config)
-    session = TorchTarget(model, cache, max_length=rows.context, max_nodes=rows.nodes)
+    session = TorchSession(model, cache, max_length=rows.context, max_nodes=rows.nodes)
     with session as target:
         target.prefill(prompt(prompt_tokens), None)
         target.score(DraftTree.chain(list(range(3, 3 + rows.nodes))))
@@ -119,13 +120,13 @@ def test_cache_of_latent_attention():
 def test_cache_of_a_draft(llama):
     draft = DovetailDraft.for_target(llama, blocks=2)
     sizes, rows = draft_sizes(draft.config, "float32"), Rows(300, 16, 300)
-    assert DRAFT_ROWS == dovetail_plugin.generation.generate.DRAFT_ROWS
+    assert DRAFT_ROWS == dovetail_plugin.drafts.base.EXTRA_ROWS
     store = Store(draft, power_of_two(rows.context + DRAFT_ROWS))
     assert sizes.kv_bytes(rows, on_gpu=True) == store.kv.nbytes
-    drafter = FeatureDrafter(draft, rows.context + DRAFT_ROWS, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=rows.context + DRAFT_ROWS, clock=PhaseClock())
     drafter.begin(torch.zeros(rows.context, 32), prompt(rows.context + 1)[0])
     drafter.catch_up()
-    touched = sum(own.keys.nbytes + own.values.nbytes for own in drafter.rows)
+    touched = sum(own.keys.nbytes + own.values.nbytes for own in drafter.rows.layers)
     assert sizes.kv_bytes(Rows(rows.context - 1, 1, 1), on_gpu=False) == touched
 
 
@@ -179,7 +180,7 @@ def test_temporaries_of_a_prompt(case, rows_at_once):
     model = tiny_model(case[0], **WIDE, **case[1])
     rows = Rows(1200, 16, rows_at_once)
     sizes = target_sizes(model.config, "float32")
-    session = TorchTarget(
+    session = TorchSession(
         model, DynamicCache(config=model.config), max_length=1200, max_nodes=16, prefill_chunk=rows_at_once
     )
     with session as target, LiveBytes() as live:
@@ -193,7 +194,7 @@ def test_temporaries_of_a_prompt(case, rows_at_once):
 def test_temporaries_of_a_tree():
     model, rows = tiny_model("llama", **WIDE), Rows(1200, 64, 1200)
     sizes = target_sizes(model.config, "float32")
-    with TorchTarget(model, DynamicCache(config=model.config), max_length=1200, max_nodes=64) as target:
+    with TorchSession(model, DynamicCache(config=model.config), max_length=1200, max_nodes=64) as target:
         target.prefill(prompt(1200), None)
         with LiveBytes() as live:
             target.score(DraftTree.chain([5] * 64))
@@ -206,10 +207,10 @@ def test_temporaries_of_a_draft(blocks):
     model = tiny_model("llama", **WIDE)
     draft, rows = DovetailDraft.for_target(model, blocks=blocks), Rows(1200, 16, 1200)
     sizes = draft_sizes(draft.config, "float32")
-    drafter = FeatureDrafter(draft, rows.context + DRAFT_ROWS, PhaseClock())
+    drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=rows.context + DRAFT_ROWS, clock=PhaseClock())
     drafter.begin(torch.zeros(1199, 64), prompt(1200)[0])
     with LiveBytes() as live:
         drafter.catch_up()
-        storages = sum(2 * own._keys.untyped_storage().nbytes() for own in drafter.rows)
+        storages = sum(2 * own._keys.untyped_storage().nbytes() for own in drafter.rows.layers)
         peak = live.peak - storages
     assert sizes.pass_bytes(rows) == pytest.approx(peak, rel=0.15)

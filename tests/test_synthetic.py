@@ -14,13 +14,14 @@ from dovetail_plugin.bench.synthetic import (
     RANKS,
     SyntheticComparison,
     SyntheticRunner,
-    WatchedTarget,
     probabilities,
     synthetic_generate,
 )
-from dovetail_plugin.drafts.feature_drafter import FeatureDrafter, TorchRunner
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.targets.transformers_model import TorchTarget
+from dovetail_plugin.runner import Pass
+from dovetail_plugin.targets.transformers_model import TorchSession
 
 pytestmark = pytest.mark.torch_only("what an engine computes is thrown away")
 
@@ -29,17 +30,17 @@ pytestmark = pytest.mark.torch_only("what an engine computes is thrown away")
 def counted(monkeypatch):
     """Trees that the target scored, and rows of every step of a draft in torch."""
     trees, steps = [], []
-    score, run = WatchedTarget.score, TorchRunner.run
+    score, run = TorchSession.score, TorchRunner.run
 
     def counting_score(self, tree):
         trees.append(tree)
         return score(self, tree)
 
-    def counting_run(self, features, tokens, *rest, **options):
-        steps.append(len(tokens))
-        return run(self, features, tokens, *rest, **options)
+    def counting_run(self, step, rows):
+        steps.append(step.rows)
+        return run(self, step, rows)
 
-    monkeypatch.setattr(WatchedTarget, "score", counting_score)
+    monkeypatch.setattr(TorchSession, "score", counting_score)
     monkeypatch.setattr(TorchRunner, "run", counting_run)
     return trees, steps
 
@@ -78,7 +79,7 @@ def test_rate_is_refused(llama, draft, rate):
 def test_the_draft_says_the_rate(llama, draft, counted):
     """Scores of a tree are sums of ranks' log-probabilities, and siblings are different tokens."""
     runner = SyntheticRunner(TorchRunner(draft), 0.7)
-    drafter = FeatureDrafter(draft, 64, PhaseClock(), runner)
+    drafter = FeatureDrafter(draft, runner, capacity=64, clock=PhaseClock())
     ids = prompt()[0]
     drafter.begin(torch.randn(16, draft.config.hidden_size), ids)
     tree = drafter.grow(TreeBudget(nodes=20, depth=4, top_k=5))
@@ -102,9 +103,10 @@ def test_logits_replace_in_place(llama, draft):
         seen = []
         for count in (3, VOCAB - 1, 5):
             features = torch.randn(count, cast.config.hidden_size, dtype=dtype)
-            rope = cast.rope_at(torch.arange(count)[None], dtype)
-            predicted, logits = runner.run(features, torch.arange(count), rope, runner.new_rows(8), None, 1)
-            assert predicted.shape == features.shape
+            step = Pass(features, torch.arange(count), 0, logits_from=1)
+            predicted = runner.run(step, runner.new_rows(8))
+            logits = predicted.logits
+            assert predicted.features.shape == features.shape
             assert logits.shape == (count - 1, VOCAB) and logits.dtype == dtype
             best = logits.softmax(-1, dtype=torch.float32).max(-1)
             assert best.values.numpy() == pytest.approx(0.8, abs=0.01)
@@ -147,9 +149,9 @@ def test_lots(llama, draft):
 
 
 def test_passes_are_run(llama, draft, counted, monkeypatch):
-    passes, forward = [], TorchTarget._forward
+    passes, forward = [], TorchSession._forward
     monkeypatch.setattr(
-        TorchTarget, "_forward", lambda self, *a, **k: passes.append(a[0].shape[1]) or forward(self, *a, **k)
+        TorchSession, "_forward", lambda self, *a, **k: passes.append(a[0].shape[1]) or forward(self, *a, **k)
     )
     _, rounds = generate(llama, draft, budget=TreeBudget(9, 3, 4))
     trees, steps = counted
@@ -171,9 +173,9 @@ def test_policy_chooses(llama, draft, counted):
 
 
 def test_plain(llama, draft, monkeypatch):
-    passes, forward = [], TorchTarget._forward
+    passes, forward = [], TorchSession._forward
     monkeypatch.setattr(
-        TorchTarget, "_forward", lambda self, *a, **k: passes.append(a[0].shape[1]) or forward(self, *a, **k)
+        TorchSession, "_forward", lambda self, *a, **k: passes.append(a[0].shape[1]) or forward(self, *a, **k)
     )
     run = synthetic_generate(llama, None, prompt(), rate=0.8, max_new_tokens=30)
     assert run.tokens == 30 and run.seconds > 0

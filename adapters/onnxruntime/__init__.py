@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
 try:
     import onnxruntime as ort
@@ -26,6 +27,7 @@ except ImportError as error:  # the message is what a user reads first
         "ONNX Runtime targets need the `onnxruntime` package: pip install 'dovetail-plugin[onnxruntime]'."
     ) from error
 
+from dovetail_plugin.compat import find_file, require_file
 from dovetail_plugin.targets.base import Tables
 
 from ..stored_target import StoredTarget, sliding_window, stored_generation_config, tables_of
@@ -103,8 +105,8 @@ class OnnxRuntimeEngine:
             raise ValueError(f"{what} is not of this target; pass what its own `generate` returned.")
         return given
 
-    def draft_runner(self, draft: Any) -> None:
-        """As `Engine.draft_runner`: None, the draft runs in torch."""
+    def draft_runner(self, draft: nn.Module) -> None:
+        """Return None: the draft runs in torch."""
 
     def session(
         self,
@@ -112,8 +114,8 @@ class OnnxRuntimeEngine:
         *,
         max_length: int,  # noqa: ARG002 - buffers grow by themselves
         max_nodes: int,
-        prefill_chunk: int | None,
-        model_kwargs: dict[str, Any],
+        prefill_chunk: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> OnnxRuntimeSession:
         """As `Engine.session`; the first session that reads single layers loads the graph once more.
@@ -158,10 +160,10 @@ def engine_for(model: Any) -> OnnxRuntimeEngine:
 
 def _stored(name: str, file_name: str, hub_kwargs: dict[str, Any]) -> weights.Stored:
     """The graph of a directory or hub id, with all files that its weights are in at hand."""
-    file = Path(cached_file(name, file_name, **hub_kwargs))
+    file = Path(require_file(name, file_name, **hub_kwargs))
     model = onnx.load(file, load_external_data=False)
     for beside in weights.external_files(model):
-        cached_file(name, str(Path(file_name).parent / beside), **hub_kwargs)
+        require_file(name, str(Path(file_name).parent / beside), **hub_kwargs)
     return weights.point_to_files(model, file)
 
 
@@ -211,8 +213,8 @@ class OnnxRuntimeTarget(StoredTarget):
         if not isinstance(pretrained_model_name_or_path, (str, Path)):
             raise ValueError(f"got {type(pretrained_model_name_or_path).__name__}: {NOT_OPTIMUMS}")
         name = str(pretrained_model_name_or_path)
-        if cached_file(name, CONFIG_NAME, **hub_kwargs) is None:
-            raise OSError(f"{name} has no {CONFIG_NAME}; copy it from the model that was exported.")
+        if find_file(name, CONFIG_NAME, **hub_kwargs) is None:
+            raise OSError(f"{name} has no {CONFIG_NAME}. Copy it from the model that was exported.")
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
         try:
             stored = _stored(name, file_name, hub_kwargs)

@@ -16,13 +16,15 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import cached_file
 
-from dovetail_plugin.drafts.model import DovetailDraft
+from dovetail_plugin.compat import require_file
+from dovetail_plugin.drafts.network import DraftNetwork
+from dovetail_plugin.runner import DraftRunner
 from dovetail_plugin.targets.base import Tables
 
 from ..stored_target import NO_BIAS, StoredTarget, sliding_window, stored_generation_config, tables_of
@@ -78,7 +80,6 @@ class OpenVINOEngine:
         self.window = sliding_window(self.text_config)
         self._model = model
         self._current: weakref.ref[OpenVINOCache] | None = None
-        self._runners: weakref.WeakKeyDictionary[DovetailDraft, Any] = weakref.WeakKeyDictionary()
         threads = request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
         self._draft_properties = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         self.set_neutral()
@@ -107,17 +108,14 @@ class OpenVINOEngine:
             )
         return given
 
-    def draft_runner(self, draft: DovetailDraft) -> Any:
-        """As `Engine.draft_runner`: the draft as a graph, compiled once; None without nncf."""
-        if draft not in self._runners:
-            try:
-                from .draft import OpenVINORunner
-            except ImportError as error:
-                logger.warning(f"the draft runs in torch, which is slower here: {error}")
-                self._runners[draft] = None
-            else:
-                self._runners[draft] = OpenVINORunner(draft, self.draft_weights, self._draft_properties)
-        return self._runners[draft]
+    def draft_runner(self, draft: nn.Module) -> DraftRunner[Any] | None:
+        """Compile the draft as a graph, which takes seconds; None without nncf."""
+        try:
+            from .draft import OpenVINORunner
+        except ImportError as error:
+            logger.warning(f"the draft runs in torch, which is slower here: {error}")
+            return None
+        return OpenVINORunner(cast(DraftNetwork, draft), self.draft_weights, self._draft_properties)
 
     def session(
         self,
@@ -125,8 +123,8 @@ class OpenVINOEngine:
         *,
         max_length: int,  # noqa: ARG002 - the state grows by itself
         max_nodes: int,
-        prefill_chunk: int | None,
-        model_kwargs: dict[str, Any],
+        prefill_chunk: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> OpenVINOSession:
         """As `Engine.session`; the first session that reads single layers compiles the graph once more.
@@ -259,8 +257,8 @@ class OpenVINOTarget(StoredTarget):
             raise ValueError(f"draft_weights must be one of {', '.join(DRAFT_WEIGHTS)}, got {draft_weights!r}.")
         name = str(pretrained_model_name_or_path)
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        file = cached_file(name, MODEL_FILE, **hub_kwargs)
-        cached_file(name, MODEL_FILE.replace(".xml", ".bin"), **hub_kwargs)  # a hub's snapshot keeps them together
+        file = require_file(name, MODEL_FILE, **hub_kwargs)
+        require_file(name, MODEL_FILE.replace(".xml", ".bin"), **hub_kwargs)  # a hub's snapshot keeps them together
         core = ov.Core()
         model = core.read_model(file)
         try:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from torch import Tensor, nn
 
 from dovetail_plugin import machine
-from dovetail_plugin.drafts.model import DovetailDraft
+from dovetail_plugin.drafts.network import DraftNetwork
+from dovetail_plugin.runner import Pass, Predicted
+
+from ..stored_target import HIDDEN
 
 try:
     import nncf
@@ -30,7 +34,6 @@ except ImportError as error:
         'draft.runner = "torch".'
     ) from error
 
-HIDDEN = float(np.finfo(np.float16).min)
 GROUP = 128
 """Inputs of a product that share a scale, of int4 weights and of activations rounded to int8."""
 
@@ -62,7 +65,7 @@ class _Past:
 class _Step(nn.Module):
     """What is traced: one draft step and the head, with explicit rows."""
 
-    def __init__(self, draft: DovetailDraft) -> None:
+    def __init__(self, draft: DraftNetwork) -> None:
         super().__init__()
         self.fusion, self.layers, self._head = draft.fusion, draft.layers, draft.head
 
@@ -88,7 +91,7 @@ def default_weights() -> str:
     return "int4" if {"avx512_vnni", "amx_int8"} & machine.vector_extensions() else "int8"
 
 
-def draft_graph(draft: DovetailDraft, weights: str) -> "ov.Model":
+def draft_graph(draft: DraftNetwork, weights: str) -> "ov.Model":
     """The stateful graph of one draft step.
 
     Args:
@@ -97,7 +100,7 @@ def draft_graph(draft: DovetailDraft, weights: str) -> "ov.Model":
     """
     config = draft.config
     with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, take no draws from the user's text
-        exact = DovetailDraft(config).float().eval()
+        exact = DraftNetwork(config).float().eval()
     exact.load_state_dict(draft.state_dict())
     assert draft.head_weight is not None, "attach() comes first"
     if draft.config.fusion != "eagle3":  # whose head is a parameter of its own, and loaded
@@ -204,41 +207,37 @@ class OpenVINORunner:
     runs_in_torch = False
 
     def __init__(
-        self, draft: DovetailDraft, weights: str | None = None, properties: dict[str, Any] | None = None
+        self, draft: DraftNetwork, weights: str | None = None, properties: dict[str, Any] | None = None
     ) -> None:
         own = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY"}
         own["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
-        self.weights = weights or default_weights()
-        graph = draft_graph(draft, self.weights)
+        stored = weights or default_weights()
+        self.weights: str | None = stored
+        graph = draft_graph(draft, stored)
         self._compiled = ov.Core().compile_model(graph, "CPU", own | (properties or {}))
-        self._embed = draft.embed
+        self._draft_ref = weakref.ref(draft)  # the runner is kept under its draft and must not keep it alive
 
-    def new_rows(self, capacity: int) -> list[StateRows]:
-        """As `DraftRunner.new_rows`: one object for all blocks."""
-        return [StateRows(self._compiled.create_infer_request(), capacity)]
+    def new_rows(self, capacity: int) -> StateRows:
+        """Make one object for all blocks, over a request of its own."""
+        return StateRows(self._compiled.create_infer_request(), capacity)
 
-    def run(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: list[StateRows],
-        mask: Tensor | None,
-        logits_from: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `DraftRunner.run`."""
-        count, own = len(tokens), rows[0]
-        own.append(count)
+    def run(self, step: Pass, rows: StateRows) -> Predicted:
+        """Run the graph over the pass."""
+        draft = self._draft_ref()
+        assert draft is not None, "whoever runs a draft holds it"
+        count = step.rows
+        rows.append(count)
+        rope = draft.rope_for(step, torch.float32)
         cos, sin = (table.expand(1, count, -1).contiguous().numpy() for table in rope)
         inputs = {
-            "features": features[None].float().contiguous().numpy(),
-            "embeddings": self._embed(tokens)[None].float().numpy(),
+            "features": step.features[None].float().contiguous().numpy(),
+            "embeddings": draft.embed(step.tokens)[None].float().numpy(),
             "cos": cos,
             "sin": sin,
-            "mask": own.spread(mask, count),
-            "logit_rows": np.arange(logits_from, count),
+            "mask": rows.spread(step.mask, count),
+            "logit_rows": np.arange(step.logits_from, count),
             "beam_idx": np.zeros(1, dtype=np.int32),
         }
-        own.request.infer(inputs, share_inputs=True)
-        predicted, logits = (own.request.get_tensor(name).data[0].copy() for name in ("predicted", "logits"))
-        return torch.from_numpy(predicted), torch.from_numpy(logits)
+        rows.request.infer(inputs, share_inputs=True)
+        predicted, logits = (rows.request.get_tensor(name).data[0].copy() for name in ("predicted", "logits"))
+        return Predicted(torch.from_numpy(predicted), torch.from_numpy(logits))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..drafts.base import Assistant
+from ..drafts.base import Draft
 from ..report import PHASES
 from ..targets.engine import engine_of, next_logits
 from .provenance import provenance
@@ -109,7 +109,7 @@ class Comparison:
     """
 
     target: PreTrainedModel
-    draft: Assistant
+    draft: Draft
     options: dict[str, Any]
     seed: int = 0
     pairs: list[tuple[Run, Run]] = field(default_factory=list)

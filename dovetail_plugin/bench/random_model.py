@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from .. import machine
+from ..compat import mark_initialized
 
 BLOCK = (1 << 24) - 3
 """Random numbers that the weights of a big model repeat; odd, so that equal matrices do not become the same."""
@@ -47,6 +48,6 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, *, seed: int = 0)
             part[:ahead] = block[at : at + ahead]
             part[ahead:] = block[: len(part) - ahead]
             at = (at + len(part)) % len(block)
-        matrix._is_hf_initialized = True  # the next line leaves it alone
+        mark_initialized(matrix)  # the next line leaves it as it is
     model.initialize_weights()
     return model.eval()

@@ -1,19 +1,20 @@
-"""Try before training: real passes of target and draft, tokens that mean nothing, acceptance simulated at a rate.
+"""Measures what a draft would bring before it is trained: real passes, random tokens, simulated acceptance.
 
-Enters: a target, with random weights if need be, any draft that fits it, and the rate at which the draft's first
-choice is to be right. Leaves: what real generation leaves, a text, its seconds and a report. All that costs time is
-done as ever: passes, levels, cache moves, the policy. Only two things are replaced, and by the same probabilities:
+A target (with random weights if need be), any draft that fits it, and the rate at which the draft's first choice is to
+be right give what real generation gives: a text, its seconds and a report. Everything that costs time is done as in
+real generation: passes, levels, cache moves, the policy. Two things are replaced, by the same probabilities: what the
+draft says, and how often it is right.
 
     rank of a child     0      1      2      3     ...
-    rate 0.8          0.8    0.1   0.05   0.025          what the draft says of it, and how often it is right
+    rate 0.8          0.8    0.1   0.05   0.025
 
-Half of what is left goes to each further child, or `rate` of what is left where that is less. The loop, the
-policy and the engines do not know of this module.
+Each further child gets half of what is left, or `rate` of it where that is less. The loop, the policy and the engines
+do not know of this module.
 """
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,33 +24,33 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PretrainedConfig,
     StoppingCriteriaList,
 )
 
-from .. import machine
-from ..drafts.base import DraftRunner
+from ..drafts.base import Draft, Judge
 from ..drafts.feature_drafter import FeatureDrafter
 from ..drafts.model import DovetailDraft
-from ..generation.generate import DRAFT_ROWS, draft_runner_for, rounds_for
-from ..generation.loop import Decoder
+from ..drafts.runners import runner_for
+from ..generation.open import Request, open_generation
 from ..generation.text import Text
-from ..policy.device_split import DeviceSplitPolicy
-from ..policy.rounds import PLAIN, FixedRounds, Rounds
-from ..report import GenerationReport
-from ..targets.base import Target, TargetOutput
+from ..policy import DeviceSplitPolicy
+from ..report import PhaseClock
+from ..runner import DraftRunner, Pass, Predicted, RowStorage
+from ..targets.base import Engine, TargetModel
 from ..targets.engine import engine_of
-from ..tree import DraftTree
+from ..tree import DraftTree, TreeBudget
 from .compare import BenchResult, Comparison, Run
 
 RANKS = 32
-"""Children of a node that may be right; further ones never are."""
+"""Number of children of a node that may be right; further ones never are."""
 
 LEAST = 1e-9
-"""Probability that stands for 0, whose logarithm is no number."""
+"""Probability used in place of 0, whose logarithm is not finite."""
 
 
 def probabilities(rate: float) -> list[float]:
-    """(RANKS,) of being the next token, for a node's children, the likeliest first.
+    """Return the probability of being the next token for each of a node's RANKS children, the likeliest first.
 
     Raises:
         ValueError: the rate is not between 0 and 1.
@@ -64,41 +65,33 @@ def probabilities(rate: float) -> list[float]:
 
 
 class SyntheticRunner:
-    """Runs a draft's steps as another runner does, and replaces what the logits say; implements `DraftRunner`.
+    """Runs a draft's steps as another runner does, and replaces the logits; implements `DraftRunner`.
 
-    The likeliest tokens of a row are other ones than those of the row before it.
+    The likeliest tokens of a row differ from those of the row before it.
 
     Args:
         runner: does the work.
         rate: see `probabilities`.
     """
 
-    def __init__(self, runner: DraftRunner, rate: float) -> None:
+    def __init__(self, runner: DraftRunner[Any], rate: float) -> None:
         self._runner, self._ranks = runner, probabilities(rate)
         self.device, self.dtype, self.runs_in_torch = runner.device, runner.dtype, runner.runs_in_torch
         self.weights = runner.weights
-        self._windows: Tensor | None = None  # (V + 1, V): the same row, further to the left every time
+        self._windows: Tensor | None = None  # (V + 1, V): the same row, one place further to the left each time
         self._next = 0
 
-    def new_rows(self, capacity: int) -> Sequence[Any]:
-        """As `DraftRunner.new_rows`."""
+    def new_rows(self, capacity: int) -> RowStorage:
+        """Make rows of the runner that does the work."""
         return self._runner.new_rows(capacity)
 
-    def run(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: Any,
-        mask: Tensor | None,
-        logits_from: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `DraftRunner.run`."""
-        predicted, logits = self._runner.run(features, tokens, rope, rows, mask, logits_from)
-        return predicted, self._instead_of(logits)
+    def run(self, step: Pass, rows: RowStorage) -> Predicted:
+        """Run the pass and replace its logits."""
+        predicted = self._runner.run(step, rows)
+        return Predicted(predicted.features, self._instead_of(predicted.logits))
 
     def _instead_of(self, logits: Tensor) -> Tensor:
-        """A view in the shape, dtype and place of (n, V) logits."""
+        """Return synthetic logits in the shape, dtype and place of `logits` (n, V)."""
         count, size = logits.shape
         if self._windows is None:
             row = self._row(size).to(logits)
@@ -109,22 +102,22 @@ class SyntheticRunner:
         return self._windows[first : first + count]
 
     def _row(self, size: int) -> Tensor:
-        """(V,) float32 logits: log-probabilities by rank, and all other tokens alike."""
+        """Return (V,) float32 logits: log-probabilities by rank, and equal ones for all other tokens."""
         ranks = torch.tensor(self._ranks)[:size]
         others = (1.0 - ranks.sum()) / max(size - len(ranks), 1)
         return torch.cat([ranks, others.expand(size - len(ranks))]).clamp(min=LEAST).log()
 
 
 class SyntheticText(Text):
-    """A text whose next token is drawn by lot: a child in the tree scored last, each with its rank's probability.
+    """A text whose next token is drawn at random: a child in the latest tree, each with its rank's probability.
 
-    What the target says is computed and read as in greedy search, then thrown away. Nothing ends it but its length.
+    What the target predicts is computed and read as in greedy search, then ignored. Only its length ends the text.
 
     Args:
         input_ids: (1, T) int64 prompt.
         rate: see `probabilities`.
-        max_new_tokens: its length beyond the prompt.
-        seed: of its own random numbers.
+        max_new_tokens: tokens to generate.
+        seed: of the random choices.
     """
 
     def __init__(self, input_ids: Tensor, *, rate: float, max_new_tokens: int, seed: int) -> None:
@@ -133,13 +126,13 @@ class SyntheticText(Text):
         super().__init__(input_ids, processors=LogitsProcessorList(), criteria=stop, config=config)
         self.config = config
         ranks = probabilities(rate)
-        self._weights, self._random = [*ranks, max(1.0 - sum(ranks), 0.0)], random.Random(seed)  # the last is "none"
+        self._weights, self._random = [*ranks, max(1.0 - sum(ranks), 0.0)], random.Random(seed)  # the last: none
         self._tree_tokens: list[int] = []
-        self._children: dict[int, list[int]] = {}  # nodes below a node, the likeliest first
+        self._children: dict[int, list[int]] = {}  # node -> nodes below it, the likeliest first
         self._node = 0
 
     def watch(self, tree: DraftTree) -> None:
-        """The next tokens may come from this tree."""
+        """Let the next tokens come from this tree, until one of them is not in it."""
         self._tree_tokens, self._node, self._children = tree.tokens.tolist(), 0, {}
         parents, scores = tree.parents.tolist(), tree.scores.tolist()
         for node in sorted(range(1, len(tree)), key=lambda node: -scores[node]):
@@ -157,47 +150,88 @@ class SyntheticText(Text):
             token = self._random.randrange(scores.shape[-1])
             while token in wrong:
                 token = self._random.randrange(scores.shape[-1])
+            self._children = {}  # the path has left the tree
         return torch.tensor([token], device=self.ids.device)
 
 
-class WatchedTarget:
-    """A target that shows a text what it scores; implements `Target`."""
+class SyntheticDrafter(FeatureDrafter):
+    """A `FeatureDrafter` that shows its trees to a `SyntheticText`."""
 
-    def __init__(self, target: Target, text: SyntheticText) -> None:
-        self._target, self._text = target, text
-        self.supports_tree, self.max_length = target.supports_tree, target.max_length
+    text: SyntheticText
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """As `Target.prefill`."""
-        return self._target.prefill(input_ids, attention_mask)
+    def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
+        """Grow a tree and show it to the text."""
+        tree = super().grow(budget, judge)
+        self.text.watch(tree)
+        return tree
 
-    def score(self, tree: DraftTree) -> TargetOutput:
-        """As `Target.score`."""
-        self._text.watch(tree)
-        return self._target.score(tree)
 
-    def keep(self, path: list[int]) -> None:
-        """As `Target.keep`."""
-        self._target.keep(path)
+class SyntheticDraft(Draft):
+    """A `DovetailDraft` for one synthetic text: all its passes, but other logits.
+
+    Args:
+        draft: does the work. Its budget and policy are used.
+        text: is shown the trees.
+        rate: see `probabilities`.
+    """
+
+    def __init__(self, draft: DovetailDraft, text: SyntheticText, rate: float) -> None:
+        self._draft, self._text, self._rate = draft, text, rate
+        self.budget, self.policy = draft.budget, draft.policy
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the draft that does the work."""
+        return self._draft.device
+
+    @property
+    def calibration(self) -> Mapping[str, Sequence[float]] | None:
+        """Calibration of the draft that does the work."""
+        return self._draft.calibration
+
+    def check_target(self, target: TargetModel) -> None:
+        """Refuse what the draft that does the work refuses."""
+        self._draft.check_target(target)
+
+    def attach(self, target: TargetModel) -> None:
+        """Attach the draft that does the work."""
+        self._draft.ensure_attached(target)
+
+    def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...] | None:
+        """Return the layers that the draft that does the work reads."""
+        return self._draft.feature_layers(target)
+
+    def identity(self) -> list[Any]:
+        """Return the identity of the draft that does the work."""
+        return self._draft.identity()
+
+    def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> SyntheticDrafter:
+        """Make a drafter over a `SyntheticRunner`."""
+        plainly = self._draft.runner == "torch"
+        runner = SyntheticRunner(runner_for(self._draft, engine, plainly=plainly), self._rate)
+        drafter = SyntheticDrafter(self._draft, runner, capacity=capacity, clock=clock)
+        drafter.text = self._text
+        return drafter
 
 
 def synthetic_generate(
     target: Any, draft: DovetailDraft | None, input_ids: Tensor, *, rate: float, max_new_tokens: int, seed: int = 0
 ) -> Run:
-    """Generate as `generate` does with a draft, or plainly without one, but by lot.
+    """Generate as `generate` does with a draft, or plainly without one, but with random tokens.
 
-    Budgets are the draft's own or its policy's, as ever. A policy remembers what was accepted with its draft: take
-    a new draft for another rate.
+    Budgets are the draft's own or its policy's. A policy remembers what was accepted with its draft, so use a new draft
+    for another rate.
 
     Args:
-        target: of any engine. draft: fits it; its `report` is set. None decodes plainly, through the same code.
+        target: of any engine.
+        draft: fits the target; its `report` is set. None decodes plainly through the same code.
         input_ids: (1, T) int64.
-        rate: at which the likeliest child of a node is right; see `probabilities` for the others.
-        max_new_tokens: that are generated.
-        seed: of the lots.
+        rate: probability that the likeliest child of a node is right; see `probabilities` for the others.
+        max_new_tokens: tokens to generate.
+        seed: of the random choices.
 
     Raises:
-        ValueError: the rate is not between 0 and 1; no tokens to start from or to make; more than one sequence; the
+        ValueError: the rate is not between 0 and 1; no tokens to start from or to generate; more than one sequence; the
             target cannot be verified, or the draft does not fit it.
     """
     if input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
@@ -208,38 +242,31 @@ def synthetic_generate(
     engine = engine_of(target)
     engine.check()
     text = SyntheticText(input_ids, rate=rate, max_new_tokens=max_new_tokens, seed=seed)
-    report, drafter = GenerationReport(), None
-    rounds: Rounds = FixedRounds(PLAIN)
+    synthetic = None
     if draft is not None:
-        draft.attach_once(target)
-        draft.report = report
         draft.policy = draft.policy or DeviceSplitPolicy()
-        runner = SyntheticRunner(draft_runner_for(draft, engine), rate)
-        drafter = FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
-        rounds = rounds_for(draft, target, engine, runner, text.config)
-    sizes = dict(max_length=text.max_length, max_nodes=rounds.limits.nodes)
-    session = engine.session(engine.cache(None), **sizes, prefill_chunk=None, model_kwargs={})
-    in_torch = engine.runs_in_torch or (drafter is not None and drafter.runner.runs_in_torch)
-    vary = engine.runs_in_torch and draft is not None and draft.policy.threads == "auto"
-    with session as verified, torch.no_grad(), machine.thread_count(None if in_torch else 1):
-        Decoder(WatchedTarget(verified, text), drafter, text, rounds, report, vary_threads=vary).run()
+        synthetic = SyntheticDraft(draft, text, rate)
+    with open_generation(target, engine, Request(text, text.config, engine.cache(None)), synthetic) as decoder:
+        decoder.run()
+    if draft is not None and synthetic is not None:
+        draft.report = synthetic.report
     return Run(text.length - text.prompt_tokens, time.perf_counter() - start_s, text.ids.clone())
 
 
 @dataclass
 class SyntheticComparison(Comparison):
-    """As `Comparison`, with both sides by lot; their texts have nothing to do with each other.
+    """A `Comparison` with random tokens on both sides, whose texts are not compared.
 
     Args:
-        options: of `generate`, of which `max_new_tokens` is used.
-        rate: of `synthetic_generate`.
+        options: of `generate`; only `max_new_tokens` is used.
+        rate: see `synthetic_generate`.
     """
 
     rate: float = 0.8
 
     def run(self, input_ids: Tensor, *, drafted: bool, number: int = 0, **changes: Any) -> Run:
-        """As `Comparison.run`."""
-        assert isinstance(self.draft, DovetailDraft), "other drafts read no features whose passes could be timed"
+        """Run one synthetic generation. See `Comparison.run`."""
+        assert isinstance(self.draft, DovetailDraft), "only its passes can run with other logits"
         return synthetic_generate(
             self.target,
             self.draft if drafted else None,
@@ -250,9 +277,9 @@ class SyntheticComparison(Comparison):
         )
 
     def _compare_texts(self, plain: Run, drafted: Run) -> None:
-        """Nothing to compare."""
+        """Compare nothing: the texts are random."""
 
     def result(self, **settings: Any) -> BenchResult:
-        """As `Comparison.result`, marked as simulated."""
+        """Return the result of `Comparison.result`, marked as simulated."""
         label = {"acceptance": f"SYNTHETIC, simulated at {self.rate:.2f}"}
         return replace(super().result(**label, **settings), identical=0, synthetic_acceptance=self.rate)

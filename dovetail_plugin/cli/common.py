@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..drafts.base import Assistant
+from ..drafts.base import Draft
 from ..drafts.checkpoints.read import read_config
 from ..drafts.known_pairs import LOOKUP, draft_name_for, load_assistant
 from ..drafts.model import DovetailDraft
@@ -33,7 +33,7 @@ class LoadedPair:
 
     target: Any
     tokenizer: Any
-    draft: Assistant
+    draft: Draft
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser, *, draft_required: bool = True) -> None:
@@ -135,7 +135,7 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     return LoadedPair(target, AutoTokenizer.from_pretrained(name), draft)
 
 
-def place_by_plan(args: argparse.Namespace, target: Any, draft: Assistant) -> None:
+def place_by_plan(args: argparse.Namespace, target: Any, draft: Draft) -> None:
     """Carry out the plan for `--vram`, and say what it is.
 
     Raises:
@@ -174,7 +174,7 @@ def load_target(args: argparse.Namespace) -> Any:
     return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
 
 
-def load_draft(args: argparse.Namespace) -> Assistant:
+def load_draft(args: argparse.Namespace) -> Draft:
     """The draft that was named, or the one that is known for the target; says on stderr which that is.
 
     Raises:
@@ -201,7 +201,7 @@ def check_device(args: argparse.Namespace) -> None:
         raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
 
 
-def set_budget(draft: Assistant, args: argparse.Namespace) -> None:
+def set_budget(draft: Draft, args: argparse.Namespace) -> None:
     """Fix the draft's budget if a part of it was given."""
     given = {name: getattr(args, name) for name in ("nodes", "depth", "top_k") if getattr(args, name) is not None}
     draft.budget = TreeBudget(**given) if given else None

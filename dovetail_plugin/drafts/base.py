@@ -1,143 +1,252 @@
-"""What every kind of draft has in common: `Assistant`, which may be passed as `assistant_model`.
+"""The contract of drafts: users pass a `Draft` as `assistant_model`, and a `Drafter` is its state for one text.
 
-Enters: nothing. Leaves: attributes that generation reads and sets. What proposes the tokens is a `Drafter`; an
-assistant is what a user holds and keeps over generations.
+Generation works with these two classes alone. To add a draft, subclass both and implement their abstract methods; see
+docs/developer/add-a-draft.md. A draft knows nothing of how its target runs, and never sees the target's logits.
 """
 
+import difflib
 import weakref
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..report import GenerationReport, PhaseClock
+from ..targets.base import Engine, TargetModel
 from ..tree import DraftTree, TreeBudget
 
+EXTRA_ROWS = 1024
+"""Rows that a drafter's storage makes room for beyond the prompt; it doubles when they are used up."""
 
-class Assistant:
-    """Base of drafts.
-
-    Attributes:
-        report: the `GenerationReport` of the latest generation with this draft, or None.
-        budget: `TreeBudget` of every round; None lets the policy choose each of them.
-        policy: the `DeviceSplitPolicy` that chooses budgets; drafts of one machine may share one. The first
-            generation makes one where there is none.
-        verification: `"tree"` (our loop inside `generate`) or `"stock"` (transformers' assisted loop, which takes
-            chains of a `DovetailDraft` only; transformers 5.8 or later).
-        turns: cache -> the drafter that has followed it, for the next turn of a conversation.
-    """
-
-    budget: TreeBudget | None = None
-    policy: Any = None
-    report: GenerationReport | None = None
-    verification: Literal["tree", "stock"] = "tree"
-
-    @property
-    def turns(self) -> "weakref.WeakKeyDictionary[Any, Any]":
-        """Made at the first use."""
-        return self.__dict__.setdefault("_turns", weakref.WeakKeyDictionary())
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return torch.device("cpu")
-
-    def num_parameters(self) -> int:
-        """Numbers of its own."""
-        return 0
-
-    def check_target(self, target: Any) -> None:
-        """Refuse a target that this draft cannot propose tokens for.
-
-        Raises:
-            ValueError: with the reason.
-        """
-
-    @abstractmethod
-    def identity(self) -> list[Any]:
-        """What tells apart drafts whose speed and acceptance may differ; JSON can hold it."""
-
-    def new_drafter(self, capacity: int, clock: PhaseClock) -> Any:
-        """A `Drafter` for one text, with room for `capacity` tokens at once; a `DovetailDraft`'s depends on the engine.
-
-        Args:
-            clock: where its seconds go.
-        """
+Value = TypeVar("Value")
 
 
 class DraftError(RuntimeError):
-    """The draft cannot go on (its logits are not numbers, say); the text is not affected."""
+    """The draft cannot go on, for example because its logits are not finite. The text is not affected."""
 
 
 class Judge(Protocol):
     """Decides while a tree grows, from cumulative log-probabilities of candidates, on the CPU."""
 
     def width(self, scores: np.ndarray) -> int:
-        """Rows of the level below these candidates; 0 stops."""
+        """Return the number of rows of the next level below these candidates (M,); 0 stops."""
 
     def rows(self, scores: np.ndarray) -> int:
-        """Nodes of the tree, the root included, out of all candidates."""
+        """Return the number of nodes to verify, the root included, out of all candidates (M,)."""
 
 
-class Drafter(Protocol):
-    """Proposes trees. Implementations own their state; the loop owns the order of the calls."""
+class Drafter(ABC):
+    """Proposes trees for one text. Implementations own their state; the loop owns the order of the calls.
 
-    def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """Start a text or a turn: features (T, F) of its last T tokens, input_ids (T + 1,) with one more token."""
-
-    def catch_up(self) -> None:
-        """Run what `begin` and `advance` have handed over; `grow` does so too."""
-
-    def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
-        """The tree below the last token, on the CPU: all that the budget allows, or what the judge takes of it."""
-
-    def advance(self, features: Tensor, tokens: Tensor) -> None:
-        """The text grew: features (A, F) of the accepted rows, tokens (A,) emitted after each of them."""
-
-
-class DraftRunner(Protocol):
-    """Runs the steps of a `DovetailDraft` on some engine. `TorchRunner` is the draft itself.
-
-    weights: how these are stored, where that is not `dtype`.
+    Attributes:
+        clock: where the seconds of this drafter are counted.
+        device: where the draft computes.
+        runs_in_torch: whether it needs torch's threads.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    weights: str | None
-    runs_in_torch: bool
+    clock: PhaseClock
+    device: torch.device = torch.device("cpu")
+    runs_in_torch: bool = False
 
-    def new_rows(self, capacity: int) -> Sequence[Any]:
-        """Empty key/value storage for one text; each part has a `length` that may be set back."""
+    @abstractmethod
+    def begin(self, features: Tensor, input_ids: Tensor) -> None:
+        """Start a text or a turn.
 
-    def run(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: Any,
-        mask: Tensor | None,
-        logits_from: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """One step over n pairs; arguments as `DovetailDraft.step`, without the batch dimension.
-
-        Returns:
-            predicted features (n, H), and the logits (n - logits_from, V) of the last of them.
+        Args:
+            features: (T, F) of the last T tokens before the newest one.
+            input_ids: (T + 1,) int64, these tokens and the newest one.
         """
 
+    @abstractmethod
+    def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
+        """Return the tree below the last token, on the CPU: all that the budget allows, or what the judge takes of it.
 
-class DraftModel(Protocol):
-    """What a `FeatureDrafter` asks of a draft beside what its runner runs; see `DovetailDraft`."""
+        Raises:
+            Exception: any exception stops drafting for this text; generation goes on plainly.
+        """
 
-    token_ids: Tensor | None
+    @abstractmethod
+    def advance(self, features: Tensor, tokens: Tensor) -> None:
+        """Take note that the text grew.
 
-    def rope_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What the runner wants to know of positions (1, n), as two tensors (1, n, ...)."""
+        Args:
+            features: (A, F) of the accepted rows.
+            tokens: (A,) int64, the token emitted after each of them.
+        """
 
-    def project(self, features: Tensor) -> Tensor:
-        """Features of the target as the runner reads them."""
+    def catch_up(self) -> None:  # noqa: B027 - most drafters have nothing to do here
+        """Run what `begin` and `advance` have handed over. `grow` does so too; this is for measuring it apart."""
 
-    def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits of the target's whole vocabulary."""
+    def identity(self) -> list[Any] | None:
+        """Describe how this drafter computes, for keys of measurements; None if the draft's identity says it all."""
+        return None
+
+
+@runtime_checkable
+class BudgetPolicy(Protocol):
+    """Chooses the budget of each round; `dovetail_plugin.DeviceSplitPolicy` is the one that ships."""
+
+    limits: TreeBudget
+    threads: str
+
+
+class Setting(Generic[Value]):
+    """An attribute of drafts that is checked when it is set.
+
+    Args:
+        default: value of a draft on which it was never set.
+        check: returns what is wrong with a value and the remedy, or None if it is valid.
+        after: name of a method that makes a change count, or None.
+    """
+
+    def __init__(self, default: Value, check: Callable[[Any, Any], str | None], after: str | None = None) -> None:
+        self.default, self._check, self._after = default, check, after
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, draft: None, owner: type) -> Value: ...
+    @overload
+    def __get__(self, draft: object, owner: type) -> Value: ...
+    def __get__(self, draft: Any, owner: type) -> Value:
+        return self.default if draft is None else draft.__dict__.get(self._name, self.default)
+
+    def __set__(self, draft: Any, value: Value) -> None:
+        if problem := self._check(draft, value):
+            raise ValueError(f"{self._name} must be {problem}, got {value!r}.")
+        changed = value != self.__get__(draft, type(draft))
+        draft.__dict__[self._name] = value
+        if changed and self._after is not None:
+            getattr(draft, self._after)()
+
+
+def one_of(*names: str) -> Callable[[Any, Any], str | None]:
+    """Make a check of a `Setting` that takes these names only."""
+    listed = " or ".join(f'"{name}"' for name in names)
+    return lambda _draft, value: None if isinstance(value, str) and value in names else listed
+
+
+def _check_budget(_draft: Any, value: Any) -> str | None:
+    if value is None or isinstance(value, TreeBudget):
+        return None
+    return "a TreeBudget, for example TreeBudget(nodes=8, depth=4, top_k=4), or None for the policy"
+
+
+def _check_policy(_draft: Any, value: Any) -> str | None:
+    return None if value is None or isinstance(value, BudgetPolicy) else "a DeviceSplitPolicy or None"
+
+
+def _check_verification(draft: "Draft", value: Any) -> str | None:
+    if problem := one_of("tree", "stock")(draft, value):
+        return problem
+    if value == "stock" and not draft.supports_stock_loop:
+        return f'"tree" for a {type(draft).__name__}, which transformers\' own assisted loop cannot use'
+    return None
+
+
+class Draft(ABC):
+    """Base class of drafts.
+
+    Settings are checked when they are set, and a misspelled one raises an `AttributeError`.
+
+    Attributes:
+        report: the `GenerationReport` of the latest generation with this draft, or None.
+        budget: `TreeBudget` of every round; None lets the policy choose each round's.
+        policy: the `DeviceSplitPolicy` that chooses budgets. Drafts on one machine may share one. The first
+            generation creates one if it is None.
+        verification: `"tree"` (Dovetail's loop inside `generate`) or `"stock"` (transformers' assisted loop, which
+            verifies chains; transformers 5.8 or later).
+        supports_stock_loop: whether `verification="stock"` is possible.
+    """
+
+    budget: Setting[TreeBudget | None] = Setting(None, _check_budget)
+    policy: Setting[Any] = Setting(None, _check_policy)
+    verification: Setting[Literal["tree", "stock"]] = Setting("tree", _check_verification)
+    report: GenerationReport | None = None
+    supports_stock_loop: ClassVar[bool] = False
+
+    _attached_to: "weakref.ref[TargetModel] | None" = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in self.__dict__ and not hasattr(type(self), name):
+            self._refuse_misspelled(name)
+        super().__setattr__(name, value)
+
+    def _refuse_misspelled(self, name: str) -> None:
+        settings = [n for base in type(self).__mro__ for n, v in vars(base).items() if isinstance(v, Setting)]
+        if near := difflib.get_close_matches(name, settings, n=1, cutoff=0.8):
+            raise AttributeError(f"{type(self).__name__} has no setting {name!r}. Did you mean {near[0]!r}?")
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the draft runs on."""
+        return torch.device("cpu")
+
+    @property
+    def calibration(self) -> Mapping[str, Sequence[float]] | None:
+        """Measured acceptance by bin of `calibration.EDGES`, under "greedy" and "sampling"; None if unknown."""
+        return None
+
+    @property
+    def turns(self) -> "weakref.WeakKeyDictionary[Any, Any]":
+        """Cache of a conversation -> the drafter that has followed it."""
+        return self.__dict__.setdefault("_turns", weakref.WeakKeyDictionary())
+
+    def num_parameters(self) -> int:
+        """Return the number of weights that the draft brings itself."""
+        return 0
+
+    def check_target(self, target: TargetModel) -> None:  # noqa: B027 - a draft may fit any target
+        """Refuse a target that this draft cannot propose tokens for. Runs before any other work.
+
+        Raises:
+            ValueError: with the reason and the remedy.
+        """
+
+    def attach(self, target: TargetModel) -> None:
+        """Take what the draft borrows from `target`, for example its embedding table.
+
+        An implementation calls this one too, which remembers the target.
+        """
+        self._attached_to = weakref.ref(target)
+
+    def ensure_attached(self, target: TargetModel) -> None:
+        """Call `attach`, unless `target` is the one that this draft is attached to."""
+        if self._attached_to is None or self._attached_to() is not target:
+            self.attach(target)
+
+    def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...] | None:  # noqa: ARG002
+        """Return the hidden states that features consist of, in transformers' numbering (0 is the embeddings).
+
+        None is the last hidden state, after the final norm.
+
+        Args:
+            target: the target's config.
+
+        Raises:
+            ValueError: the target does not have these layers.
+        """
+        return None
+
+    @abstractmethod
+    def identity(self) -> list[Any]:
+        """Return what distinguishes drafts whose speed or acceptance may differ, as values that JSON can hold."""
+
+    @abstractmethod
+    def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> Drafter:
+        """Make a drafter for one text.
+
+        Args:
+            engine: runs the target; it may offer a faster way to run the draft.
+            capacity: tokens to make room for at once.
+            clock: where the drafter's seconds are counted.
+        """
+
+    def can_resume(self, drafter: Drafter, engine: Engine) -> bool:  # noqa: ARG002
+        """Return whether a drafter of this draft can go on with its text in another call of `generate`."""
+        return True

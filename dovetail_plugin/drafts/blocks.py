@@ -1,16 +1,19 @@
-"""The parts of a draft model: fusions of feature and token, and Llama decoder blocks over `KVRows`.
+"""The parts of a draft network: fusions of feature and token, and Llama decoder blocks.
 
-Enters: features, embeddings, rotary tables, a mask. Leaves: hidden states. Each part knows its own weights and
-nothing of the whole; `modeling.py` puts them together.
+They turn features, embeddings, rotary tables and a mask into hidden states. Each part knows only its own weights;
+`network.py` puts the parts together.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from ..cache import KVRows
+from ..cache import AttentionRows
+from ..compat import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from .config import DovetailConfig
+
+Rope = tuple[Tensor, Tensor]
+"""Rotary cosines and sines, (B, n, head_dim) each."""
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, with frequencies that stay fp32 when the draft is cast: rounded ones turn far rows wrongly."""
+    """Llama's rotary embedding, whose frequencies stay fp32 when the draft is cast: rounding spoils far positions."""
 
     def _apply(self, fn, recurse=True):
         exact = dict(self._buffers)
@@ -39,7 +42,12 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions over optional `KVRows`; reads rows of `width` (default H)."""
+    """Grouped-query attention with rotary positions, over stored rows if there are any.
+
+    Args:
+        config: of the draft.
+        width: size of the input; default `hidden_size` (H).
+    """
 
     def __init__(self, config: DovetailConfig, width: int | None = None) -> None:
         super().__init__()
@@ -55,7 +63,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, rows: AttentionRows | None, mask: Tensor | None) -> Tensor:
         batch, length, _ = x.shape
         query = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         key = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -70,11 +78,12 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention without repeated keys.
+    """Compute grouped-query attention without repeating keys and values.
 
     Args:
         query: (B, Hq, n, d).
-        key, value: (B, Hkv, m, d).
+        key: (B, Hkv, m, d).
+        value: (B, Hkv, m, d).
         mask: (n, m) additive; None means causal over n = m rows.
 
     Returns:
@@ -94,7 +103,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 class MLP(nn.Module):
-    """SwiGLU, as Llama's."""
+    """Llama's SwiGLU."""
 
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__()
@@ -107,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A Llama decoder block; the first one of a draft has no input norm (method: block 0 reads x0 as it is)."""
+    """A Llama decoder block. The first one of a draft has no input norm: it reads the fused input directly."""
 
     def __init__(self, config: DovetailConfig, index: int) -> None:
         super().__init__()
@@ -116,16 +125,16 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if index else nn.Identity()
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, rows: AttentionRows | None, mask: Tensor | None) -> Tensor:
         x = within_range(x + self.self_attn(self.input_layernorm(x), rope, rows, mask))
         return within_range(x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class Eagle3Block(nn.Module):
-    """The one block of an EAGLE-3 head (Li et al. 2025): attention reads embedding and feature side by side.
+    """The single block of an EAGLE-3 head (Li et al. 2025): attention reads embedding and feature side by side.
 
-    Its input is what `Eagle3Fusion` gives, (B, n, 2H); the residual stream begins with the feature half, before its
-    norm, or after it where the config says `norm_before_residual`.
+    Its input is the output (B, n, 2H) of `Eagle3Fusion`. The residual stream begins with the feature half, before its
+    norm, or after it if `config.norm_before_residual`.
     """
 
     def __init__(self, config: DovetailConfig) -> None:
@@ -137,7 +146,7 @@ class Eagle3Block(nn.Module):
         self.mlp = MLP(config)
         self.norm_before_residual = config.norm_before_residual
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: KVRows | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, rows: AttentionRows | None, mask: Tensor | None) -> Tensor:
         embeddings, features = x.chunk(2, dim=-1)
         normed = self.hidden_norm(features)
         residual = normed if self.norm_before_residual else features
@@ -147,12 +156,12 @@ class Eagle3Block(nn.Module):
 
 
 def within_range(x: Tensor) -> Tensor:
-    """The residual stream of a draft in fp16, kept finite: bf16 weights may drive it beyond fp16's range."""
+    """Keep the residual stream finite in fp16: bf16 weights may drive it beyond fp16's range."""
     return x.clamp(-65504.0, 65504.0) if x.dtype == torch.float16 else x
 
 
 class GatedFusion(nn.Module):
-    """Dynamic Gating Fusion (Dovetail, section 3): a learnt gate mixes feature and token.
+    """Dynamic Gating Fusion (Dovetail, section 3): a learned gate mixes feature and token.
 
         h1 = f W_1;  h2 = SiLU(RMSNorm(e) W_2);  z = sigmoid([h1 ; h2] W_z);  x0 = z h1 + (1 - z) h2
 
@@ -175,7 +184,7 @@ class GatedFusion(nn.Module):
 
 
 class ConcatFusion(nn.Module):
-    """EAGLE-1's and EAGLE-2's fusion, the ablation baseline: `fc([e ; f])`, with bias unless the config says no."""
+    """Fusion of EAGLE-1 and EAGLE-2: `fc([e ; f])`, with a bias if `config.fusion_bias`."""
 
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__()
@@ -186,9 +195,9 @@ class ConcatFusion(nn.Module):
 
 
 class Eagle3Fusion(nn.Module):
-    """EAGLE-3's input: several target features become one of width H; feature and token stay side by side.
+    """Input of EAGLE-3: features of several layers become one of width H; feature and token stay side by side.
 
-    `project` is run once for features of the target, whose predictions come back at width H already.
+    Features of the target pass through `project` once. Predictions of the draft have width H already.
     """
 
     def __init__(self, config: DovetailConfig) -> None:
@@ -196,7 +205,7 @@ class Eagle3Fusion(nn.Module):
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=config.fusion_bias)
 
     def project(self, features: Tensor) -> Tensor:
-        """(..., F) -> (..., H)."""
+        """Project features: (..., F) -> (..., H)."""
         return self.fc(features)
 
     def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
@@ -204,4 +213,4 @@ class Eagle3Fusion(nn.Module):
 
 
 FUSIONS = {"dgf": GatedFusion, "concat": ConcatFusion, "eagle3": Eagle3Fusion}
-"""By `DovetailConfig.fusion`."""
+"""`DovetailConfig.fusion` -> class."""

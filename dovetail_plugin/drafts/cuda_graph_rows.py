@@ -1,14 +1,14 @@
-"""What passes of static shapes read and write: one text's keys and values, inputs, outputs, and graphs over them.
+"""Storage for passes of static shapes: keys and values of one text, inputs, outputs, and CUDA graphs over them.
 
-Enters: the inputs of a pass of n rows behind `start` live ones. Leaves: tensors whose shapes and addresses stay
-what they are from pass to pass, so that a CUDA graph over them can be replayed. A pass of 3 rows behind 5 live
-ones, padded to 4 rows; columns are rows of keys and values, and those beyond 9 are hidden from all:
+Shapes and addresses of these tensors stay the same from pass to pass, so that a graph over them can be replayed. The
+picture shows a pass of 3 rows behind 5 live ones, padded to 4 rows. Columns are rows of keys and values; those from 9
+on are hidden from all rows:
 
     column          0  1  2  3  4 | 5  6  7 | 8 | 9 ..
     row 0 .. 2      what the mask says      | -   -      written to columns 5, 6, 7
     row 3           -  -  -  -  -   -  -  -   0   -      padding: zeros, sees itself only, overwritten by the next pass
 
-This module runs no model and captures nothing; `graph_runner.py` does both.
+This module runs no model and captures nothing; `cuda_graphs.py` does both.
 """
 
 from typing import Any
@@ -16,25 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import DovetailDraft
+from .network import DraftNetwork
 
 MAX_STATIC_ROWS = 16
 """Rows of the longest pass that is padded and captured; a power of two."""
 
 MIN_COLUMNS = 256
-"""Columns that attention reads at least, beyond that the next power of two; also the smallest capacity."""
+"""Least number of columns that attention reads, and the smallest capacity. Beyond it, the next power of two is used."""
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is no less than `number`, 1 or more."""
+    """Return the smallest power of two that is at least `number` (1 or more)."""
     return 1 << (number - 1).bit_length()
 
 
 class GraphRows:
-    """Key/value rows of one text in all blocks; `length` counts live ones and may be set back.
+    """Key/value rows of one text in all blocks; implements `RowStorage`.
 
     Args:
-        capacity: rows to make room for at once, at the first pass; more are made by doubling.
+        capacity: rows to make room for at the first pass; it doubles when they are used up.
+
+    Attributes:
+        length: rows in use; may be set back.
+        store: the tensors, from the first pass on.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -44,10 +48,12 @@ class GraphRows:
 
 
 class BlockRows:
-    """Stands in for `KVRows` of one block: new rows are written where a tensor on the device says.
+    """Rows of one block in a static pass; implements `AttentionRows`. A tensor on the device says where to write.
 
-    keys, values: (1, kv_heads, m, head_dim), views of all rows that the pass may attend to.
-    positions: (n,) int64, of the new rows among them.
+    Args:
+        keys: (1, kv_heads, m, head_dim), a view of all rows that the pass may attend to.
+        values: (1, kv_heads, m, head_dim), likewise.
+        positions: (n,) int64, of the new rows among them.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -62,16 +68,28 @@ class BlockRows:
 class Store:
     """Keys and values of one text in all blocks, the tensors that static passes read and write, and their graphs.
 
+    Args:
+        draft: attached to its target.
+        capacity: rows that the text may have.
+
     Attributes:
-        kv: (blocks, 2, 1, kv_heads, capacity, head_dim).
-        written: rows of the text, live or not yet forgotten; beyond them there is padding, from `touched` on zeros.
-        features, embeddings, predicted: (16, H) of a pass; `logits` (16, V); `cos`, `sin` (1, 16, head_dim).
-        mask: (16, capacity), set over the real rows and live columns only.
-        start, count: (1,) int64, the live rows before the pass and its real rows.
-        graphs: by rows and columns of the pass; all in `pool`.
+        kv: (blocks, 2, 1, kv_heads, capacity, head_dim) keys and values.
+        written: rows of the text, live or not yet cleared. Behind them there is padding.
+        touched: rows that were ever written. Behind them there are zeros.
+        features: (16, H) input of a pass.
+        embeddings: (16, H) input of a pass.
+        predicted: (16, H) output of a pass.
+        logits: (16, V) output of a pass.
+        cos: (1, 16, head_dim) rotary cosines.
+        sin: (1, 16, head_dim) rotary sines.
+        mask: (16, capacity) additive, set over the real rows and live columns only.
+        start: (1,) int64, live rows before the pass.
+        count: (1,) int64, real rows of the pass.
+        graphs: (rows, columns) of the pass -> graph.
+        pool: memory pool of all graphs.
     """
 
-    def __init__(self, draft: DovetailDraft, capacity: int) -> None:
+    def __init__(self, draft: DraftNetwork, capacity: int) -> None:
         config, weight = draft.config, next(draft.parameters())
         self._config, self._device, self._dtype = config, weight.device, weight.dtype
         self.written = self.touched = 0
@@ -85,11 +103,8 @@ class Store:
         self.start, self.count = (self._zeros(1, dtype=torch.int64) for _ in range(2))
         self._allocate(capacity)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"graphs": {}, "pool": None}  # graphs cannot be copied
-
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """No inference tensor, for it is written to outside of inference mode, too."""
+        """Make zeros outside of inference mode, because they are written to outside of it too."""
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)
 
@@ -103,7 +118,7 @@ class Store:
             self.indices = torch.arange(capacity, device=self._device)
 
     def drop_graphs(self) -> None:
-        """Also leaves their pool: torch takes no graph into one that has lost all of its graphs."""
+        """Drop the graphs and their pool: torch does not capture into a pool that has lost all of its graphs."""
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
 
@@ -115,17 +130,17 @@ class Store:
         self.kv[..., :length, :].copy_(old[..., :length, :])
 
     def forget(self, length: int) -> None:
-        """Leave no trace of rows at and beyond `length`: attention over a NaN is a NaN even where a mask hides it."""
+        """Clear the rows from `length` on: attention over a NaN is a NaN even where a mask hides it."""
         if self.written > length:
             self.kv[..., length : self.touched, :].zero_()
             self.written = self.touched = length
 
     def expect(self, end: int, padded_end: int) -> None:
-        """A pass is going to write rows up to `end`, and padding behind them."""
+        """Note that a pass will write rows up to `end`, and padding behind them up to `padded_end`."""
         self.written, self.touched = end, max(self.touched, padded_end)
 
     def clear(self) -> None:
-        """Make ready for another text."""
+        """Clear everything for another text."""
         self.kv.zero_()
         self.written = self.touched = 0
 
@@ -139,10 +154,11 @@ class Store:
             self._weights = weights
 
     def load(self, features: Tensor, embeddings: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, start: int) -> None:
-        """Set the inputs of a static pass. Host numbers reach the device as arguments of kernels: no copy, no wait.
+        """Set the inputs of a static pass. Numbers on the host reach the device as kernel arguments, without a wait.
 
         Args:
-            features, embeddings: (n, H), n at most 16.
+            features: (n, H), n at most 16.
+            embeddings: (n, H).
             rope: cosines and sines, (1, n, head_dim) or (1, 1, head_dim) for all rows.
             mask: (n, start + n) additive.
             start: live rows.
@@ -158,11 +174,11 @@ class Store:
         self.mask[:count, : start + count].copy_(mask)
 
     def blocks(self, positions: Tensor, columns: int) -> list[BlockRows]:
-        """Of every block the first `columns` rows, new ones going to `positions` (n,) int64."""
+        """Return the first `columns` rows of every block, where new rows go to `positions` (n,) int64."""
         return [BlockRows(keys[:, :, :columns], values[:, :, :columns], positions) for keys, values in self.kv]
 
     def whole_mask(self, positions: Tensor, padding: Tensor, columns: int) -> Tensor:
-        """(rows, columns) additive: the loaded mask, and around it what the picture above shows.
+        """Return an additive mask (rows, columns): the loaded one, and around it what the picture above shows.
 
         Args:
             positions: (rows,) int64, columns that the rows of the pass are written to.

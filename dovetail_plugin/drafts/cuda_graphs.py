@@ -1,15 +1,15 @@
 """A `DraftRunner` with static shapes: on a GPU the levels of a tree are replayed as CUDA graphs.
 
-Launching the forty-odd small operations of a level one by one takes longer than a small GPU needs to run them.
-Passes of up to 16 rows are therefore padded to 1, 2, 4, 8 or 16 rows over 256, 512, ... columns of keys and values;
-each such pair of shapes is captured at its first use and replayed from then on. Longer passes (prompts, long
-catch-ups) run as they are, over the same storage. On other devices the same static pass runs without capture.
+Launching the forty-odd small operations of a level one by one takes longer than a small GPU needs to run them. Passes
+of up to 16 rows are therefore padded to 1, 2, 4, 8 or 16 rows over 256, 512, ... columns of keys and values. Each such
+pair of shapes is captured at its first use and replayed from then on. Longer passes (prompts, long catch-ups) run
+without a graph over the same storage. On other devices the same static pass runs without capture.
 
-GPU memory of one text, at b bytes a number: `2 * blocks * kv_heads * head_dim * capacity * b` for keys and values,
-with the capacity a power of two; `16 * (V + 3 H + capacity) * b` for what goes in and out of graphs; temporaries of
-about `16 * (V + 3 * intermediate) * b`, once, for all graphs of a text share a pool; and what the driver takes for each
+GPU memory of one text, at b bytes a number: `2 * blocks * kv_heads * head_dim * capacity * b` for keys and values, with
+the capacity a power of two; `16 * (V + 3 H + capacity) * b` for what goes in and out of graphs; temporaries of about
+`16 * (V + 3 * intermediate) * b`, once, because all graphs of a text share a pool; and what the driver takes for each
 graph, of which there are 5 x log2(capacity / 128) at most. cuBLAS takes a workspace for the stream that captures
-(8 MiB, 32 MiB on Hopper). One text's share is kept when its text ends, for the next one.
+(8 MiB, 32 MiB on Hopper). The storage of a text is kept when the text ends, for the next one.
 """
 
 import contextlib
@@ -21,32 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runner import Pass, Predicted
 from .cuda_graph_rows import MAX_STATIC_ROWS, MIN_COLUMNS, BlockRows, GraphRows, Store, power_of_two
-from .model import DovetailDraft
+from .network import DraftNetwork
 
 logger = logging.getLogger(__name__)
 
 WARMUP_RUNS = 3
-"""Passes before a capture: libraries choose kernels and take workspaces in them, which a capture may not."""
-
-
-def runner_for(draft: DovetailDraft) -> "GraphRunner":
-    """The `GraphRunner` of a draft, kept with it, so that a generation replays what earlier ones captured.
-
-    A new one is made when the draft was moved or cast.
-    """
-    weight = next(draft.parameters())
-    kept = draft.__dict__.get("_graph_runner")
-    if kept is None or (kept.device, kept.dtype) != (weight.device, weight.dtype):
-        kept = draft.__dict__["_graph_runner"] = GraphRunner(draft)
-    return kept
+"""Passes before a capture, in which libraries choose kernels and take workspaces; a capture may not do so."""
 
 
 class GraphRunner:
     """Runs a draft's steps with static shapes; implements `DraftRunner`.
 
-    Graphs hold addresses. They are dropped when the draft's weights or the target's head come to lie elsewhere,
-    and when a text outgrows its storage. If a capture fails, the runner goes on without graphs for good.
+    Graphs hold addresses. They are dropped when the draft's weights or the target's head move, and when a text outgrows
+    its storage. If a capture fails, the runner goes on without graphs for good.
 
     Args:
         draft: attached to its target before the first pass.
@@ -58,57 +47,53 @@ class GraphRunner:
     runs_in_torch = True
     weights: str | None = None
 
-    def __init__(self, draft: DovetailDraft) -> None:
-        self._draft = draft
+    def __init__(self, draft: DraftNetwork) -> None:
+        self._draft_ref = weakref.ref(draft)  # the runner is kept under its draft and must not keep it alive
         self._parameters = list(draft.parameters())
         self.device, self.dtype = self._parameters[0].device, self._parameters[0].dtype
         self.enable_graphs = self.device.type == "cuda"
         self._idle: list[Store] = []  # of texts that ended
         self._stream: torch.cuda.Stream | None = None  # that captures
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_idle": [], "_stream": None}  # a copied draft captures its own graphs
+    @property
+    def _draft(self) -> DraftNetwork:
+        draft = self._draft_ref()
+        assert draft is not None, "whoever runs a draft holds it"
+        return draft
 
-    def new_rows(self, capacity: int) -> list[GraphRows]:
-        """As `DraftRunner.new_rows`: one object for all blocks, without storage before the first pass."""
-        return [GraphRows(capacity)]
+    def new_rows(self, capacity: int) -> GraphRows:
+        """Make one object for all blocks, without storage before the first pass."""
+        return GraphRows(capacity)
 
     @torch.no_grad()
-    def run(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: list[GraphRows],
-        mask: Tensor | None,
-        logits_from: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `DraftRunner.run`. Only captures wait for the device.
+    def run(self, step: Pass, rows: GraphRows) -> Predicted:
+        """Run the pass. Only captures wait for the device.
 
-        Results are copies that later passes leave alone. Autocast has no effect.
+        Results are copies, so later passes do not change them. Autocast has no effect.
 
         Raises:
             ValueError: no target is attached.
         """
-        (own,) = rows
-        start, end = own.length, own.length + tokens.shape[0]
-        embeddings = self._draft.embed(tokens)  # no part of a graph: the table may lie on another device
+        features, mask, count = step.features, step.mask, step.rows
+        start, end = rows.length, rows.length + count
+        embeddings = self._draft.embed(step.tokens)  # outside of graphs: the table may lie on another device
+        rope = self._draft.rope_for(step, self.dtype)
         with _without_autocast(self.device.type):
-            if mask is not None and end - start <= MAX_STATIC_ROWS:
-                padded = power_of_two(end - start)
-                store = self._room(own, end, start + padded)
+            if mask is not None and count <= MAX_STATIC_ROWS:
+                padded = power_of_two(count)
+                store = self._room(rows, end, start + padded)
                 store.load(features, embeddings, rope, mask, start)
                 self._run_static(store, padded, max(power_of_two(start + padded), MIN_COLUMNS))
-                predicted = store.predicted[: end - start].clone()
-                logits = store.logits[logits_from : end - start].clone()
+                predicted = store.predicted[:count].clone()
+                logits = store.logits[step.logits_from : count].clone()
             else:
-                store = self._room(own, end, end)
+                store = self._room(rows, end, end)
                 embeddings = embeddings.to(device=self.device, dtype=self.dtype, non_blocking=True)
                 blocks = store.blocks(torch.arange(start, end, device=self.device), end)
                 predicted = self._step(features, embeddings, rope, blocks, mask)
-                logits = self._draft.head(predicted[logits_from:])
-        own.length = end
-        return predicted, logits
+                logits = self._draft.head(predicted[step.logits_from :])
+        rows.length = end
+        return Predicted(predicted, logits)
 
     # --- passes --------------------------------------------------------------------------------
 
@@ -120,14 +105,14 @@ class GraphRunner:
         blocks: list[BlockRows],
         mask: Tensor | None,
     ) -> Tensor:
-        """`DovetailDraft.step` after the embedding: features and embeddings (n, H) -> predicted features (n, H)."""
+        """Run the blocks: features and embeddings (n, H) -> predicted features (n, H)."""
         x = self._draft.fusion(features[None], embeddings[None])
         for layer, own in zip(self._draft.layers, blocks, strict=True):
             x = layer(x, rope, own, mask)
         return x[0]
 
     def _static_pass(self, store: Store, rows: int, columns: int) -> None:
-        """What is captured. All numbers that vary come from tensors of `store`; the results go into two of them."""
+        """Run what is captured. All numbers that vary come from tensors of `store`, which takes the results too."""
         padding = (store.indices[:rows] >= store.count)[:, None]
         positions = store.start + store.indices[:rows]
         predicted = self._step(
@@ -141,7 +126,7 @@ class GraphRunner:
         store.logits[:rows].copy_(self._draft.head(predicted))
 
     def _run_static(self, store: Store, rows: int, columns: int) -> None:
-        """The static pass: its graph, captured first if need be, or without graphs the pass itself."""
+        """Replay the graph of the static pass, captured first if needed, or run the pass itself without graphs."""
         assert self._draft.head_weight is not None, "attach() comes first"
         store.fit(self._draft.head_weight.shape[0], self._addresses())
         if self.enable_graphs and (rows, columns) not in store.graphs:
@@ -160,7 +145,7 @@ class GraphRunner:
     @torch.inference_mode(False)  # torch makes its generator's tensors, which others must be able to set in any mode
     @torch.no_grad()
     def _capture(self, store: Store, rows: int, columns: int) -> torch.cuda.CUDAGraph:
-        """A graph of the static pass. The passes before it write what the replay after it writes again.
+        """Capture the static pass. The passes before the capture write what the replay after it writes again.
 
         Raises:
             RuntimeError: of CUDA, or out of memory.
@@ -188,7 +173,7 @@ class GraphRunner:
         return graph
 
     def _addresses(self) -> tuple[int, ...]:
-        """Where the weights lie that graphs read."""
+        """Return the addresses of the weights that graphs read."""
         if not self.enable_graphs:
             return ()
         tables = (self._draft.head_weight, self._draft.head_bias)
@@ -197,7 +182,7 @@ class GraphRunner:
     # --- storage -------------------------------------------------------------------------------
 
     def _room(self, own: GraphRows, end: int, padded_end: int) -> Store:
-        """The text's storage with room for a pass up to row `end`; earlier rows behind the live ones are forgotten."""
+        """Return the text's storage with room for a pass up to row `end`, without the rows that were dropped."""
         store = own.store
         if store is None:
             store = own.store = self._take(power_of_two(max(own.capacity, padded_end, MIN_COLUMNS)))
@@ -210,7 +195,7 @@ class GraphRunner:
         return store
 
     def _take(self, capacity: int) -> Store:
-        """Storage that an ended text left, with its graphs, or else new one; other idle storage is freed."""
+        """Return storage that an ended text left, with its graphs, or new one; other idle storage is freed."""
         left = next((store for store in self._idle if store.capacity >= capacity), None)
         self._idle.clear()
         if left is None:
@@ -220,8 +205,11 @@ class GraphRunner:
 
 
 def _recover(stream: torch.cuda.Stream, pool: Any) -> None:
-    """Undo what a capture that CUDA broke off leaves behind: an allocator (of torch before 2.12) that believes it is
-    still going on and frees no memory, and a generator that gives no random numbers before another capture ends."""
+    """Undo what a failed capture leaves behind.
+
+    The allocator of torch before 2.12 believes that the capture is still going on and frees no memory, and the
+    generator gives no random numbers before another capture ends.
+    """
     with contextlib.suppress(RuntimeError, AttributeError):  # it has ended, or this torch has no such function
         torch._C._cuda_endAllocateToPool(stream.device.index, pool)
     another = torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, "thread_local")
@@ -230,7 +218,7 @@ def _recover(stream: torch.cuda.Stream, pool: Any) -> None:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast keeps cast weights for a while only, at addresses that a graph would go on reading."""
+    """Disable autocast, which frees its cast weights although a graph would go on reading them."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -1,29 +1,64 @@
-"""Drafting: accepted features and tokens in, a `DraftTree` out. Owns the draft's key/value cache.
+"""Grows trees from target features: accepted features and tokens in, a `DraftTree` out. Owns the draft's rows.
 
-The cache holds one row for every pair (target feature, next token) of the text so far, made from true
-target features only; rows of tree nodes are appended behind them and dropped when the text goes on, so
-the prompt is never run twice. What the text gained is run when the next tree is asked for, so text that is
-decoded plainly costs the draft nothing until then. Trees grow in inference mode, which takes a seventh off the
-launch of the many small operations. Nothing waits for the draft's device inside a level; between levels a judge, if
-there is one, reads the level's scores.
+There is one row for every pair (target feature, next token) of the text, made from true target features only. Rows of
+tree nodes are appended behind them and dropped when the text goes on, so the prompt is never run twice. What the text
+gained is run when the next tree is asked for, so text that is decoded plainly costs the draft nothing until then.
+
+Trees grow in inference mode, which saves a seventh of the time to launch the many small operations. Nothing waits for
+the draft's device inside a level; between levels a judge, if there is one, reads the level's scores.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import KVRows
 from ..report import PhaseClock
+from ..runner import DraftRunner, Pass, Predicted
 from ..tree import DraftTree, TreeBudget, expand, select
-from .base import DraftError, DraftModel, DraftRunner, Judge
-from .model import DovetailDraft
+from .base import Drafter, DraftError, Judge
+
+
+class DraftModel(Protocol):
+    """What a `FeatureDrafter` needs of a draft besides a runner.
+
+    Attributes:
+        token_ids: (v,) int64 tokens that the logits belong to; None is the whole vocabulary.
+    """
+
+    token_ids: Tensor | None
+
+    def project(self, features: Tensor) -> Tensor:
+        """Turn features of the target into those that the runner reads."""
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """Return logits over the target's whole vocabulary."""
+
+
+class ChainDrafter(Drafter):
+    """A drafter that can also grow a chain whose tokens the caller picks, for transformers' assisted loop."""
+
+    @abstractmethod
+    def grow_chain(
+        self, depth: int, pick: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Grow a chain.
+
+        Args:
+            depth: tokens to draft, 1 or more.
+            pick: (logits (1, V), tokens so far) -> (token (1,) int64, scores (1, V) that it was picked by).
+
+        Returns:
+            tokens (depth,) int64 and scores (depth, V), on the draft's device.
+        """
 
 
 def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `Drafter.begin` wants of a prompt whose padding the target ran along: padding is no text.
+    """Drop the padding of a prompt, which the target ran along, from what `Drafter.begin` gets.
 
     Args:
         features: (n, F) of the last n tokens before the newest one.
@@ -41,78 +76,60 @@ def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor 
     return features[real], torch.cat([input_ids[:-1][real], input_ids[-1:]])
 
 
-class TorchRunner:
-    """A draft's own modules, on whatever device they are."""
-
-    runs_in_torch = True
-    weights: str | None = None
-
-    def __init__(self, draft: DovetailDraft) -> None:
-        self._draft = draft
-        weight = next(draft.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-
-    def new_rows(self, capacity: int) -> list[KVRows]:
-        """As `DraftRunner.new_rows`: one for each block."""
-        return [KVRows(capacity) for _ in self._draft.layers]
-
-    def run(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: list[KVRows],
-        mask: Tensor | None,
-        logits_from: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `DraftRunner.run`."""
-        predicted = self._draft.step(features[None], tokens[None], rope, rows, mask)[0]
-        return predicted, self._draft.head(predicted[logits_from:])
-
-
 @dataclass
 class _Root:
-    """Where the next tree grows from: the last token, the prediction of its feature (1, H) and its logits (1, V)."""
+    """Where the next tree grows from.
+
+    Attributes:
+        token: (1,) int64, the last token of the text.
+        predicted: (1, H) prediction of its feature.
+        logits: (1, V) of the token after it.
+    """
 
     token: Tensor
     predicted: Tensor
     logits: Tensor
 
 
-class FeatureDrafter:
-    """Drafts with a `DovetailDraft`, EAGLE-2 style trees (Dovetail, section 3; EAGLE-2, section 4).
+class FeatureDrafter(ChainDrafter):
+    """Grows EAGLE-2 style trees (Dovetail, section 3; EAGLE-2, section 4).
 
     Args:
         draft: attached to its target; on any device.
-        capacity: tokens the text may reach; the cache makes room for them at once.
-        clock: where the seconds of this drafter go.
-        runner: what runs the draft's steps; None is torch.
+        runner: runs the draft's steps.
+        capacity: tokens to make room for at once.
+        clock: where the seconds of this drafter are counted.
     """
 
-    def __init__(self, draft: DraftModel, capacity: int, clock: PhaseClock, runner: DraftRunner | None = None) -> None:
-        self.draft = draft
-        self.clock = clock
-        if runner is None:
-            assert isinstance(draft, DovetailDraft), "other drafts bring their runner"
-            runner = TorchRunner(draft)
-        self.runner: DraftRunner = runner
-        self.rows = self.runner.new_rows(capacity)
-        self.device, self.dtype = self.runner.device, self.runner.dtype
+    def __init__(self, draft: DraftModel, runner: DraftRunner[Any], *, capacity: int, clock: PhaseClock) -> None:
+        self.draft, self.runner, self.clock = draft, runner, clock
+        self.rows = runner.new_rows(capacity)
+        self.device, self.dtype, self.runs_in_torch = runner.device, runner.dtype, runner.runs_in_torch
         self.committed = 0  # pairs of the text, without tree nodes
         self._pending: list[tuple[Tensor, Tensor]] = []  # features and next tokens that were not run yet
         self._root: _Root | None = None
 
+    def identity(self) -> list[Any]:
+        """Return kind, device and dtypes of the runner."""
+        runner = self.runner
+        return [type(runner).__name__, runner.device, runner.dtype, runner.weights]
+
+    def fits(self, runner: DraftRunner[Any]) -> bool:
+        """Return whether this drafter's rows are what `runner` would make: its kind, device and dtype."""
+        own = self.runner
+        return (type(own), own.device, own.dtype) == (type(runner), runner.device, runner.dtype)
+
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """As `Drafter.begin`; after an earlier turn of the same text its rows stay and this goes on behind them."""
+        """Start a text, or go on behind the rows of an earlier turn. See `Drafter.begin`."""
         self.advance(features, input_ids[1:])
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:
-        """As `Drafter.advance`."""
+        """Remember what the text gained, to be run by the next `catch_up`. See `Drafter.advance`."""
         self._pending.append((features, tokens))
 
     @torch.inference_mode()
     def catch_up(self) -> None:
-        """As `Drafter.catch_up`."""
+        """Run the pairs that the text gained and predict the next token."""
         if not self._pending:
             return
         with self.clock.phase("transfer"):
@@ -120,33 +137,31 @@ class FeatureDrafter:
             tokens = self._here(torch.cat([tokens for _, tokens in self._pending]))
         self._pending.clear()
         with self.clock.phase("draft"):
-            for rows in self.rows:
-                rows.length = self.committed
+            self.rows.length = self.committed
             count = tokens.shape[0]
-            positions = torch.arange(self.committed, self.committed + count, device=self.device)
             mask = self._causal(count) if self.committed else None
-            rope = self.draft.rope_at(positions[None], self.dtype)
             features = self.draft.project(features)
-            predicted, logits = self.runner.run(features, tokens, rope, self.rows, mask, count - 1)
+            step = Pass(features, tokens, self.committed, mask=mask, logits_from=count - 1)
+            predicted = self.runner.run(step, self.rows)
             self.committed += count
-            self._root = _Root(tokens[-1], predicted[-1:], logits)
+            self._root = _Root(tokens[-1], predicted.features[-1:], predicted.logits)
 
     def _here(self, tensor: Tensor) -> Tensor:
-        """On the draft's device; to a GPU through pinned memory, so that nobody waits for the copy."""
+        """Move a tensor to the draft's device; to a GPU through pinned memory, so that nothing waits for the copy."""
         if self.device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
             tensor = tensor.pin_memory()  # torch reuses such memory only when copies from it are done
         return tensor.to(self.device, non_blocking=True)
 
     def _causal(self, count: int) -> Tensor:
-        """(count, committed + count) additive: new rows see the text and each other, causally."""
+        """Return an additive mask (count, committed + count): new rows see the text, and each other causally."""
         mask = torch.full((count, count), float("-inf"), dtype=self.dtype, device=self.device).triu(1)
         return torch.cat([mask.new_zeros(count, self.committed), mask], dim=1)
 
     def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
-        """As `Drafter.grow`.
+        """Grow a tree and fetch it. See `Drafter.grow`.
 
         Raises:
-            DraftError: a score is not a number.
+            DraftError: a score is not finite.
         """
         self.catch_up()
         with self.clock.phase("draft"):
@@ -161,15 +176,13 @@ class FeatureDrafter:
 
     @torch.inference_mode()
     def grow_on_device(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
-        """As `grow`, but the tree stays on the draft's device; without a judge nothing waits for it."""
+        """Grow a tree that stays on the draft's device. Without a judge nothing waits for the device."""
         assert self._root is not None and not self._pending, "begin() and catch_up() come first"
         root, device = self._root, self.device
         start = torch.zeros(1, device=device)
         level = expand(start, root.logits, start.long() - 1, budget.top_k, self.draft.token_ids)
         levels, outputs = [level], root.predicted
-        rope_of = self._rope_by_depth(budget.depth)
-        for rows in self.rows:
-            rows.length = self.committed
+        self.rows.length = self.committed
         visible = torch.zeros(1, 0, dtype=torch.bool, device=device)  # tree rows the parents see
         seen = 0  # candidates of the levels above
         for depth in range(1, budget.depth):
@@ -180,10 +193,11 @@ class FeatureDrafter:
             parents = level.parent_rows[frontier]
             own = torch.eye(frontier.shape[0], dtype=torch.bool, device=device)
             visible = torch.cat([visible[parents], own], dim=1)
-            outputs, logits = self._run(outputs[parents], level.tokens[frontier], visible, rope_of(depth))
+            predicted = self._run(outputs[parents], level.tokens[frontier], visible, depth)
+            outputs = predicted.features
             ids = frontier + seen
             seen += level.tokens.shape[0]
-            level = expand(scores, logits, ids, budget.top_k, self.draft.token_ids)
+            level = expand(scores, predicted.logits, ids, budget.top_k, self.draft.token_ids)
             levels.append(level)
         nodes = budget.nodes if judge is None else judge.rows(_fetched(torch.cat([lv.scores for lv in levels])))
         return select(levels, root.token, nodes)
@@ -191,56 +205,46 @@ class FeatureDrafter:
     def grow_chain(
         self, depth: int, pick: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """A chain whose tokens the caller picks, for verification by draft probabilities.
-
-        Args:
-            depth: tokens to draft, 1 or more.
-            pick: (logits (1, V), tokens so far) -> (token (1,) int64, scores (1, V) it was picked by).
-
-        Returns:
-            tokens (depth,) int64 and scores (depth, V), on the draft's device.
-        """
+        """Grow a chain for verification by draft probabilities. See `ChainDrafter.grow_chain`."""
         self.catch_up()
         assert self._root is not None, "begin() comes first"
-        for rows in self.rows:
-            rows.length = self.committed
+        self.rows.length = self.committed
         tokens: list[Tensor] = []
         scores: list[Tensor] = []
         output, logits = self._root.predicted, self._root.logits
-        rope_of = self._rope_by_depth(depth)
         for level in range(1, depth + 1):
             token, picked_by = pick(self.draft.over_vocabulary(logits), tokens)
             tokens.append(token)
             scores.append(picked_by)
             if level < depth:
                 visible = torch.ones(1, level, dtype=torch.bool, device=self.device)
-                output, logits = self._run(output, token, visible, rope_of(level))
+                predicted = self._run(output, token, visible, level)
+                output, logits = predicted.features, predicted.logits
         return torch.cat(tokens), torch.cat(scores)
 
-    def _rope_by_depth(self, depth: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Rotary tables (1, 1, head_dim) of every level of a tree, computed once.
+    def _run(self, features: Tensor, tokens: Tensor, visible: Tensor, depth: int) -> Predicted:
+        """Run one level of the tree through the draft.
 
         A node of depth d stands at text position committed + d and pairs with the feature before it.
-        """
-        positions = torch.arange(self.committed, self.committed + depth, device=self.device)
-        cos, sin = self.draft.rope_at(positions[None], self.dtype)
-        return lambda d: (cos[:, d - 1 : d], sin[:, d - 1 : d])
 
-    def _run(
-        self, features: Tensor, tokens: Tensor, visible: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """One level through the draft: (K, H), (K,), (K, tree rows) -> (K, H), (K, V)."""
+        Args:
+            features: (K, H) predicted for the nodes' parents.
+            tokens: (K,) int64 of the nodes.
+            visible: (K, tree rows) bool, the nodes' ancestors and themselves.
+            depth: of the nodes.
+        """
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill(visible.logical_not(), float("-inf"))
         mask = torch.cat([mask.new_zeros(tokens.shape[0], self.committed), mask], dim=1)
-        return self.runner.run(features, tokens, rope, self.rows, mask)
+        step = Pass(features, tokens, self.committed + depth - 1, is_level=True, mask=mask)
+        return self.runner.run(step, self.rows)
 
 
 def _fetched(scores: Tensor) -> np.ndarray:
-    """Scores (M,) on the CPU, for a judge.
+    """Return scores (M,) on the CPU, for a judge.
 
     Raises:
-        DraftError: one is not a number.
+        DraftError: one is not finite.
     """
     fetched = scores.cpu().numpy()
     if not np.isfinite(fetched).all():

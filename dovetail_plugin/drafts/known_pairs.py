@@ -1,6 +1,6 @@
 """Which draft for which target: known pairs, what a target's config names, and loading whatever was named.
 
-Enters: a target's config, or the name of a draft. Leaves: an `Assistant`. The table holds published heads by hub id;
+Enters: a target's config, or the name of a draft. Leaves: an `Draft`. The table holds published heads by hub id;
 nothing of them ships with this package, and their licences are their authors'.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .base import Assistant
+from .base import Draft
 from .checkpoints.read import UnknownFormat
 from .compatibility import short_name
 from .model import DovetailDraft
@@ -62,7 +62,7 @@ def draft_name_for(config: PretrainedConfig) -> tuple[str, str]:
     return LOOKUP, "no draft is known for this target; train one with `dovetail train`"
 
 
-def load_assistant(name: str, **kwargs: Any) -> Assistant:
+def load_assistant(name: str, **kwargs: Any) -> Draft:
     """Load whatever `name` is: a draft of any known format, a small language model, or `lookup`.
 
     Args:

@@ -1,8 +1,8 @@
 """Drafting without a model: what followed the last few tokens earlier in the text may follow them again.
 
-`PromptLookupDraft` helps where answers repeat their prompt: summaries, edits, code, retrieval. It proposes a tree, not
-one continuation: every earlier place where the text ended like now counts, the longest match first. Enters: token
-ids. Leaves: a `DraftTree`. It looks at no feature and runs no model.
+`PromptLookupDraft` helps where answers repeat their prompt: summaries, edits, code, retrieval. It proposes a tree of
+continuations: every earlier place counts where the same tokens stood as at the text's end now, longest match first.
+It reads token ids and returns a `DraftTree`; it reads no features and runs no model.
 """
 
 import heapq
@@ -14,18 +14,23 @@ from typing import Any
 from torch import Tensor, tensor
 
 from ..report import PhaseClock
+from ..targets.base import Engine
 from ..tree import DraftTree, TreeBudget
-from .base import Assistant, Judge
+from .base import Draft, Drafter, Judge
 
 DOUBT = 0.5
-"""Places that count against every continuation: one match is no certainty."""
+"""Weight against every continuation, in places: a single match does not make it certain."""
 
 
 @dataclass
 class LookupIndex:
     """Where every run of up to `longest` tokens stood in a text that grows.
 
-    followers: run -> places behind it, ascending.
+    Attributes:
+        longest: tokens of the longest run.
+        shortest: tokens of the shortest run.
+        tokens: token ids of the text.
+        followers: run -> positions behind it, ascending.
     """
 
     longest: int
@@ -34,7 +39,7 @@ class LookupIndex:
     followers: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def append(self, tokens: list[int]) -> None:
-        """The text grew."""
+        """Take note that the text grew."""
         for token in tokens:
             self.tokens.append(token)
             end = len(self.tokens)
@@ -42,7 +47,7 @@ class LookupIndex:
                 self.followers.setdefault(tuple(self.tokens[end - length :]), []).append(end)
 
     def places(self) -> list[int]:
-        """Places behind earlier runs that equal the text's end: of the longest run that has any, latest first."""
+        """Return positions behind earlier runs equal to the text's end: of the longest such run, latest first."""
         end = len(self.tokens)
         for length in range(min(self.longest, end), self.shortest - 1, -1):
             found = self.followers[tuple(self.tokens[end - length :])]
@@ -51,12 +56,13 @@ class LookupIndex:
         return []
 
 
-class LookupDrafter:
-    """Implements `Drafter`. A continuation's probability is its share of the places, with some doubt.
+class LookupDrafter(Drafter):
+    """Drafter of a `PromptLookupDraft`. A continuation's probability is its share of the places, less `DOUBT`.
 
     Args:
-        longest, shortest: tokens that a match may have.
-        clock: where the seconds go.
+        longest: tokens of the longest match.
+        shortest: tokens of the shortest match.
+        clock: where the seconds are counted.
     """
 
     def __init__(self, longest: int, shortest: int, clock: PhaseClock) -> None:
@@ -64,21 +70,18 @@ class LookupDrafter:
         self.index = LookupIndex(longest, shortest)
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:  # noqa: ARG002
-        """As `Drafter.begin`."""
+        """Index the prompt, or what a turn adds to the text. See `Drafter.begin`."""
         with self.clock.phase("draft"):
             known = bool(self.index.tokens)  # in a later turn the first of these is the last of the turn before
             self.index.append(input_ids.tolist()[1 if known else 0 :])
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:  # noqa: ARG002
-        """As `Drafter.advance`."""
+        """Index the new tokens. See `Drafter.advance`."""
         with self.clock.phase("draft"):
             self.index.append(tokens.tolist())
 
-    def catch_up(self) -> None:
-        """Nothing waits."""
-
     def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
-        """As `Drafter.grow`; the root alone where nothing matches."""
+        """Return the tree, which is the root alone where nothing matches. See `Drafter.grow`."""
         with self.clock.phase("draft"):
             tree = self._grow(budget)
             if judge is None or len(tree) == 1:
@@ -87,7 +90,7 @@ class LookupDrafter:
             return DraftTree(tree.tokens[:nodes], tree.parents[:nodes], tree.depths[:nodes], tree.scores[:nodes])
 
     def _grow(self, budget: TreeBudget) -> DraftTree:
-        """Best first, so that any number of leading nodes is the best tree of that size."""
+        """Grow best first, so that the first n nodes are the best tree of n nodes."""
         text = self.index.tokens
         tokens, parents, depths, scores = [text[-1]], [-1], [0], [0.0]
         order = itertools.count()
@@ -115,7 +118,7 @@ class LookupDrafter:
         return DraftTree(tensor(tokens), tensor(parents), tensor(depths), tensor(scores))
 
 
-class PromptLookupDraft(Assistant):
+class PromptLookupDraft(Draft):
     """A draft that needs no model and no training: pass it as `assistant_model`.
 
     ```python
@@ -123,7 +126,8 @@ class PromptLookupDraft(Assistant):
     ```
 
     Args:
-        longest, shortest: tokens at the text's end that must have stood together earlier; longer matches count first.
+        longest: most tokens at the text's end that are looked up together; longer matches count first.
+        shortest: least tokens of a match.
 
     Raises:
         ValueError: `shortest` is below 1 or above `longest`.
@@ -135,9 +139,9 @@ class PromptLookupDraft(Assistant):
         self.longest, self.shortest = longest, shortest
 
     def identity(self) -> list[Any]:
-        """As `Assistant.identity`."""
+        """Return the lengths of matches."""
         return ["lookup", self.longest, self.shortest]
 
-    def new_drafter(self, capacity: int, clock: PhaseClock) -> LookupDrafter:  # noqa: ARG002
-        """For one text."""
+    def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> LookupDrafter:  # noqa: ARG002
+        """Make a drafter with an empty index."""
         return LookupDrafter(self.longest, self.shortest, clock)

@@ -1,100 +1,129 @@
-"""Drafting with a small language model of the target's tokenizer: trees from its logits, with a cache of its own.
+"""Drafting with a small language model that has the target's tokenizer: trees from its logits, with its own cache.
 
 ```python
 draft = SmallModelDraft.from_pretrained("Qwen/Qwen3-0.6B", device_map="auto")
 out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 ```
 
-A small model reads tokens where a `DovetailDraft` reads pairs of feature and token; all else is the same, so trees grow
-through the same `FeatureDrafter`. Token t of the text stands at position t here, the first one included.
+A small model reads tokens where a `DovetailDraft` reads pairs of feature and token. Everything else is the same, so
+trees grow through the same `FeatureDrafter`. Token t of the text stands at position t here, the first one included.
 """
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..cache import KVRows, TreeLayer
+from ..cache import TreeLayer
+from ..compat import DynamicCache, attention_of, cache_argument, layers_for
 from ..report import PhaseClock
+from ..runner import Pass, Predicted
+from ..targets.base import Engine, TargetModel
 from ..targets.engine import engine_of
 from ..targets.transformers_model import TREE_ATTENTION
-from .base import Assistant, DraftError
+from .base import Draft, DraftError
 from .feature_drafter import FeatureDrafter
 
 
+class SmallModelRows:
+    """Key/value rows of one text under a cache that the model takes; implements `RowStorage`.
+
+    Args:
+        layers: number of layers.
+        capacity: rows to make room for at once.
+
+    Attributes:
+        cache: transformers cache over the rows.
+    """
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self._layers = [TreeLayer(capacity) for _ in range(layers)]
+        self.cache = DynamicCache()
+        self.cache.layers = list(self._layers)
+
+    @property
+    def length(self) -> int:
+        """Rows in use."""
+        return self._layers[0].rows.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for layer in self._layers:
+            layer.rows.length = length
+
+
 class SmallModelRunner:
-    """Runs a causal language model as a `DraftRunner`: features are ignored, "rope" is the positions."""
+    """Runs a causal language model as a `DraftRunner`. It ignores features and predicts none.
+
+    Args:
+        model: decoder-only model.
+        vocab_size: tokens that model and target share (V).
+    """
 
     runs_in_torch = True
     weights: str | None = None
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size
-        self.device, self.dtype = model.device, model.dtype
-        self._positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        config = model.config.get_text_config(decoder=True)
+        self._layers = config.num_hidden_layers
+        self._positions = getattr(config, "max_position_embeddings", None)
+        self._cache_name = cache_argument(model)
 
-    def new_rows(self, capacity: int) -> list[KVRows]:
-        """As `DraftRunner.new_rows`: one for each layer, under a cache that the model takes."""
-        layers = self._model.config.get_text_config(decoder=True).num_hidden_layers
-        self._cache = DynamicCache()
-        self._cache.layers = [TreeLayer(capacity) for _ in range(layers)]
-        return [layer.rows for layer in self._cache.layers]
+    def new_rows(self, capacity: int) -> SmallModelRows:
+        """Make rows for each layer."""
+        return SmallModelRows(self._layers, capacity)
 
-    def run(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: list[KVRows],
-        mask: Tensor | None,
-        logits_from: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """As `DraftRunner.run`; predicted features are empty.
+    def run(self, step: Pass, rows: SmallModelRows) -> Predicted:
+        """Run the model over the pass.
 
         Raises:
             DraftError: the text has outgrown the model's positions.
         """
-        count, live = len(tokens), rows[0].length
-        if self._positions is not None and live + count > self._positions:
+        count, mask = step.rows, step.mask
+        if self._positions is not None and rows.length + count > self._positions:
             raise DraftError(f"the text has outgrown the {self._positions} positions of the small model")
         if mask is not None:
             mask = mask.clamp(min=torch.finfo(self.dtype).min)[None, None]
         output = self._model(
-            input_ids=tokens[None],
+            input_ids=step.tokens[None],
             attention_mask=mask,
-            position_ids=rope[0].expand(1, count),
-            past_key_values=self._cache,
+            position_ids=step.positions()[None],
             use_cache=True,
-            logits_to_keep=count - logits_from,
+            logits_to_keep=count - step.logits_from,
+            **{self._cache_name: rows.cache},
         )
-        logits = output.logits[0, -(count - logits_from) :]
-        return features.new_empty(count, 0), logits[:, : self._vocab_size]
+        logits = output.logits[0, -(count - step.logits_from) :]
+        return Predicted(step.features.new_empty(count, 0), logits[:, : self._vocab_size])
 
 
 class SmallModelDrafter(FeatureDrafter):
-    """`FeatureDrafter` that reads tokens alone: no feature belongs to the first one, and it is run as well."""
+    """`FeatureDrafter` that reads tokens alone. The first token is run as well, although no feature belongs to it."""
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """As `Drafter.begin`."""
+        """Start a text with all its tokens, or go on with a turn. See `Drafter.begin`."""
         first = not self.committed and not self._pending
         self.advance(features, input_ids if first else input_ids[1:])
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:
-        """As `Drafter.advance`."""
+        """Remember the tokens that the text gained. See `Drafter.advance`."""
         super().advance(features.new_empty(len(tokens), 0), tokens)
 
 
-class SmallModelDraft(Assistant):
-    """A small causal language model as draft; made from a loaded model, or by `from_pretrained`.
+class SmallModelDraft(Draft):
+    """A small causal language model as draft, made from a loaded model or by `from_pretrained`.
 
     Args:
-        model: decoder-only, full attention, any device.
-        vocabulary: of its tokenizer, to compare with the target's; None compares sizes only.
+        model: decoder-only, full attention, on any device.
+        vocabulary: token -> id of its tokenizer, to compare with the target's; None compares sizes only.
 
     Raises:
-        ValueError: the model cannot draft trees (its attention or cache does not allow it).
+        ValueError: the model cannot draft trees because of its attention or cache.
     """
 
     token_ids: Tensor | None = None  # the whole vocabulary, in order
@@ -102,23 +131,24 @@ class SmallModelDraft(Assistant):
     def __init__(self, model: PreTrainedModel, vocabulary: dict[str, int] | None = None) -> None:
         engine_of(model).check()
         name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-        if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers):
-            raise ValueError(f"{name} has sliding-window layers; small models that draft need full attention.")
-        if config._attn_implementation not in TREE_ATTENTION:
+        if any(getattr(layer, "is_sliding", False) for layer in layers_for(config)):
+            raise ValueError(f"{name} has sliding-window layers. Small models that draft need full attention.")
+        attention = attention_of(config)
+        if attention not in TREE_ATTENTION:
             raise ValueError(
-                f"{name} was loaded with attn_implementation={config._attn_implementation!r}; drafting trees needs "
+                f"{name} was loaded with attn_implementation={attention!r}. Drafting trees needs "
                 f"one of {', '.join(TREE_ATTENTION)}."
             )
         self.model, self.vocabulary, self.config = model.eval(), vocabulary, model.config
-        self._vocab_size = config.vocab_size
-        self._checked: Any = None
+        self._checked: weakref.ref[TargetModel] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "SmallModelDraft":
-        """Load model and tokenizer; arguments as `AutoModelForCausalLM.from_pretrained`.
+        """Load model and tokenizer. The arguments are those of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            OSError: no such model. ValueError: see the class.
+            OSError: there is no such model.
+            ValueError: the model cannot draft trees.
         """
         kwargs.setdefault("dtype", "auto")
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -126,38 +156,40 @@ class SmallModelDraft(Assistant):
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
+        """Device of the model."""
         return self.model.device
 
     def num_parameters(self) -> int:
-        """Of the model."""
+        """Return the number of weights of the model."""
         return self.model.num_parameters()
 
-    def check_target(self, target: Any) -> None:
-        """As `Assistant.check_target`: the tokenizers must be the same, padding of the vocabularies may differ.
+    def check_target(self, target: TargetModel) -> None:
+        """Refuse a target with another tokenizer. The padding of the two vocabularies may differ.
 
         Raises:
-            ValueError: they are not.
+            ValueError: the tokenizers differ.
         """
-        own, seen = self.config.get_text_config(decoder=True).vocab_size, _vocab_size(target)
-        vocabulary = None if self._checked is target else _vocabulary_of(target)
+        if self._checked is not None and self._checked() is target:
+            return
+        own, seen = self.config.get_text_config(decoder=True).vocab_size, _vocab_size(target.config)
+        vocabulary = _vocabulary_of(target)
         if self.vocabulary is not None and vocabulary is not None:
             differing = [token for token, index in vocabulary.items() if self.vocabulary.get(token) != index]
             if differing or len(vocabulary) != len(self.vocabulary):
                 shown = ", ".join(repr(token) for token in differing[:3]) or "the number of tokens"
                 raise ValueError(
-                    f"the small model's tokenizer is not the target's: {shown} differ. A draft must share it; take a "
+                    f"the small model's tokenizer is not the target's: {shown} differ. A draft must share it. Use a "
                     "small model of the target's own family, or PromptLookupDraft()."
                 )
         elif abs(own - seen) > 0.02 * seen:
             raise ValueError(
-                f"the small model has {own} tokens, the target {seen}: they have different tokenizers. Take a small "
-                "model of the target's own family, or PromptLookupDraft()."
+                f"the small model has {own} tokens and the target {seen}, so they have different tokenizers. Use a "
+                "small model of the target's own family, or PromptLookupDraft()."
             )
-        self._checked, self._vocab_size = target, min(own, seen)
+        self._checked = weakref.ref(target)
 
     def identity(self) -> list[Any]:
-        """As `Assistant.identity`."""
+        """Return config, device and dtype of the model."""
         return [
             "small model",
             self.config.to_json_string(use_diff=False),
@@ -165,31 +197,29 @@ class SmallModelDraft(Assistant):
             str(self.model.dtype),
         ]
 
-    def new_drafter(self, capacity: int, clock: PhaseClock) -> SmallModelDrafter:
-        """For one text."""
-        return SmallModelDrafter(self, capacity, clock, SmallModelRunner(self.model, self._vocab_size))
+    def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> SmallModelDrafter:
+        """Make a drafter that proposes tokens of both vocabularies."""
+        own = self.config.get_text_config(decoder=True).vocab_size
+        runner = SmallModelRunner(self.model, min(own, _vocab_size(engine.config)))
+        return SmallModelDrafter(self, runner, capacity=capacity, clock=clock)
 
     # --- what `FeatureDrafter` asks of a draft ---------------------------------------------------
 
-    def rope_at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """The positions (1, n) themselves, twice; the model turns them into what it needs."""
-        return positions, positions
-
     def project(self, features: Tensor) -> Tensor:
-        """Features as they are: none."""
+        """Return the features as they are; there are none."""
         return features
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits as they are."""
+        """Return the logits as they are."""
         return logits
 
 
-def _vocab_size(target: Any) -> int:
-    return target.config.get_text_config(decoder=True).vocab_size
+def _vocab_size(config: PretrainedConfig) -> int:
+    return config.get_text_config(decoder=True).vocab_size
 
 
-def _vocabulary_of(target: Any) -> dict[str, int] | None:
-    """Of the tokenizer beside the target; None if none can be read."""
+def _vocabulary_of(target: TargetModel) -> dict[str, int] | None:
+    """Return the vocabulary of the tokenizer beside the target, or None if none can be read."""
     name = target.config.name_or_path
     if not name:
         return None

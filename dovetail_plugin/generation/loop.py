@@ -1,10 +1,10 @@
-"""The loop: prefill, then rounds of draft, verify, accept, keep. The only file that knows their order.
+"""The loop: prefill, then rounds of draft, verify, accept, keep. This is the only file that knows their order.
 
     prompt -> target.prefill -> drafter.begin -> (once on this machine) probe
     round:  rounds.next -> drafter.grow -> target.score -> accept -> target.keep -> drafter.advance -> rounds.observe
 
-Enters: a target, a drafter, the text and the budgets of its rounds, all prepared. Leaves: the finished text and a
-report. A drafter that fails costs speed, never text: the loop goes on with trees of one node, which is plain decoding.
+It gets a session, a drafter, the text and the budgets of its rounds, all prepared, and leaves the finished text and a
+report. A drafter that fails costs speed and not text: the loop goes on with trees of one node, which is plain decoding.
 """
 
 import logging
@@ -20,7 +20,7 @@ from ..drafts.feature_drafter import without_padding
 from ..policy.probe import measure
 from ..policy.rounds import PLAIN, FixedRounds, Outcome, RoundPlan, Rounds
 from ..report import PHASES, GenerationReport, Round
-from ..targets.base import Target, TargetOutput
+from ..targets.base import TargetOutput, TargetSession
 from ..tree import DraftTree, TreeBudget
 from ..verify import Acceptance, accept
 from .text import Text
@@ -30,16 +30,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Decoder:
-    """One generation. `run` is the algorithm; the rest is what makes a failing draft harmless.
+    """One generation. `run` is the algorithm; the rest makes a failing draft harmless.
 
-    drafter: None decodes plainly, through the same code.
-    rounds: how much each round may draft; cut where the text may not grow that far.
-    vary_threads: whether the number of torch's threads may be chosen; whoever runs this restores it.
-    cached: tokens at the start of the text whose rows the target holds from earlier turns.
-    attention_mask: (1, tokens before the first new one) with 0 at padding, or None.
+    Attributes:
+        target: an open session.
+        drafter: proposes trees; None decodes plainly through the same code.
+        text: the prompt, to which tokens are added.
+        rounds: how much each round may draft.
+        report: is filled in.
+        cached: tokens at the start of the text whose rows the target holds from earlier turns.
+        attention_mask: (1, tokens before the first new one) with 0 at padding, or None.
+        vary_threads: whether the number of torch's threads may be chosen; the caller restores it.
     """
 
-    target: Target
+    target: TargetSession
     drafter: Drafter | None
     text: Text
     rounds: Rounds
@@ -104,7 +108,7 @@ class Decoder:
         return acceptance
 
     def _bound(self) -> TreeBudget:
-        """What any tree must stay within: the policy's limits, the room in the text and in the target's positions."""
+        """Return the largest tree allowed: the policy's limits, the room in the text and in the target's positions."""
         room = self.text.room
         if self.target.max_length is not None:  # no node beyond the target's positions
             room = min(room, self.target.max_length - self.text.length + 1)

@@ -1,8 +1,7 @@
-"""Chains for transformers' own assisted loop, for people who want its verification instead of ours.
+"""Chains for transformers' own assisted loop, for users who want its verification: `draft.verification = "stock"`.
 
-Enters: the stock loop's text and the target's outputs (it asks for them through `requires_model_outputs`,
-transformers 5.8 or later). Leaves: candidate ids and, when sampling, the draft logits whose softmax the
-candidates were sampled from. Select it with `draft.verification = "stock"`.
+The stock loop hands over its text and the target's outputs (transformers 5.8 or later). It gets candidate ids and, when
+sampling, the draft logits from whose softmax the candidates were sampled.
 """
 
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..drafts.feature_drafter import FeatureDrafter, without_padding
-from ..drafts.model import DovetailDraft
+from ..compat import CandidateGenerator, hands_features_to_generators
+from ..drafts.base import Draft
+from ..drafts.feature_drafter import ChainDrafter, without_padding
 from ..report import GenerationReport, Round
+from ..targets.engine import engine_of
 from ..tree import TreeBudget
 
 
@@ -22,7 +22,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
     """Drafts a chain of `draft.budget.depth` tokens (or `TreeBudget`'s default) each round for the stock loop.
 
     Args:
-        draft: the draft model.
+        draft: one with `supports_stock_loop`; its `report` is set.
         target: the model that `generate` was called on.
         generation_config: as prepared by `generate`.
         logits_processor: applied to the draft's logits too, when sampling.
@@ -36,27 +36,29 @@ class DovetailCandidateGenerator(CandidateGenerator):
 
     def __init__(
         self,
-        draft: DovetailDraft,
+        draft: Draft,
         target: PreTrainedModel,
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
     ) -> None:
-        if not hasattr(CandidateGenerator, "requires_model_outputs"):
+        if not hands_features_to_generators():
             from transformers import __version__
 
             raise ImportError(
                 'draft.verification = "stock" needs transformers 5.8 or later, whose assisted loop hands the '
                 f'target\'s features to candidate generators; this is {__version__}. "tree" works here.'
             )
-        draft.attach_once(target)
+        draft.ensure_attached(target)
         self.draft = draft
-        self._layers = draft.config.layers_of(target.config)
+        self._layers = draft.feature_layers(target.config)
         if self._layers is not None:
             self.model_kwargs_overrides = {"output_hidden_states": True}
         self.report = draft.report = GenerationReport()
         self._processors, self._do_sample = logits_processor, generation_config.do_sample
         self._max_length = generation_config.max_length
-        self._drafter = FeatureDrafter(draft, self._max_length, self.report.clock)
+        drafter = draft.new_drafter(engine_of(target), capacity=self._max_length, clock=self.report.clock)
+        assert isinstance(drafter, ChainDrafter), "supports_stock_loop promises it"
+        self._drafter = drafter
         self._drafted = 0
 
     def get_candidates(
@@ -68,7 +70,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
         n_last_matches: int = 0,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Candidates below the text (1, t): ids (1, t + depth) and, when sampling, logits (1, depth, V)."""
+        """Draft behind the text (1, t): returns ids (1, t + depth) and, when sampling, logits (1, depth, V)."""
         if is_first_iteration:  # the target has not run yet: no features to draft from
             self._started = False
             self.report.prompt_tokens = input_ids.shape[1]
@@ -95,7 +97,7 @@ class DovetailCandidateGenerator(CandidateGenerator):
         return candidates, logits[None].to(input_ids.device) if self._do_sample else None
 
     def _follow(self, input_ids: Tensor, features: Tensor, model_kwargs: dict[str, Any], matches: int) -> None:
-        """Hand the drafter the features (n, H) of the rows that were accepted in the last pass."""
+        """Hand the drafter the features (n, H) of the rows that the last pass accepted."""
         if self._started:
             self.report.rounds.append(Round(self._drafted + 1, matches + 1))
             self._drafter.advance(features[: matches + 1], input_ids[0, -(matches + 1) :])
@@ -106,5 +108,5 @@ class DovetailCandidateGenerator(CandidateGenerator):
         self._drafter.begin(features, ids)
 
     def update_candidate_strategy(self, input_ids: Tensor, *_args: Any) -> None:
-        """Count what the text has grown by; the length of the next chain does not depend on it."""
+        """Count what the text gained. The length of the next chain does not depend on it."""
         self.report.new_tokens = input_ids.shape[1] - self.report.prompt_tokens

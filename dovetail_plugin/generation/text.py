@@ -1,9 +1,8 @@
-"""The text being generated: the target's row of logits in, the next token out, exactly as `generate` does it.
+"""The text being generated: a row of the target's logits in, the next token out, exactly as `generate` chooses it.
 
-Holds the token buffer and applies what `generate` prepared: logits processors along the path that was
-really taken, one random draw for each emitted token, stopping criteria and streamer token by token.
-Because a row is processed only when the walk reaches its node, history-dependent processors see the same
-calls in the same order as in plain decoding.
+It holds the token buffer and applies what `generate` prepared: logits processors along the accepted path, one random
+draw for each emitted token, stopping criteria and streamer token by token. A row is processed only when the walk
+reaches its node, so processors that depend on the history see the same calls in the same order as in plain decoding.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,17 @@ class Text:
 
     Args:
         input_ids: (1, T) int64 prompt.
-        processors, criteria, config: as `generate` prepared them.
+        processors: logits processors, as `generate` prepared them.
+        criteria: stopping criteria, as `generate` prepared them.
+        config: as `generate` prepared it.
         streamer: gets every token as it is chosen.
 
     Attributes:
-        scores, logits: tuples of (1, V) float32 for each new token if asked for, else None.
+        prompt_tokens: tokens of the prompt.
+        length: tokens so far.
+        max_length: tokens that the text may reach.
+        scores: processed scores (1, V) float32 of each new token if asked for, else None.
+        logits: raw logits (1, V) float32 of each new token if asked for, else None.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Text:
 
     @property
     def room(self) -> int:
-        """Tokens that may still be added."""
+        """Number of tokens that may still be added."""
         return self.max_length - self.length
 
     def choose(self, logits: Tensor) -> Choice:
@@ -76,7 +81,7 @@ class Text:
         return Choice(int(token), bool(self._criteria(self.ids, self.scores).all()))
 
     def _pick(self, scores: Tensor) -> Tensor:
-        """The token (1,) that processed scores (1, V) give."""
+        """Return the token (1,) that processed scores (1, V) give."""
         if self._do_sample:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         return torch.argmax(scores, dim=-1)

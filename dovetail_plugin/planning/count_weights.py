@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..cache import refuse_reason
+from ..compat import DynamicCache, cache_argument, keeps_recurrent_state, layers_for
 from ..drafts.config import DovetailConfig
 from ..drafts.model import DovetailDraft
 from ..targets.layers_on_gpu import decoder_layers, final_norm
@@ -96,8 +97,8 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     name = config.name_or_path or type(config).__name__
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    reason = refuse_reason(DynamicCache(config=config.get_text_config(decoder=True)))
-    if model._is_stateful or reason:
+    reason = refuse_reason(layers_for(config.get_text_config(decoder=True)))
+    if keeps_recurrent_state(model) or reason:
         reason = reason or "it keeps a recurrent state"
         raise ValueError(f"{name} cannot take back rejected tokens: {reason}. There is nothing to plan with a draft.")
     return model
@@ -108,7 +109,7 @@ def _layer_sizes(
 ) -> Iterator[LayerSizes]:
     """Of every layer; the cache has none for those that read the rows of earlier ones, which are the last."""
     text = config.get_text_config(decoder=True)
-    cached = zip(_numbers_of_a_token(config, text), DynamicCache(config=text).layers, strict=True)
+    cached = zip(_numbers_of_a_token(config, text), layers_for(text), strict=True)
     for layer, rows in zip_longest(layers, cached):
         weights_bytes = 0 if layer is None else _stored_bytes(_tensors(layer), dtype)
         numbers, kind = rows or (0, None)
@@ -123,7 +124,7 @@ def _numbers_of_a_token(config: PretrainedConfig, text: PretrainedConfig) -> lis
     cache, model = DynamicCache(config=text), _on_meta(config, torch.bfloat16)  # some kernels have no other on meta
     try:
         with torch.no_grad(), torch.device("meta"):
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True, **{cache_argument(model): cache})
     except RuntimeError:  # it looks at numbers, which are not there; so does GPT-2
         return [_widths(text).key_value] * len(cache.layers)
     return [0 if layer.keys is None else layer.keys.numel() + layer.values.numel() for layer in cache.layers]

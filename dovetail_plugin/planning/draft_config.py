@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
 
+from ..compat import find_file
 from ..drafts.checkpoints.read import WEIGHT_FILES, UnknownFormat, load_checkpoint, read_config, translate
 from ..drafts.config import DovetailConfig
 from .known_shapes import SHAPES
@@ -27,8 +27,7 @@ def load_draft_config(name: str) -> DovetailConfig:
     stored = read_config(name)
     if stored.get("model_type") == DovetailConfig.model_type:
         return DovetailConfig.from_pretrained(name)
-    local = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
-    if not Path(name).is_file() and any(cached_file(name, file, **local) for file in WEIGHT_FILES):
+    if not Path(name).is_file() and any(find_file(name, file, local_files_only=True) for file in WEIGHT_FILES):
         return load_checkpoint(name, stored, local_files_only=True).config
     return config_alone(name, stored)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import machine
 from ..drafts.base import Drafter
-from ..targets.base import Target
+from ..targets.base import TargetSession
 from ..tree import DraftTree, TreeBudget
 from .measurements import Measurements
 
@@ -37,7 +37,7 @@ TURNS, QUICK_S = 2, 1.0
 
 
 def measure(
-    target: Target,
+    target: TargetSession,
     drafter: Drafter,
     *,
     token: int,
@@ -84,7 +84,7 @@ def measure(
             if nodes <= limits.nodes and nodes not in verify_s and (number < 2 or time.perf_counter() < end_s):
                 verify_s[nodes] = verify(nodes)
         draft_s, level_s = _draft_seconds(drafter, limits, end_s + 0.5 * limit_s, branches=target.supports_tree)
-    transfer_s = _transfer_seconds(getattr(drafter, "device", torch.device("cpu")))
+    transfer_s = _transfer_seconds(drafter.device)
     return Measurements(verify_s, level_s, draft_s, transfer_s, context, threads, processors)
 
 

@@ -1,21 +1,28 @@
-"""The contracts of targets: an `Engine` for a model, a session for a generation."""
+"""The contracts of targets: an `Engine` for a model, a `TargetSession` for one generation.
+
+Everything above works with these protocols alone and does not ask which library runs a target.
+"""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..runner import DraftRunner
 from ..tree import DraftTree
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a draft borrows. embedding, head: (V, H), any float dtype; bias: (V,) or None.
+    """The tables of a target that a draft borrows.
 
-    `head` is `embedding` itself where the two are tied.
+    Attributes:
+        embedding: (V, H), any float dtype.
+        head: (V, H), any float dtype; `embedding` itself where the two are tied.
+        bias: (V,) of the head, or None.
     """
 
     embedding: Tensor
@@ -25,39 +32,83 @@ class Tables:
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """logits: (n, V). features: (n, F), or (T, F) of all prompt rows after `prefill`. Target device."""
+    """Result of a pass of the target, on its device.
+
+    Attributes:
+        logits: (N, V) of a tree, or (1, V) of the prompt's last row.
+        features: (N, F) of a tree, or (T, F) of all prompt rows.
+    """
 
     logits: Tensor
     features: Tensor
 
 
-class Target(Protocol):
-    """What the loop needs of an engine. Masks, cache slots and positions are the engine's own business."""
+class TextCache(Protocol):
+    """Keys and values of one text, as the caller holds them between turns."""
 
-    supports_tree: bool
-    max_length: int | None
-
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """Run the prompt (1, T), behind rows the cache may hold: logits (1, V) of the last row, all features."""
-
-    def score(self, tree: DraftTree) -> TargetOutput:
-        """Score N nodes: row i sees the committed text, its ancestors and itself. Appends N rows."""
-
-    def keep(self, path: list[int]) -> None:
-        """Commit these rows of the last `score`, in order; drop the others."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens held."""
 
 
-class Engine(Protocol):
-    """One model and what it takes to draft for it."""
+class TargetModel(Protocol):
+    """What Dovetail asks of a model that generates: transformers' own ones and stored ones have it."""
 
     config: PretrainedConfig
 
     @property
-    def rounding(self) -> torch.dtype:
-        """The coarsest float type that results pass through; torch.float32 where texts must be identical."""
+    def device(self) -> torch.device:
+        """Where its inputs belong."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+
+
+class TargetSession(Protocol):
+    """One engine during one generation. Masks, cache slots and positions are the engine's own business.
+
+    Attributes:
+        supports_tree: whether a tree may have branches; else it gets chains only.
+        max_length: positions of the target, or None if it has no limit.
+    """
+
+    @property
+    def supports_tree(self) -> bool: ...
+
+    max_length: int | None
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
+        """Run the prompt (1, T) behind the rows that the cache holds already.
+
+        Args:
+            input_ids: (1, T) int64 rows to run.
+            attention_mask: (1, cached + T), 0 at padding; None without padding.
+        """
+
+    def score(self, tree: DraftTree) -> TargetOutput:
+        """Score N nodes and append N rows: row i attends to the committed text, its ancestors and itself."""
+
+    def keep(self, path: list[int]) -> None:
+        """Commit these rows of the last `score`, in order, and drop the others."""
+
+
+class Engine(Protocol):
+    """One model and what it takes to draft for it.
+
+    Attributes:
+        config: the model's config.
+        runs_in_torch: whether passes need torch's threads.
+    """
+
+    config: PretrainedConfig
     runs_in_torch: bool
-    """Whether passes need torch's threads."""
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """The coarsest float dtype that results pass through; torch.float32 where texts must be identical."""
+
+    def num_parameters(self) -> int:
+        """Return the number of weights that a pass reads. May take a while."""
 
     def check(self) -> None:
         """Refuse a model that cannot be verified, before any long work.
@@ -67,17 +118,17 @@ class Engine(Protocol):
         """
 
     def tables(self) -> Tables:
-        """Embedding table and head."""
+        """Return the embedding table and the head."""
 
     def cache(self, given: Any) -> Any:
-        """The cache to generate with: `given` by the caller, or a new one if None; knows `get_seq_length()`.
+        """Return the cache to generate with: `given` by the caller, or a new one if it is None. A `TextCache`.
 
         Raises:
-            ValueError: the given one cannot take back rejected rows.
+            ValueError: the given cache cannot take back rejected rows.
         """
 
-    def draft_runner(self, draft: Any) -> Any:
-        """A `DraftRunner` of this engine's for a `DovetailDraft` on the CPU, or None to run it in torch."""
+    def draft_runner(self, draft: nn.Module) -> DraftRunner[Any] | None:
+        """Make a runner on this engine for a `DovetailDraft` on the CPU, or return None to run it in torch."""
 
     def session(
         self,
@@ -85,19 +136,20 @@ class Engine(Protocol):
         *,
         max_length: int,
         max_nodes: int,
-        prefill_chunk: int | None,
-        model_kwargs: dict[str, Any],
+        prefill_chunk: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
         feature_layers: tuple[int, ...] | None = None,
-    ) -> AbstractContextManager[Target]:
-        """A target for one generation that goes on behind the rows of `cache`.
+    ) -> AbstractContextManager[TargetSession]:
+        """Open a session for one generation behind the rows of `cache`.
 
         Args:
+            cache: from `cache`.
             max_length: tokens the text may reach.
-            max_nodes: rows of the largest tree.
-            prefill_chunk: prompt rows in one pass; None leaves it to the engine.
+            max_nodes: rows of the largest tree (N).
+            prefill_chunk: prompt rows per pass; None leaves it to the engine.
             model_kwargs: further arguments of the model's forward pass.
-            feature_layers: see `TorchTarget`.
+            feature_layers: see `Draft.feature_layers`.
 
         Raises:
-            ValueError: the engine cannot read these layers, or an argument of the forward pass.
+            ValueError: the engine cannot read these layers, or does not know an argument of the forward pass.
         """

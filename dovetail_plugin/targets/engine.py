@@ -1,9 +1,4 @@
-"""What runs a target: torch for transformers' own models, an adapter for those of other libraries.
-
-An `Engine` knows one model: whether it can be verified, its embedding table and head, its kind of cache, and
-how to open a `Target` session for one generation. `engine_of` finds it. Nothing above this module asks what
-kind of model a target is.
-"""
+"""Finds the engine of a model: torch for transformers' own models, an adapter for those of other libraries."""
 
 import importlib
 import weakref
@@ -19,13 +14,13 @@ ADAPTERS = {
     "optimum.intel.openvino": "dovetail_plugin.adapters.openvino",
     "optimum.onnxruntime": "dovetail_plugin.adapters.onnxruntime",
 }
-"""Package of a model's class -> module of ours with `engine_for(model)`; imported when such a model comes."""
+"""Package of a model's class -> our module with `engine_for(model)`, which is imported when such a model comes."""
 
 _engines: weakref.WeakKeyDictionary[Any, "Engine"] = weakref.WeakKeyDictionary()
 
 
 def engine_of(model: Any) -> Engine:
-    """The engine of a model, the same one every time."""
+    """Return the engine of a model, the same one every time."""
     engine = _engines.get(model)
     if engine is None:
         engine = _engines[model] = _find_engine(model)
@@ -45,10 +40,7 @@ def _find_engine(model: Any) -> Engine:
 
 @torch.inference_mode()
 def next_logits(model: Any, input_ids: Tensor) -> Tensor:
-    """A plain run over `input_ids` (1, T) from scratch: the logits (1, V) of the last row."""
+    """Run the model plainly over `input_ids` (1, T) from scratch and return the logits (1, V) of the last row."""
     engine = engine_of(model)
-    session = engine.session(
-        engine.cache(None), max_length=input_ids.shape[1], max_nodes=1, prefill_chunk=None, model_kwargs={}
-    )
-    with session as target:
-        return target.prefill(input_ids, None).logits
+    with engine.session(engine.cache(None), max_length=input_ids.shape[1], max_nodes=1) as session:
+        return session.prefill(input_ids, None).logits

@@ -1,9 +1,9 @@
-"""The target: prompt in, then trees in; logits and features out; a path of the last tree is kept.
+"""Transformers models as targets, run by torch and unmodified.
 
-`Target` is the contract that every engine implements. `TorchTarget` drives any decoder-only transformers
-model with position ids, unmodified: it puts preallocated storage under the model's cache, scores a tree
-with a 4-D mask and explicit positions, and reads features (the base model's output, after the final norm, or
-hidden states of several layers) through forward hooks. It knows nothing of drafts, sampling or the text.
+`TorchSession` drives any decoder-only model with position ids: it puts preallocated storage under the model's cache,
+scores a tree with a 4-D mask and explicit positions, and reads features through forward hooks: the output of the base
+model (after the final norm), or hidden states of several layers. `TorchEngine` checks a model and opens sessions. This
+module knows nothing of drafts, sampling or the text.
 """
 
 import inspect
@@ -14,34 +14,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, StaticCache
+from transformers import PreTrainedModel
 
 from ..cache import TreeLayer, borrow, refuse_reason
+from ..compat import (
+    Cache,
+    DynamicCache,
+    StaticCache,
+    attention_of,
+    cache_argument,
+    keeps_recurrent_state,
+    layers_for,
+)
 from ..tree import DraftTree, ancestor_mask
 from .base import Tables, TargetOutput
 
 TREE_ATTENTION = ("sdpa", "eager")
-"""Attention implementations of transformers that take a 4-D additive mask."""
+"""Attention implementations of transformers that accept a 4-D additive mask."""
 
 
-class TorchTarget:
-    """A transformers model as target, for one generation. Use as a context manager.
+class TorchSession:
+    """One generation of a transformers model; implements `TargetSession`. Use it as a context manager.
 
     Args:
-        model: decoder-only, batch 1.
-        cache: transformers cache, empty or with the rows of earlier turns; the model's own kind of
-            cache object stays in place and holds stock layers again after the `with` block.
+        model: decoder-only model, used with batch size 1.
+        cache: transformers cache, empty or with the rows of earlier turns. The object stays in place and holds
+            transformers' own layers again after the `with` block.
         max_length: tokens the text may reach, for the size of the storage.
         max_nodes: rows of the largest tree (N).
-        prefill_chunk: prompt rows in one pass; None runs the prompt at once.
+        prefill_chunk: prompt rows per pass; None runs the prompt at once.
         model_kwargs: further keyword arguments of the prompt's forward pass.
-        feature_layers: hidden states that a feature is made of, side by side, in transformers' numbering (0: the
-            embeddings, i: the output of decoder layer i - 1); None is the state after the final norm.
+        feature_layers: hidden states whose concatenation is the feature, in transformers' numbering (0 is the
+            embeddings, i the output of decoder layer i - 1); None is the state after the final norm.
 
     Attributes:
-        supports_tree: False if the model's attention takes no 4-D mask or no position ids; it is then
-            given chains only.
+        supports_tree: False if the model's attention does not accept a 4-D mask, or the model no position ids. Such
+            a model gets chains only.
+        max_length: the model's `max_position_embeddings`, or None.
     """
 
     def __init__(
@@ -64,15 +73,16 @@ class TorchTarget:
         self._capacity, self._max_nodes = max_length + max_nodes, max_nodes
         config = model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self._template = DynamicCache(config=config).layers
+        self._template = layers_for(config)
         self._layer_types = getattr(config, "layer_types", None) or ["all"] * len(self._template)
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
-        self.supports_tree = self._takes_positions and config._attn_implementation in TREE_ATTENTION
+        self.supports_tree = self._takes_positions and attention_of(config) in TREE_ATTENTION
+        self._cache_name = cache_argument(model)
         self._features: list[Tensor] = []
 
-    def __enter__(self) -> "TorchTarget":
+    def __enter__(self) -> "TorchSession":
         with ExitStack() as stack:
             self.layers: list[TreeLayer] = stack.enter_context(
                 borrow(self.cache, self._template, self._capacity, self._max_nodes)
@@ -86,19 +96,11 @@ class TorchTarget:
     def __exit__(self, *exc_info: object) -> None:
         self._exit.close()
 
-    # --- Target protocol -----------------------------------------------------------------------
+    # --- TargetSession protocol -----------------------------------------------------------------------
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """Run the prompt, or what a reused cache does not hold of it.
-
-        Args:
-            input_ids: (1, T) int64 rows to run.
-            attention_mask: (1, cached + T), 0 at padding; None without padding.
-
-        Returns:
-            logits (1, V) of the last row; features (T, F), padding included.
-        """
+        """Run the rows (1, T) of the prompt that the cache does not hold; the features include padding."""
         first, total = self.committed, self.committed + input_ids.shape[1]
         positions = torch.arange(total, device=input_ids.device)[None]
         if attention_mask is not None and not bool(attention_mask.all()):
@@ -119,7 +121,7 @@ class TorchTarget:
 
     @torch.inference_mode()
     def score(self, tree: DraftTree) -> TargetOutput:
-        """Score a tree (on any device): logits (N, V), features (N, F)."""
+        """Score a tree, which may be on any device."""
         device = self.model.device
         depths = tree.depths.to(device)
         if self.supports_tree:
@@ -152,15 +154,15 @@ class TorchTarget:
         output = self.model(
             input_ids=input_ids,
             attention_mask=mask,
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **{self._cache_name: self.cache},
             **kwargs,
         )
         return TargetOutput(output.logits[0], self._take_features())
 
     def _feature_modules(self) -> list[nn.Module]:
-        """Modules whose outputs features are made of, in the order in which a pass runs them."""
+        """Return the modules whose outputs make up the features, in the order in which a pass runs them."""
         if self.feature_layers is None:
             return [self.model.base_model]
         layers = decoder_layers(self.model)
@@ -168,7 +170,7 @@ class TorchTarget:
         return [layers[state - 1] if state else embedding for state in sorted(self.feature_layers)]
 
     def _take_features(self) -> Tensor:
-        """(n, F) of the pass that was just run."""
+        """Return the features (n, F) of the latest pass."""
         if self.feature_layers is None:
             return self._features.pop()[0]
         order = sorted(self.feature_layers)
@@ -176,23 +178,23 @@ class TorchTarget:
         return torch.cat([self._features[order.index(s)][0].to(device) for s in self.feature_layers], dim=-1)
 
     def _padding_mask(self, new_rows: int) -> Tensor | None:
-        """(1, committed + new) int64 for models that build their own causal mask; None without padding."""
+        """Return (1, committed + new) int64 for models that build their own causal mask; None without padding."""
         if self._visible is None:
             return None
         ones = self._visible.new_ones(1, self.committed + new_rows - self._visible.shape[1])
         return torch.cat([self._visible, ones], dim=1).long()
 
     def _tree_mask(self, tree: DraftTree) -> Any:
-        """The 4-D additive mask of a tree; a dict by layer type where layers differ in what they see."""
+        """Return the 4-D additive mask of a tree, or a dict by layer type where layers differ in what they see."""
         first_of = {name: index for index, name in reversed(list(enumerate(self._layer_types)))}
         masks = {name: self._layer_mask(tree, index) for name, index in first_of.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _layer_mask(self, tree: DraftTree, index: int) -> Tensor:
-        """(1, 1, N, rows the layer returns) additive in the model's dtype.
+        """Return an additive mask (1, 1, N, rows that the layer returns) in the model's dtype.
 
-        The window is the model's, whatever the cache stores: a cache made without the model's config
-        keeps all rows of sliding layers too.
+        The window comes from the model and not from the cache: a cache that was made without the model's config keeps
+        all rows of sliding layers.
         """
         layer, window = self.layers[index], getattr(self._template[index], "sliding_window", None)
         device, dtype, nodes = self.model.device, self.model.dtype, len(tree)
@@ -213,7 +215,7 @@ class TorchTarget:
 
 @contextmanager
 def captured_outputs(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
-    """While open, append the last hidden state (B, n, F) of every forward pass of `module` to `into`."""
+    """Append the last hidden state (B, n, F) of every forward pass of `module` to `into`, while the block runs."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, tuple):
@@ -230,23 +232,23 @@ def captured_outputs(module: nn.Module, into: list[Tensor]) -> Iterator[None]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of a model's decoder layers.
+    """Return the list of a model's decoder layers.
 
     Raises:
-        ValueError: there is none, or more than one could be meant.
+        ValueError: the model has no such list, or more than one.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(lists)} lists of {count} modules, so its decoder layers cannot be told: "
-            "they cannot be moved to a GPU, nor features be read from single ones."
+            f"{type(model).__name__} has {len(lists)} lists of {count} modules, so its decoder layers cannot be "
+            "identified. They cannot be moved to a GPU, and EAGLE-3 drafts cannot read features from them."
         )
     return lists[0]
 
 
 class TorchEngine:
-    """A transformers model, run by torch and unmodified."""
+    """A transformers model, run by torch; implements `Engine`."""
 
     runs_in_torch = True
 
@@ -256,7 +258,7 @@ class TorchEngine:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model, which is there as long as somebody asks for its engine."""
+        """The model. It exists for as long as somebody asks for its engine."""
         model = self._model()
         assert model is not None
         return model
@@ -267,29 +269,42 @@ class TorchEngine:
         return self.model.dtype
 
     def check(self) -> None:
-        """As `Engine.check`: encoder-decoder, state-space or hybrid models, weights that are not in memory."""
+        """Refuse encoder-decoder, state-space and hybrid models, and weights that are not in memory.
+
+        Raises:
+            ValueError: with the reason and the remedy.
+        """
         model, name = self.model, type(self.model).__name__
         if model.config.is_encoder_decoder:
             raise ValueError(f"{name} is an encoder-decoder model; drafting works with decoder-only targets.")
-        if model._is_stateful or not model._supports_default_dynamic_cache():
+        if keeps_recurrent_state(model):
             raise ValueError(
                 f"{name} keeps a recurrent state that cannot be rolled back when drafted tokens are rejected; "
                 "generate without a draft."
             )
-        reason = refuse_reason(DynamicCache(config=model.config.get_text_config(decoder=True)))
+        reason = refuse_reason(layers_for(model.config.get_text_config(decoder=True)))
         if reason:
             raise ValueError(f"{name} cannot take back rejected tokens: {reason}. Generate without a draft.")
         off = [key for key, parameter in model.named_parameters() if parameter.device.type == "meta"]
         if off:
             raise ValueError(
-                f"{len(off)} weights of {name} are not in memory (meta device or offloaded to disk), {off[0]} for "
-                'one. Load the target with device_map="cpu"; on a CPU there is nothing to gain from offloading.'
+                f"{len(off)} weights of {name} are not in memory (meta device or offloaded to disk), for "
+                f'example {off[0]}. Load the target with device_map="cpu".'
             )
         if model.base_model is model:
             raise ValueError(f"{name} has no base model under its head, so its features cannot be read.")
         self.tables()
 
+    def num_parameters(self) -> int:
+        """Return the number of weights of the model."""
+        return self.model.num_parameters()
+
     def tables(self) -> Tables:
+        """Return the embedding table and the head, without copies.
+
+        Raises:
+            ValueError: one of them is quantized or missing.
+        """
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         for what, module in (("input embedding", embedding), ("output head", head)):
             weight = getattr(module, "weight", None)
@@ -303,17 +318,22 @@ class TorchEngine:
         )
 
     def cache(self, given: Cache | None) -> Cache:
+        """Return `given`, or a new `DynamicCache`.
+
+        Raises:
+            ValueError: `given` is static, or has layers that cannot drop rejected rows.
+        """
         if given is None:
             return DynamicCache(config=self.config.get_text_config(decoder=True))
-        reason = "it is a static cache" if isinstance(given, StaticCache) else refuse_reason(given)
+        reason = "it is a static cache" if isinstance(given, StaticCache) else refuse_reason(given.layers)
         if reason:
             raise ValueError(
-                f"past_key_values ({type(given).__name__}) cannot be used with a draft: {reason}. Pass a DynamicCache."
+                f"the cache ({type(given).__name__}) cannot be used with a draft: {reason}. Pass a DynamicCache."
             )
         return given
 
-    def draft_runner(self, draft: Any) -> None:
-        """None: the draft's own modules."""
+    def draft_runner(self, draft: nn.Module) -> None:
+        """Return None: torch runs the draft's own modules."""
 
     def session(
         self,
@@ -321,11 +341,12 @@ class TorchEngine:
         *,
         max_length: int,
         max_nodes: int,
-        prefill_chunk: int | None,
-        model_kwargs: dict[str, Any],
+        prefill_chunk: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
         feature_layers: tuple[int, ...] | None = None,
-    ) -> TorchTarget:
-        return TorchTarget(
+    ) -> TorchSession:
+        """Open a session; see `Engine.session`."""
+        return TorchSession(
             self.model,
             cache,
             max_length=max_length,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import cached_file
 
 from ... import machine
+from ...compat import find_file
 from .read import Checkpoint
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
@@ -45,7 +45,7 @@ def frequent_tokens(name: str, count: int, vocab_size: int) -> Tensor:
     """
     if not 1 <= count <= vocab_size:
         raise ValueError(f"draft_vocab_size must be between 1 and the target's {vocab_size} tokens, got {count}.")
-    file = cached_file(name, TOKEN_ORDER, _raise_exceptions_for_missing_entries=False) if name else None
+    file = find_file(name, TOKEN_ORDER) if name else None
     if file is None:
         return torch.arange(count)
     order = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.int64))

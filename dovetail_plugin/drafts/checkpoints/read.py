@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
 
+from ...compat import find_file, require_file
 from ..config import DovetailConfig
 
 WEIGHT_FILES = (
@@ -62,7 +62,7 @@ def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
         ValueError: it is no JSON object.
     """
     try:
-        file = name if Path(name).is_file() else cached_file(name, "config.json", **hub_kwargs)
+        file = name if Path(name).is_file() else require_file(name, "config.json", **hub_kwargs)
     except OSError as error:
         raise OSError(
             f"{name}: no config.json there, as a directory or on the hub ({error}). Where the hub cannot be reached, "
@@ -141,18 +141,17 @@ def read_tensors(name: str, **hub_kwargs: Any) -> dict[str, Tensor]:
     Raises:
         OSError: there are no weight files. ValueError: one is damaged, or is a pickle of more than tensors.
     """
-    hub_kwargs = hub_kwargs | {"_raise_exceptions_for_missing_entries": False}
     for candidate in WEIGHT_FILES:
-        file = cached_file(name, candidate, **hub_kwargs)
+        file = find_file(name, candidate, **hub_kwargs)
         if file is None:
             continue
         files = [file]
         if candidate.endswith(".json"):
             shards = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [cached_file(name, shard, **hub_kwargs) for shard in shards]
-            missing = [shard for shard, found in zip(shards, files, strict=True) if found is None]
-            if missing:
+            found = {shard: find_file(name, shard, **hub_kwargs) for shard in shards}
+            if missing := [shard for shard, path in found.items() if path is None]:
                 raise OSError(f"{name}: {candidate} names {', '.join(missing)}, which is not there.")
+            files = [path for path in found.values() if path is not None]
         tensors: dict[str, Tensor] = {}
         for each in files:
             tensors |= _read_safetensors(each) if each.endswith(".safetensors") else _read_pickle(each)

@@ -1,0 +1,258 @@
+"""The one place that names what transformers does not promise to keep: private or recently changed names.
+
+Everything else in the package goes through this module, so a new release of transformers that changes one of them
+fails in `missing_names` (and its test) first. Methods of transformers that are overridden or wrapped in other modules
+are listed in `NAMES` with their class. This module uses nothing of the rest of the package.
+
+Tested versions are `OLDEST` to `NEWEST`. Since 5.24 the cache is called `cache`, in earlier versions
+`past_key_values`: as an argument of `generate` and of forward methods, and as a field of outputs.
+"""
+
+# ruff: noqa: E402 - an old version is refused before a name that it lacks is looked for
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import transformers
+
+OLDEST, NEWEST = (5, 5), (5, 24)
+"""First and last minor version that the tests run with."""
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Return major and minor number of a version such as "5.24.0.dev0"."""
+    major, minor = text.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
+
+
+def refuse_old(installed: str) -> None:
+    """Refuse a transformers that is older than `OLDEST`.
+
+    Raises:
+        ImportError: names both versions.
+    """
+    if version_of(installed) < OLDEST:
+        raise ImportError(
+            f"Dovetail needs transformers {dotted(OLDEST)} or later, and {installed} is installed. "
+            "Upgrade it with `pip install -U transformers`."
+        )
+
+
+def dotted(version: tuple[int, int]) -> str:
+    """Return a version as people write it."""
+    return ".".join(map(str, version))
+
+
+refuse_old(transformers.__version__)
+
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import cached_file
+
+__all__ = [
+    "CACHE",
+    "Cache",
+    "CandidateGenerator",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LlamaRotaryEmbedding",
+    "StaticCache",
+    "apply_rotary_pos_emb",
+]
+
+logger = logging.getLogger(__name__)
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the cache, the newest first."""
+
+_parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE: str = next(name for name in CACHE_NAMES if name in _parameters)
+"""Name of the cache in the installed version."""
+
+NAMES: dict[str, tuple[str, ...]] = {
+    # wrapped by `hf.py`
+    "GenerationMixin._validate_generation_mode": ("generation_mode", "generation_config", "generation_mode_kwargs"),
+    "GenerationMixin._assisted_decoding": (
+        "input_ids",
+        "logits_processor",
+        "stopping_criteria",
+        "generation_config",
+    ),
+    "GenerationMixin._get_candidate_generator": ("generation_config", "logits_processor", "assistant_model"),
+    # overridden by `adapters.stored_target.StoredTarget`
+    "GenerationMixin._sample": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
+    "GenerationMixin._beam_search": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
+    "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs"),
+    # overridden by `drafts.network.DraftNetwork`
+    "PreTrainedModel._init_weights": ("module",),
+    "PreTrainedModel.post_init": (),
+    "PreTrainedModel._keys_to_ignore_on_load_unexpected": (),
+    "PreTrainedModel._supports_sdpa": (),
+    # read here
+    "GenerationMixin._supports_default_dynamic_cache": (),
+    "PreTrainedModel._is_stateful": (),
+    # subclassed or filled by `cache.py`
+    "DynamicLayer.update": ("key_states", "value_states"),
+    "DynamicLayer.lazy_initialization": ("key_states", "value_states"),
+    "DynamicLayer.get_seq_length": (),
+    "DynamicLayer.get_mask_sizes": (),
+    "DynamicSlidingWindowLayer.__init__": ("sliding_window",),
+    # called by the assisted loop on `generation.stock_loop.DovetailCandidateGenerator`
+    "CandidateGenerator.get_candidates": ("input_ids",),
+    "CandidateGenerator.update_candidate_strategy": ("input_ids", "scores", "num_matches"),
+    # used by `drafts.blocks`
+    "LlamaRotaryEmbedding.forward": ("x", "position_ids"),
+}
+"""Class and name -> parameters that must exist."""
+
+
+def is_tested(installed: str = transformers.__version__) -> bool:
+    """Return whether a transformers version is one that the tests run with."""
+    return OLDEST <= version_of(installed) <= NEWEST
+
+
+def warn_untested() -> None:
+    """Warn of a transformers that is newer than the tested ones."""
+    if not is_tested():
+        logger.warning(
+            "transformers %s is newer than the versions Dovetail is tested with (%s to %s). Drafts are checked against "
+            "plain generation on a tiny model before the first one is used.",
+            transformers.__version__,
+            dotted(OLDEST),
+            dotted(NEWEST),
+        )
+
+
+def missing_names() -> list[str]:
+    """Return what the installed transformers lacks of `NAMES`: names, and parameters as "name(parameter)"."""
+    missing = []
+    for full_name, parameters in NAMES.items():
+        owner, name = full_name.split(".")
+        if not hasattr(globals()[owner], name):
+            missing.append(full_name)
+        elif parameters:
+            known = inspect.signature(getattr(globals()[owner], name)).parameters
+            missing += [f"{full_name}({parameter})" for parameter in parameters if parameter not in known]
+    return missing
+
+
+# --- arguments of generate and forward -----------------------------------------------------------------
+
+
+def bound_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, as `function`'s signature binds them; extra keywords are merged in.
+
+    Raises:
+        TypeError: the call does not fit the signature.
+    """
+    signature = inspect.signature(function)
+    arguments = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """Remove the cache from arguments of `generate` or forward, under whatever name, and return it or None."""
+    found = [kwargs.pop(name) for name in CACHE_NAMES if name in kwargs]
+    return next((cache for cache in found if cache is not None), None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name of the cache among the arguments of a model's forward method."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in (CACHE, *CACHE_NAMES) if name in parameters), CACHE)
+
+
+def output_of_generate(
+    sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Any
+) -> GenerateDecoderOnlyOutput:
+    """Return what `generate` returns with `return_dict_in_generate=True`.
+
+    Args:
+        sequences: (1, T) int64.
+        scores: processed scores (1, V) of each new token, or None.
+        logits: raw logits (1, V) of each new token, or None.
+        cache: keys and values of the text.
+    """
+    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, **{CACHE: cache})
+
+
+def mask_length(config: GenerationConfig, default: int) -> int:
+    """Return the length of the attention mask that `generate` dropped because it was all ones; `default` if unknown."""
+    return getattr(config, "_mask_length", default)
+
+
+# --- models and caches ---------------------------------------------------------------------------------
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """Return the name of a model's attention implementation."""
+    return config._attn_implementation
+
+
+def keeps_recurrent_state(model: PreTrainedModel) -> bool:
+    """Return whether a model's cache holds a state from which single tokens cannot be removed."""
+    return bool(model._is_stateful) or not model._supports_default_dynamic_cache()
+
+
+def layers_for(config: PretrainedConfig) -> list[DynamicLayer]:
+    """Return the empty cache layers that transformers makes for a (text) config."""
+    return list(DynamicCache(config=config).layers)
+
+
+def stock_layer(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
+    """Return transformers' own layer over these keys and values (1, heads, n, head_dim), without a copy."""
+    return _filled(DynamicLayer(), keys, values)
+
+
+def stock_sliding_layer(window: int, keys: Tensor | None, values: Tensor | None, seen: int) -> DynamicLayer:
+    """Return transformers' own sliding-window layer over these rows; `seen` counts the dropped ones too."""
+    layer = _filled(DynamicSlidingWindowLayer(sliding_window=window), keys, values)
+    layer.cumulative_length = seen
+    return layer
+
+
+def _filled(layer: DynamicLayer, keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
+    if keys is not None and values is not None:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return layer
+
+
+def hands_features_to_generators() -> bool:
+    """Return whether the assisted loop gives the target's outputs to candidate generators (transformers 5.8)."""
+    return hasattr(CandidateGenerator, "requires_model_outputs")
+
+
+def mark_initialized(parameter: nn.Parameter) -> None:
+    """Have `initialize_weights` leave this parameter as it is."""
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def find_file(name: str, file: str, **hub_kwargs: Any) -> str | None:
+    """Return the local path of a file of a directory or hub repository, or None if there is no such file.
+
+    Args:
+        name: directory or hub id.
+        file: path within it.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `force_download`.
+    """
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def require_file(name: str, file: str, **hub_kwargs: Any) -> str:
+    """Return the local path of a file of a directory or hub repository; arguments as `find_file`.
+
+    Raises:
+        OSError: there is no such file, or the hub cannot be reached.
+    """
+    return cached_file(name, file, **hub_kwargs)

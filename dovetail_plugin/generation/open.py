@@ -1,0 +1,146 @@
+"""Opens a generation: puts engine, session, drafter and budgets together for the loop.
+
+`generate` with a draft, plain generation on engines that bring no loop, and synthetic runs all come through here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..drafts.base import EXTRA_ROWS, Draft, Drafter
+from ..machine import thread_count
+from ..policy import DeviceSplitPolicy, records
+from ..policy.cost import Shape
+from ..policy.rounds import PLAIN, FixedRounds, Rounds
+from ..report import GenerationReport
+from ..targets.base import Engine
+from .loop import Decoder
+from .text import Text
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation, as it was asked for.
+
+    Attributes:
+        text: prompt, and how its next tokens are chosen.
+        config: as `generate` prepared it.
+        cache: of the engine, perhaps with rows of earlier turns.
+        cached: tokens at the start of the prompt whose rows the cache holds.
+        attention_mask: (1, tokens before the first new one), 0 at padding; None without padding.
+        model_kwargs: further arguments of the target's forward pass over the prompt.
+    """
+
+    text: Text
+    config: GenerationConfig
+    cache: Any
+    cached: int = 0
+    attention_mask: Tensor | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of sampling; 0 is greedy."""
+        return (self.config.temperature or 1.0) if self.config.do_sample else 0.0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A drafter that has seen all `tokens` rows of a cache, kept for the next turn with that cache."""
+
+    drafter: Drafter
+    tokens: int
+
+
+@contextmanager
+def open_generation(model: Any, engine: Engine, request: Request, draft: Draft | None) -> Iterator[Decoder]:
+    """Prepare a generation for `Decoder.run`, and keep what a later turn needs when it has ended.
+
+    Args:
+        model: the target.
+        engine: runs it.
+        request: what to generate.
+        draft: fits the target; its `report` is set. None generates plainly, one token per pass.
+
+    Raises:
+        ValueError: see `Draft.attach` and `Engine.session`.
+    """
+    text, cache, report = request.text, request.cache, GenerationReport()
+    drafter: Drafter | None = None
+    rounds: Rounds = FixedRounds(PLAIN)
+    if draft is not None:
+        draft.ensure_attached(model)
+        draft.report, draft.policy = report, draft.policy or DeviceSplitPolicy()
+        drafter = _drafter_for(draft, engine, request, report)
+        rounds = rounds_for(draft, drafter, model, engine, request.temperature)
+    session = engine.session(
+        cache,
+        # The cache may hold rows of turns that the prompt does not repeat.
+        max_length=cache.get_seq_length() - request.cached + text.max_length,
+        max_nodes=rounds.limits.nodes,
+        prefill_chunk=request.config.prefill_chunk_size,
+        model_kwargs=request.model_kwargs,
+        feature_layers=None if draft is None else draft.feature_layers(model.config),
+    )
+    in_torch = engine.runs_in_torch or (drafter is not None and drafter.runs_in_torch)
+    # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
+    with session as target, torch.no_grad(), thread_count(None if in_torch else 1):
+        decoder = Decoder(
+            target,
+            drafter,
+            text,
+            rounds,
+            report,
+            cached=request.cached,
+            attention_mask=request.attention_mask,
+            vary_threads=engine.runs_in_torch and draft is not None and draft.policy.threads == "auto",
+        )
+        yield decoder
+    if draft is not None and drafter is not None and decoder.drafter is drafter:  # it did not fail
+        draft.turns[cache] = _Turn(drafter, cache.get_seq_length())  # vanishes with the cache
+
+
+def _drafter_for(draft: Draft, engine: Engine, request: Request, report: GenerationReport) -> Drafter:
+    """Return the drafter of the turn before if this draft filled the cache, else a new one."""
+    turn = draft.turns.pop(request.cache, None)
+    followed = turn is not None and turn.tokens == request.cache.get_seq_length() > 0
+    if turn is not None and followed and draft.can_resume(turn.drafter, engine):
+        turn.drafter.clock = report.clock
+        return turn.drafter
+    return draft.new_drafter(engine, capacity=request.text.length + EXTRA_ROWS, clock=report.clock)
+
+
+def rounds_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, temperature: float) -> Rounds:
+    """Return the draft's own budget for every round if it has one, else the policy's choices."""
+    if draft.budget is not None:
+        return FixedRounds(draft.budget)
+    key = records.key_of(
+        engine=type(engine).__name__,
+        model=model.config.to_json_string(use_diff=False),  # the difference takes milliseconds to find
+        name=model.config.name_or_path,
+        rounding=engine.rounding,
+        draft=draft.identity(),
+        runner=drafter.identity(),
+        limits=asdict(draft.policy.limits),
+        torch=torch.__version__,
+    )
+    return draft.policy.rounds(
+        key, temperature=temperature, shape=lambda: _shape(engine), calibration=draft.calibration
+    )
+
+
+def _shape(engine: Engine) -> Shape | None:
+    """Return the sizes that say what context costs; None for a model whose config does not give them."""
+    config = engine.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = config.num_hidden_layers
+    return Shape(engine.num_parameters(), 2 * layers * kv_heads * head_dim, layers * heads * head_dim)
