@@ -105,5 +105,22 @@ lint: setup
 bench: setup
 	.venv/bin/python benchmarks/run.py
 
+.PHONY: docs examples
+
+# make docs builds the documentation site in build/site. Its tools have a separate environment; the command line page
+# asks .venv for the help texts. make examples runs the scripts in examples/.
+.venv-docs/installed: constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup .venv-docs/installed
+	DOVETAIL_PYTHON=.venv/bin/python .venv-docs/bin/mkdocs build --strict --quiet
+
+examples: export OMP_NUM_THREADS = 1
+examples: setup
+	.venv/bin/python -m pytest tests/test_examples.py
+
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info

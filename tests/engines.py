@@ -121,7 +121,7 @@ class Torch:
 class OpenVINO:
     """An `OpenVINOTarget` of the model's export."""
 
-    own_files = {"test_openvino.py", "test_openvino_draft.py"}
+    own_files = {"test_openvino.py", "test_openvino_draft.py", "test_openvino_example.py"}
 
     def __init__(self, config: pytest.Config) -> None:
         directory = Path(config.getoption("--exports")) / "openvino"
