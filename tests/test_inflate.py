@@ -140,7 +140,7 @@ def test_bfloat16_is_close_to_the_source():
     assert torch.cosine_similarity(actual, expected, dim=-1).min() > 0.99
 
 
-# --- the same cost: dense weights that share no storage -------------------------------------------------
+# --- the same cost: dense weights that share no storage --------------------------------------------
 
 
 def test_weights_are_dense():
