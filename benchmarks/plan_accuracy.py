@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import DRAFT, TARGET, load_bundled
+from common import DRAFT, TARGET, load_bundled
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

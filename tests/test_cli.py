@@ -217,8 +217,8 @@ MISTAKES = {
     "llama-2-7b-shape is a shape without weights": ["bench", "--target", "llama-2-7b-shape", "--draft", "draft"],
     "--target no/such/thing: no such file or directory": ["bench", "--target", "no/such/thing", *SYNTHETIC],
     "torch finds no CUDA device": ["bench", "--target", "target", *SYNTHETIC, "--draft-device", "cuda:99"],
-    "a plot is written as .png": ["bench", *PAIR, "--plot", "bench.bmp"],
-    "there is no directory 'nowhere'": ["bench", *PAIR, "--plot", "nowhere/bench.png"],
+    "is not a valid plot file. Use a name that ends in .png": ["bench", *PAIR, "--plot", "bench.bmp"],
+    "'nowhere' is not a directory. Create it": ["bench", *PAIR, "--plot", "nowhere/bench.png"],
     "mine.jsonl": ["bench", *PAIR, *SHORT, "--prompts", "mine.jsonl"],
     "max_new_tokens": ["generate", *PAIR, "--draft-device", "cpu", "--max-new-tokens", "0", "--prompt", "x"],
 }
