@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from .. import machine
-from ..drafts.base import DraftRunner
+from ..drafts.base import DRAFT_ROWS, DraftRunner
 from ..drafts.feature_drafter import FeatureDrafter
 from ..drafts.model import DovetailDraft
-from ..generation.generate import DRAFT_ROWS, draft_runner_for, rounds_for
+from ..generation.generate import draft_runner_for, rounds_for
 from ..generation.loop import Decoder
 from ..generation.text import Text
 from ..policy.device_split import DeviceSplitPolicy

@@ -16,6 +16,9 @@ from torch import Tensor
 from ..report import GenerationReport, PhaseClock
 from ..tree import DraftTree, TreeBudget
 
+DRAFT_ROWS = 1024
+"""Rows that a draft's cache has room for beyond the prompt. The cache doubles when they are used up."""
+
 
 class Assistant:
     """Base of drafts.

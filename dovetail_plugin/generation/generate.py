@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..drafts.base import Assistant, DraftRunner
+from ..drafts.base import DRAFT_ROWS, Assistant, DraftRunner
 from ..drafts.cuda_graphs import runner_for
 from ..drafts.feature_drafter import FeatureDrafter, TorchRunner
 from ..drafts.model import DovetailDraft
@@ -29,12 +29,10 @@ from ..policy.device_split import DeviceSplitPolicy
 from ..policy.rounds import PLAIN, FixedRounds, Rounds
 from ..report import GenerationReport
 from ..targets.base import Engine
+from ..targets.config_sizes import sizes_of
 from ..targets.engine import engine_of
 from .loop import Decoder
 from .text import Text
-
-DRAFT_ROWS = 1024
-"""Rows the draft's cache makes room for beyond the prompt; it doubles when they are used up."""
 
 OWN_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """Forward arguments that the target handles itself; all others go to the prompt's pass unchanged."""
@@ -266,14 +264,12 @@ def rounds_for(
 
 def _shape(model: Any) -> Shape | None:
     """Sizes that tell what context costs; None for a model whose config does not give them."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
+    try:
+        sizes = sizes_of(model.config)
+    except ValueError:
         return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = config.num_hidden_layers
-    return Shape(model.num_parameters(), 2 * layers * kv_heads * head_dim, layers * heads * head_dim)
+    kv_numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+    return Shape(model.num_parameters(), kv_numbers, sizes.layers * sizes.heads * sizes.head_dim)
 
 
 def _same(one: DraftRunner, other: DraftRunner) -> bool:
