@@ -9,9 +9,9 @@ pages and workspaces. Then it loads the pair, resets the kernel's high-water mar
 draft. Resident pages count whether they are private or mapped from a weight file: both take memory while the model
 runs. The storages of all tensors that live after the generation are added up as well.
 
-The gate is 5 % for the tensors and for the totals. The plan's margin has its own line; beside it stands what the process
-takes beyond the planned parts. With a GPU, the same is done for every `--vram` budget, placed as planned, with torch's
-peak on the GPU. Prints tables and one JSON line, which is also appended to --out. Run nothing else meanwhile.
+The gate is 5 % for the tensors and for the totals. The plan's margin has its own line; beside it stands what the
+process takes beyond the planned parts. With a GPU, the same is done for every `--vram` budget, placed as planned, with
+torch's peak on the GPU. Prints tables and one JSON line, which is also appended to --out. Run nothing else meanwhile.
 """
 
 import argparse
@@ -181,9 +181,8 @@ def compare(result: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(("VRAM that torch allocates", planned("(?!margin)", "gpu"), seen["gpu_peak"]))
         totals["gpu"] = ("VRAM", seen["gpu_used"])
     for device, (name, used) in totals.items():
-        rows.append(
-            (f"{name} beyond the parts: the margin", planned("margin", device), used - planned("(?!margin)", device))
-        )
+        beyond = used - planned("(?!margin)", device)
+        rows.append((f"{name} beyond the parts: the margin", planned("margin", device), beyond))
         rows.append((name, planned(".*", device), used))
     return [dict(what=what, planned=plan, seen=real, error=plan / real - 1) for what, plan, real in rows]
 
