@@ -37,7 +37,7 @@ def bytes_of(plan, pattern, device="cpu|gpu"):
 TABLES = 128256 * 4096 * 2  # bytes of Llama 3.1 8B's embedding, and of its head
 
 
-def test_large_gpu_takes_all():
+def test_large_gpu_holds_everything():
     plan = plan_for("llama-3.1-8b-shape", 24 * GIB)
     assert (plan.draft_device, plan.embedding_device, plan.draft_vocab_size) == ("gpu", "gpu", None)
     assert plan.gpu_layers == tuple(range(32))
@@ -67,7 +67,7 @@ def test_embedding_moves_first():
     assert any("gathered on the CPU" in note for note in plan.notes)
 
 
-def test_then_the_head_is_cut():
+def test_head_is_cut_if_it_does_not_fit():
     plan = plan_for("llama-3.1-8b-shape", 2 * GIB)
     assert (plan.draft_device, plan.embedding_device, plan.draft_vocab_size) == ("gpu", "cpu", 65536)
     assert bytes_of(plan, "draft: head") == 65536 * (4096 * 2 + 8)
@@ -75,7 +75,7 @@ def test_then_the_head_is_cut():
     assert any("65536 most frequent tokens" in note for note in plan.notes)
 
 
-def test_then_the_draft_goes_to_the_cpu():
+def test_draft_runs_on_the_cpu_if_nothing_else_fits():
     plan = plan_for("llama-3.1-8b-shape", GIB)
     assert (plan.draft_device, plan.embedding_device, plan.draft_vocab_size) == ("cpu", "cpu", None)
     assert plan.needed_bytes("gpu") == 0 and plan.gpu_layers == ()
@@ -95,8 +95,8 @@ def test_no_gpu(vram_bytes):
     assert bytes_of(other, "draft: embedding and head") == 2 * 152064 * 3584 * 4
 
 
-def test_a_tied_table_is_one():
-    """It is counted once and never split: all of it is on the GPU, or a part of it that serves as head only."""
+def test_tied_tables_count_once():
+    """A tied table is never split: all of it is on the GPU, or a part of it that serves as the head only."""
     table = 128256 * 2048 * 2
     plan = plan_for("llama-3.2-1b-shape", 2 * GIB)
     assert bytes_of(plan, "draft: head") == table and bytes_of(plan, "draft: embedding") == 0
@@ -108,7 +108,7 @@ def test_a_tied_table_is_one():
 
 
 def test_budgets_hold_and_more_memory_brings_more():
-    """Over all sizes of a GPU: never more than there is, and nothing is taken back as it grows."""
+    """For all sizes of a GPU: the plan never exceeds it, and a larger GPU never holds less."""
     config = shape_config("llama-3.1-8b-shape")
     steps, weights = [], target_sizes(config, storage_of(config, None)).weights_bytes
     for size in range(512 * MIB, 21 * GIB, 1536 * MIB):

@@ -16,7 +16,7 @@ from .memory import DraftSizes, Rows, TargetSizes, draft_sizes
 from .storage import FLOAT_DTYPES, Storage
 
 MARGIN_FIXED_BYTES, MARGIN_SHARE = 420 * MIB, 0.03
-"""What a plan leaves on each device beside the parts that it counts: a fixed size and a share of those parts.
+"""A plan leaves this much of each device free beside the parts that it counts: a fixed size and a share of them.
 
 The fixed size is the program. Python, torch and transformers hold 390 to 440 MiB of RAM after a first generation; the
 context of a GPU's driver with its kernels, workspaces and captured graphs takes about as much VRAM. The share is for
@@ -29,7 +29,7 @@ SMALLEST_HEAD = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan for: the arguments of `make_plan`, checked.
+    """The arguments of `make_plan`, checked.
 
     Attributes:
         target: config of the target.

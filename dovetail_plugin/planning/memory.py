@@ -270,8 +270,8 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _layer_sizes(model: PreTrainedModel, weights_bytes: list[int], number_bytes: int) -> Iterator[LayerSizes]:
     """Sizes of every layer. Keys and values are counted as the model itself writes them for one token.
 
-    What is kept (of latent attention) differs between versions of transformers and between layers. The last layers
-    may have no cache, because they read the rows of earlier ones.
+    The numbers that latent attention keeps differ between versions of transformers and between layers. The last
+    layers may have no cache, because they read the rows of earlier ones.
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     try:
