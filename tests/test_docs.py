@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.known_pairs import KNOWN
-from dovetail_plugin.planning.count_weights import draft_sizes
 from dovetail_plugin.planning.device_plan import parse_bytes
 from dovetail_plugin.planning.draft_config import config_alone
 from dovetail_plugin.planning.known_shapes import SHAPES
+from dovetail_plugin.planning.memory import draft_sizes
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -110,7 +110,7 @@ def test_sizes_of_known_drafts(target):
     borrowed = 1 if sizes.own_head or shape.get("tie_word_embeddings") else 2
     assert parse_bytes(weights.replace(" ", "")) == pytest.approx(sizes.blocks_bytes, rel=0.01)
     assert parse_bytes(tables.replace(" ", "")) == pytest.approx(
-        borrowed * sizes.vocab_size * sizes.row_bytes, rel=0.01
+        borrowed * sizes.config.vocab_size * sizes.row_bytes, rel=0.01
     )
 
 

@@ -2,9 +2,9 @@
 
 import engines
 import pytest
-import test_formats
 import torch
 from families import FULL_ATTENTION, SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
+from support import checkpoints
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 
@@ -137,10 +137,10 @@ def test_text_up_to_the_last_position(oracle):
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "phi3", "mistral"])
 def test_eagle3_drafts_read_hidden_states_of_every_engine(model_type, tmp_path):
     """What the drafter is handed equals transformers' `hidden_states`, and the text is the plain one."""
-    model = tiny_model(model_type, num_hidden_layers=test_formats.TARGET_LAYERS)
+    model = tiny_model(model_type, num_hidden_layers=checkpoints.TARGET_LAYERS)
     target = engines.current().target(model)
     torch.manual_seed(0)
-    made = test_formats.eagle3(states=(1, 3, 7), own_embedding=True)
+    made = checkpoints.eagle3(states=(1, 3, 7), own_embedding=True)
     draft = DovetailDraft.from_pretrained(made.write(tmp_path))
     seen, project = [], draft.project
     draft.project = lambda features: (seen.append(features.clone()), project(features))[1]

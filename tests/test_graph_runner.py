@@ -12,7 +12,8 @@ import torch
 from families import prompt, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_drafting import FakeCuda, make_draft, move, text_and_features
+from support.devices import FakeCuda, move
+from support.drafts import make_draft, text_and_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
-from test_drafting import FakeCuda, make_draft, move, text_and_features
+from support.devices import FakeCuda, move
+from support.drafts import make_draft, text_and_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, machine

@@ -15,7 +15,7 @@ from ..drafts.checkpoints.read import read_config
 from ..drafts.known_pairs import LOOKUP, draft_name_for, load_assistant
 from ..drafts.model import DovetailDraft
 from ..planning.apply import apply_plan
-from ..planning.device_plan import parse_budget
+from ..planning.device_plan import parse_bytes
 from ..policy.device_split import DeviceSplitPolicy
 from ..tree import TreeBudget
 
@@ -145,7 +145,7 @@ def place_by_plan(args: argparse.Namespace, target: Any, draft: Draft) -> None:
         raise ValueError(f"--vram plans for drafts that read features, not for a {type(draft).__name__}.")
     if args.draft_device != "auto":
         raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
-    if parse_budget(args.vram) and not torch.cuda.is_available():
+    if parse_bytes(args.vram) and not torch.cuda.is_available():
         raise ValueError(f"--vram {args.vram}: torch finds no CUDA device; give 0, or plan with `dovetail plan`.")
     draft.policy = DeviceSplitPolicy(vram_budget=args.vram)
     weights = {} if args.target_ir is None else {"dtype": "int8"}  # an exported target is not split, whatever it is

@@ -19,8 +19,8 @@ from ..report import GenerationReport, PhaseClock
 from ..targets.base import Engine, TargetModel
 from ..tree import DraftTree, TreeBudget
 
-EXTRA_ROWS = 1024
-"""Rows that a drafter's storage makes room for beyond the prompt; it doubles when they are used up."""
+DRAFT_ROWS = 1024
+"""Rows that a draft's cache has room for beyond the prompt. The cache doubles when they are used up."""
 
 Value = TypeVar("Value")
 
