@@ -23,6 +23,7 @@ TESTS = Path(__file__).resolve().parent
 SHARED_FILES = {
     "test_bad_input.py",
     "test_bundled.py",
+    "test_default_policy.py",
     "test_families.py",
     "test_options.py",
     "test_sampling.py",
@@ -31,17 +32,24 @@ SHARED_FILES = {
 
 
 class EngineUnderTest(Protocol):
-    """How tests get a target of one engine."""
+    """How tests get a target of one engine.
+
+    Attributes:
+        own_files: test files that run over this engine only; None for the engine that runs all files.
+    """
 
     own_files: set[str] | None
-    """Test files of this engine alone; None: all files."""
 
     def target(self, model: PreTrainedModel, own_runner: bool = False) -> Any:
         """A target that computes what `model` does, in fp32.
 
         Args:
-            own_runner: drafts may run in the engine too, which takes seconds to prepare; else they run in torch.
+            model: in torch, fp32.
+            own_runner: whether drafts run in the engine too, which takes seconds to prepare; otherwise in torch.
         """
+
+    def session_class(self) -> type:
+        """The class whose `prefill` and `score` run the target's passes."""
 
 
 class Exporter:
@@ -117,6 +125,11 @@ class Torch:
     def target(self, model: PreTrainedModel, own_runner: bool = False) -> PreTrainedModel:
         return model
 
+    def session_class(self) -> type:
+        from dovetail_plugin.targets.transformers_model import TorchTarget
+
+        return TorchTarget
+
 
 class OpenVINO:
     """An `OpenVINOTarget` of the model's export."""
@@ -135,6 +148,11 @@ class OpenVINO:
             target.dovetail_engine.draft_runner = lambda _draft: None
         return target
 
+    def session_class(self) -> type:
+        from dovetail_plugin.adapters.openvino.session import OpenVINOSession
+
+        return OpenVINOSession
+
 
 class OnnxRuntime:
     """An `OnnxRuntimeTarget` of the model's export, made in an environment of its own."""
@@ -149,6 +167,11 @@ class OnnxRuntime:
         from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget
 
         return OnnxRuntimeTarget.from_pretrained(self.exporter.path(model, kind), **({"threads": 1} | options))
+
+    def session_class(self) -> type:
+        from dovetail_plugin.adapters.onnxruntime.session import OnnxRuntimeSession
+
+        return OnnxRuntimeSession
 
 
 ENGINES = {"torch": Torch, "openvino": OpenVINO, "onnxruntime": OnnxRuntime}
@@ -190,7 +213,7 @@ def runs(file: Path) -> bool:
     return own is None or not file.name.startswith("test_") or file.name in SHARED_FILES | own
 
 
-def skip_what_is_torchs(items: list[pytest.Item]) -> None:
+def skip_torch_only(items: list[pytest.Item]) -> None:
     """Tests marked `torch_only(reason)`, where another engine runs."""
     if is_current("torch"):
         return

@@ -55,6 +55,11 @@ SLIDING = {
     },
 }
 
+CASES = [(name, fields) for family in (FULL_ATTENTION, SLIDING) for name, fields in family.items()]
+"""(model type, fields of its config) of every family."""
+
+CASE_IDS = [f"{name}-window" if fields.get("sliding_window") else name for name, fields in CASES]
+
 
 def tiny_target(model_type: str, seed: int = 0, **overrides) -> Any:
     """The model of `tiny_model` as a target of the engine under test."""

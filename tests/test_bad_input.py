@@ -12,6 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.targets.engine import engine_of
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 GREEDY = dict(max_new_tokens=24, do_sample=False, eos_token_id=None)
 
 

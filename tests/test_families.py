@@ -4,14 +4,15 @@ import engines
 import pytest
 import test_formats
 import torch
-from families import FULL_ATTENTION, SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
+from families import CASE_IDS, CASES, SLIDING_WINDOW, prompt, tiny_model, tiny_target
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 
-CASES = [(name, fields) for family in (FULL_ATTENTION, SLIDING) for name, fields in family.items()]
-IDS = [f"{name}-window" if fields.get("sliding_window") else name for name, fields in CASES]
 SHAPES = [TreeBudget(16, 6, 8), TreeBudget(6, 5, 1), TreeBudget(40, 3, 10), TreeBudget(1, 1, 1)]
 SHAPE_IDS = ["tree", "chain", "wide", "off"]
+
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 
 def both(target, draft, ids, **options):
@@ -20,7 +21,7 @@ def both(target, draft, ids, **options):
     return plain, target.generate(ids, **options, assistant_model=draft)
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_plain_text_is_torchs(model_type, fields):
     """What drafted text is compared with below: an engine's plain text, which has to be torch's own."""
     if engines.is_current("torch"):
@@ -31,7 +32,7 @@ def test_plain_text_is_torchs(model_type, fields):
     assert torch.equal(text, model.generate(prompt(), **options))
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_rejecting_draft(model_type, fields):
     """A random draft: nearly everything is rejected and rolled back, in every shape of tree."""
     target = tiny_target(model_type, **fields)
@@ -45,7 +46,7 @@ def test_rejecting_draft(model_type, fields):
 @pytest.mark.parametrize(
     "attention", ["sdpa", pytest.param("eager", marks=pytest.mark.torch_only("an implementation of transformers"))]
 )
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_accepting_draft(model_type, fields, attention, oracle):
     """A draft that knows much of the text: paths are accepted, cache rows move, the window slides over them."""
     target = tiny_target(model_type, **fields)

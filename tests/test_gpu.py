@@ -3,12 +3,17 @@
 import pytest
 import torch
 from families import prompt, tiny_target
-from test_bundled import load
+from support.bundled import TARGET, load_pair
+from transformers import AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.bench.compare import Comparison
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.report import PhaseClock
 
 pytestmark = [
+    pytest.mark.usefixtures("fixed_budget"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
@@ -35,12 +40,7 @@ def test_target_on_cuda_draft_on_cpu(oracle):
 
 
 def test_bundled_pair():
-    from test_bundled import TARGET
-    from transformers import AutoTokenizer
-
-    from dovetail_plugin.bench.prompts import load_prompts
-
-    target, draft = load(torch.float32)
+    target, draft = load_pair(torch.float32)
     draft.to("cuda", torch.bfloat16)
     comparison = Comparison(target, draft, {"max_new_tokens": 96, "do_sample": False})
     for input_ids in load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 8):
@@ -51,9 +51,6 @@ def test_bundled_pair():
 
 def test_growing_a_tree_never_waits_for_the_device():
     """No synchronisation inside `grow_on_device`: CUDA itself raises if there is one."""
-    from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
-    from dovetail_plugin.report import PhaseClock
-
     llama = tiny_target("llama")
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda")
     drafter = FeatureDrafter(draft, 64, PhaseClock())

@@ -10,9 +10,8 @@ import engines
 import numpy as np
 import pytest
 import torch
-from conftest import random_tree
-from families import VOCAB, prompt, tiny_model
-from test_families import CASES, IDS
+from families import CASE_IDS, CASES, VOCAB, prompt, tiny_model
+from support.trees import random_tree
 
 if not engines.is_current("onnxruntime"):
     pytest.skip("runs with --engine onnxruntime", allow_module_level=True)
@@ -61,7 +60,7 @@ def torch_rows(model, ids):
 # --- what is computed ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_logits_and_features_are_torchs(model_type, fields):
     model = tiny_model(model_type, **fields)
     target, ids = engines.current().target(model), prompt(40)

@@ -12,11 +12,10 @@ import engines
 import numpy as np
 import pytest
 import torch
-from conftest import random_tree
-from families import SLIDING, VOCAB, prompt, tiny_model
+from families import CASE_IDS, CASES, SLIDING, VOCAB, prompt, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_families import CASES, IDS
+from support.trees import random_tree
 
 if not engines.is_current("openvino"):
     pytest.skip("runs with --engine openvino", allow_module_level=True)
@@ -106,7 +105,7 @@ def test_neutral_inputs_leave_the_function_as_it_was(kind):
     np.testing.assert_allclose(logits[3], logits[1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_logits_and_features_are_torchs(model_type, fields):
     """Of a prompt longer than the window: features of every row, logits of the last, and all of a plain pass."""
     model = tiny_model(model_type, **fields)

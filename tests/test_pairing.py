@@ -7,7 +7,7 @@ import test_formats
 import torch
 from families import prompt, tiny_target
 from helpers import byte_target, byte_tokenizer, run_python, save_pair
-from test_bundled import DRAFT, TARGET
+from support.bundled import DRAFT, TARGET
 from transformers import AutoConfig, LlamaConfig
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft

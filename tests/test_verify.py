@@ -4,9 +4,9 @@ import math
 import random
 
 import pytest
-from conftest import random_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trees import random_tree
 
 from dovetail_plugin import TreeBudget
 from dovetail_plugin.verify import Choice, accept, sibling_rejection_ref
