@@ -7,27 +7,37 @@ import engines
 import pytest
 import torch
 from families import tiny_target
+from support import environments
 from support.clock import FakeClock
 from support.trees import random_tree
 
 import dovetail_plugin.generation.generate
 from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin.drafts import cuda_graphs
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+
+pytest_plugins = ["pytester"]
 
 
 def pytest_addoption(parser):
     engines.add_options(parser)
+    environments.add_options(parser)
 
 
 def pytest_configure(config):
     engines.choose(config)
+    if config.getoption("--summary") and not hasattr(config, "workerinput"):  # once, not in each worker of xdist
+        config.pluginmanager.register(environments.Summary(config.getoption("--summary")))
 
 
 def pytest_ignore_collect(collection_path):
     return None if engines.runs(collection_path) else True
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before pytest's own selection by -m, which looks at the marks
+def pytest_collection_modifyitems(config, items):
+    environments.mark_files(items)
+    environments.select_nightly(config, items)
     engines.skip_torch_only(items)
 
 
@@ -109,3 +119,10 @@ def oracle(monkeypatch):
         monkeypatch.setattr(dovetail_plugin.generation.generate, "FeatureDrafter", OracleDrafter)
 
     return install
+
+
+@pytest.fixture(params=[256, 16], ids=["wide", "narrow"])
+def min_columns(request, monkeypatch):
+    """Smallest number of columns of a CUDA graph. With 16, short texts use several counts and outgrow their storage."""
+    monkeypatch.setattr(cuda_graphs, "MIN_COLUMNS", request.param)
+    return request.param

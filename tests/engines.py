@@ -134,7 +134,14 @@ class Torch:
 class OpenVINO:
     """An `OpenVINOTarget` of the model's export."""
 
-    own_files = {"test_openvino.py", "test_openvino_draft.py"}
+    own_files = {
+        "test_export.py",
+        "test_openvino.py",
+        "test_openvino_draft.py",
+        "test_openvino_files.py",
+        "test_openvino_optimum.py",
+        "test_openvino_state.py",
+    }
 
     def __init__(self, config: pytest.Config) -> None:
         directory = Path(config.getoption("--exports")) / "openvino"

@@ -59,14 +59,14 @@ def test_greedy_bf16_differs_only_at_ties(prompts):
     assert result.acceptance_length >= 3.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_hundred_texts():
     """All prompts of the package, 128 tokens each."""
     every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)
     assert compare(torch.float32, every, max_new_tokens=128).result().identical == 200
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.torch_only("bfloat16 weights")
 def test_two_hundred_texts_bf16():
     every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import engines
 import pytest
 from helpers import run_python, save_pair
 
@@ -45,7 +46,10 @@ def test_one_target_only(tmp_path, capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("optimum"), reason="optimum-intel is not installed here")
+@pytest.mark.skipif(
+    not (engines.is_current("openvino") and importlib.util.find_spec("optimum")),
+    reason="runs with --engine openvino where optimum-intel is installed",
+)
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_from_checkpoint_to_text(tmp_path, weights):
     target, draft = save_pair(tmp_path)

@@ -104,7 +104,7 @@ def test_models_that_cannot_draft():
 
 @pytest.mark.torch_only("tokenizers beside checkpoints")
 def test_tokenizers_that_differ(tmp_path):
-    from test_bundled import TARGET
+    from support.bundled import TARGET
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = AutoModelForCausalLM.from_pretrained(TARGET)

@@ -1,0 +1,105 @@
+"""Storage of static shapes: rows that are appended and set back, and storage that passes from text to text."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.graphs import BUDGETS, assert_same_trees, drafters, record
+from test_drafting import make_draft, text_and_features
+
+from dovetail_plugin.drafts import cuda_graphs as graph_runner
+from dovetail_plugin.drafts.cuda_graph_rows import MAX_STATIC_ROWS
+from dovetail_plugin.drafts.cuda_graphs import GraphRunner, runner_for
+from dovetail_plugin.drafts.feature_drafter import TorchRunner
+
+STEPS = st.lists(st.tuples(st.integers(1, MAX_STATIC_ROWS + 3), st.integers(0, 30)), min_size=1, max_size=8)
+
+
+@given(prompt_rows=st.integers(1, 20), steps=STEPS, seed=st.integers(0, 9), replayed=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_appending_and_setting_back_is_as_with_kv_rows(prompt_rows, steps, seed, replayed):
+    """Steps: (rows appended, rows set back before that). Masks are random, but rows see themselves."""
+    draft = make_draft("dgf", 2, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(graph_runner, "MIN_COLUMNS", 8)
+        if replayed:
+            record(patch)
+        runners = [TorchRunner(draft), GraphRunner(draft)]
+        all_rows = [runner.new_rows(8) for runner in runners]
+        length = 0
+        for count, back in [(prompt_rows, 0), *steps]:
+            start = max(length - back, 1) if length else 0
+            length = start + count
+            mask = torch.zeros(count, length).masked_fill(
+                torch.rand(count, length, generator=generator) < 0.4, float("-inf")
+            )
+            mask[:, start:].fill_diagonal_(0)
+            features = torch.randn(count, 32, generator=generator)
+            tokens = torch.randint(97, (count,), generator=generator)
+            rope = draft.rope_at(torch.arange(start, length)[None], torch.float32)
+            results = []
+            for runner, rows in zip(runners, all_rows, strict=True):
+                for own in rows:
+                    own.length = start
+                results.append(runner.run(features, tokens, rope, rows, mask if start else None, count - 1))
+                assert {own.length for own in rows} == {length}
+            for one, other in zip(*results, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+            for block, own in enumerate(all_rows[0]):
+                keys, values = all_rows[1][0].store.kv[block][..., :length, :]
+                torch.testing.assert_close(own.keys, keys, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(own.values, values, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_results_outlive_later_passes_and_dropped_rows_leave_no_trace():
+    draft = make_draft("dgf", 2)
+    runner = GraphRunner(draft)
+    rows, (cos, sin) = runner.new_rows(64), draft.rope_at(torch.arange(9)[None], torch.float32)
+    features, tokens, rope = torch.randn(3, 32), torch.arange(3), (cos[:, :3], sin[:, :3])
+    runner.run(features, tokens, rope, rows, None)
+    first = runner.run(features, tokens, rope, rows, torch.zeros(3, 6))
+    before = [tensor.clone() for tensor in first]
+    rows[0].length = 3
+    runner.run(torch.full((9, 32), float("nan")), torch.arange(9), (cos, sin), rows, torch.zeros(9, 12))
+    assert all(torch.equal(one, other) for one, other in zip(before, first, strict=True))
+    rows[0].length = 3
+    again = runner.run(features, tokens, rope, rows, torch.zeros(3, 6))
+    assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
+
+
+def test_storage_goes_to_the_next_text_and_only_one_is_kept():
+    draft = make_draft()
+    ids, features = text_and_features(6)
+    runner = runner_for(draft)
+    assert runner_for(draft) is runner
+
+    def tree(drafter):
+        drafter.begin(features, ids)
+        return drafter.grow(BUDGETS[0])
+
+    plain, first = drafters(draft, runner=runner)
+    wanted = tree(plain)
+    assert first.rows[0].store is None  # nothing is allocated before the draft is needed
+    assert_same_trees(wanted, tree(first))
+    first.rows[0].store.kv.fill_(float("nan"))  # of a draft that failed
+    _, second = drafters(draft, runner=runner)  # while the first text goes on
+    assert_same_trees(wanted, tree(second))
+    left = first.rows[0].store
+    assert second.rows[0].store is not left
+    del first
+    _, third = drafters(draft, runner=runner)
+    assert_same_trees(wanted, tree(third))
+    assert third.rows[0].store is left and not runner._idle
+    del second, third
+    gc.collect()
+    assert len(runner._idle) == 2
+    _, long = drafters(draft, capacity=1000, runner=runner)
+    assert_same_trees(wanted, tree(long))
+    assert long.rows[0].store.capacity == 1024 and not runner._idle
+
+    draft.to(torch.bfloat16)
+    assert runner_for(draft) is not runner
