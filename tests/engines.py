@@ -1,8 +1,8 @@
 """The engines that the tests run over, one of them at a time: `pytest --engine NAME`.
 
 `families.tiny_target` and the bundled target pass through `current().target`, so one test file serves all
-engines. Tests that are about the inside of torch targets are marked `torch_only`. A further engine is one more
-class here with an entry in `ENGINES`, and a script that exports a checkpoint for it.
+engines. Tests of the internals of torch targets are marked `torch_only`. To add an engine, add a class with an entry
+in `ENGINES`, and a script that exports checkpoints for it.
 """
 
 import atexit
@@ -53,12 +53,12 @@ class EngineUnderTest(Protocol):
 
 
 class Exporter:
-    """Stored models of an engine, made when they are first asked for and found again by their content.
+    """Stored models of an engine, made on first use and found again by a hash of their weights.
 
     Args:
-        script: reads requests as tests/export_openvino.py does.
-        python: of the environment that has what the script imports.
-        directory: where exports stay.
+        script: exports models; see tests/export_openvino.py for its input and output.
+        python: interpreter of the environment that has what the script imports.
+        directory: exports are stored here.
     """
 
     def __init__(self, script: Path, python: str, directory: Path) -> None:
@@ -66,7 +66,7 @@ class Exporter:
         self._process: subprocess.Popen[str] | None = None
 
     def path(self, model: PreTrainedModel, kind: str = "f32") -> Path:
-        """The directory with this model's export. Not to be written to."""
+        """The directory with this model's export. Tests must not write to it."""
         with tempfile.TemporaryDirectory() as source:
             model.save_pretrained(source)
             config = json.loads((Path(source) / "config.json").read_text())
@@ -80,7 +80,7 @@ class Exporter:
         return out
 
     def _export(self, source: str, out: Path, kind: str) -> None:
-        part = out.with_name(f"{out.name}.part{os.getpid()}")  # one that was interrupted is not taken for a whole one
+        part = out.with_name(f"{out.name}.part{os.getpid()}")  # so that an interrupted export is not used
         shutil.rmtree(part, ignore_errors=True)
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
@@ -94,7 +94,7 @@ class Exporter:
             raise RuntimeError(f"{out.name} could not be exported: {error} (see {log})")
         try:
             part.rename(out)
-        except OSError:  # another worker of this test run was faster
+        except OSError:  # another worker of this run was faster
             if not out.exists():
                 raise
             shutil.rmtree(part)
@@ -111,11 +111,11 @@ class Exporter:
 
     def _end(self) -> None:
         assert self._process is not None
-        self._process.communicate()  # closes its stdin, which is its end
+        self._process.communicate()  # the process ends when its stdin is closed
 
 
 class Torch:
-    """The model itself."""
+    """The model itself is the target."""
 
     own_files = None
 
@@ -132,7 +132,7 @@ class Torch:
 
 
 class OpenVINO:
-    """An `OpenVINOTarget` of the model's export."""
+    """The target is an `OpenVINOTarget` of the model's export."""
 
     own_files = {
         "test_export.py",
@@ -162,7 +162,7 @@ class OpenVINO:
 
 
 class OnnxRuntime:
-    """An `OnnxRuntimeTarget` of the model's export, made in an environment of its own."""
+    """The target is an `OnnxRuntimeTarget` of the model's export, which is made in a separate environment."""
 
     own_files = {"test_onnxruntime.py", "test_onnxruntime_files.py"}
 
@@ -201,11 +201,11 @@ def is_current(name: str) -> bool:
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """The options of the test run."""
+    """Add the options of this module to pytest's command line."""
     group = parser.getgroup("engines")
-    group.addoption("--engine", choices=sorted(ENGINES), default="torch", help="what runs the targets")
+    group.addoption("--engine", choices=sorted(ENGINES), default="torch", help="engine that runs the targets")
     group.addoption("--exporter", default=sys.executable, help="python that has the engine's exporter (default: this)")
-    group.addoption("--exports", default=str(TESTS.parent / "build" / "exports"), help="where exported models stay")
+    group.addoption("--exports", default=str(TESTS.parent / "build" / "exports"), help="directory for exported models")
 
 
 def choose(config: pytest.Config) -> None:
@@ -215,13 +215,13 @@ def choose(config: pytest.Config) -> None:
 
 
 def runs(file: Path) -> bool:
-    """Whether a test file is for the current engine."""
+    """Whether a test file runs with the current engine."""
     own = current().own_files
     return own is None or not file.name.startswith("test_") or file.name in SHARED_FILES | own
 
 
 def skip_torch_only(items: list[pytest.Item]) -> None:
-    """Tests marked `torch_only(reason)`, where another engine runs."""
+    """Skip tests marked `torch_only(reason)` if another engine runs."""
     if is_current("torch"):
         return
     for item in items:

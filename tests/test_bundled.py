@@ -1,4 +1,4 @@
-"""The bundled pair on real text: identity in fp32, the tie rule in bf16, acceptance, size, what it says."""
+"""The bundled pair on real text: identical text in fp32, ties in bf16, acceptance length, file size, answers."""
 
 import pytest
 import torch
@@ -85,8 +85,8 @@ def test_pair_is_small_and_complete():
     assert target.config.num_hidden_layers >= 12
 
 
-def test_it_speaks_the_language_of_its_domain(prompts):
-    """Answers end by themselves, with the final answer line that GSM8K's answers have."""
+def test_answers_end_and_have_the_form_of_gsm8k(prompts):
+    """Most answers end with EOS and contain the line with the final answer that GSM8K's answers have."""
     target, draft = load_pair(torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     ended = answered = 0

@@ -1,4 +1,4 @@
-"""`dovetail export` and `--target-ir`: what is refused, and where optimum is there the way from checkpoint to text."""
+"""`dovetail export` and `--target-ir`: bad input, and, with optimum-intel, from a checkpoint to text."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""On a real GPU: target on the CPU, draft on CUDA, nothing else in between. Skips where there is none."""
+"""Target on the CPU and draft on a real GPU, and the reverse. Skipped without a GPU."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_draft_on_cuda_target_on_cpu(llama, oracle, dtype):
-    """The draft's dtype is its own affair: the text is the fp32 target's."""
+    """Whatever the dtype of the draft is, the text is the one of the fp32 target."""
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda", dtype)
     plain = llama.generate(prompt(), max_new_tokens=60, do_sample=False)
     assert torch.equal(plain, llama.generate(prompt(), max_new_tokens=60, do_sample=False, assistant_model=draft))
@@ -50,7 +50,7 @@ def test_bundled_pair():
 
 
 def test_growing_a_tree_never_waits_for_the_device():
-    """No synchronisation inside `grow_on_device`: CUDA itself raises if there is one."""
+    """`grow_on_device` does not synchronize with the device; CUDA raises an error if it does."""
     llama = tiny_target("llama")
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda")
     drafter = FeatureDrafter(draft, 64, PhaseClock())
@@ -64,7 +64,7 @@ def test_growing_a_tree_never_waits_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_out_of_memory_on_the_gpu_costs_no_text(llama, monkeypatch):
+def test_out_of_memory_on_the_gpu_keeps_the_text(llama, monkeypatch):
     draft = DovetailDraft.for_target(llama).to("cuda")
     draft.runner = "torch"  # which calls `step`
     original, calls = draft.step, []

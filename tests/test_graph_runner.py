@@ -27,15 +27,15 @@ def recordings(monkeypatch):
 
 
 def test_replays_follow_their_inputs(recordings, min_columns):
-    """As the test below, over recordings: each is replayed with lengths, widths and texts other than the first."""
+    """The next test with recorded passes: each is replayed with other lengths, widths and texts."""
     for _ in range(2):
-        test_trees_are_the_default_runners("dgf", 2, min_columns)
+        test_trees_equal_those_of_the_default_runner("dgf", 2, min_columns)
     assert sum(recording.replays for recording in recordings) > 4 * len(recordings)
 
 
 @pytest.mark.parametrize(("fusion", "blocks"), DRAFTS)
-def test_trees_are_the_default_runners(fusion, blocks, min_columns):
-    """Rounds of catching up and growing, from 1 to 20 rows a pass, chains too, through 32 rows of storage to 128."""
+def test_trees_equal_those_of_the_default_runner(fusion, blocks, min_columns):
+    """Rounds with passes of 1 to 20 rows, with trees and chains, while the storage grows from 32 rows to 128."""
     draft = make_draft(fusion, blocks)
     ids, features = text_and_features(80)
     plain, static = drafters(draft, capacity=24)
@@ -69,7 +69,7 @@ def test_other_dtypes(dtype):
     assert static.grow(BUDGETS[0]).scores.isfinite().all()
 
 
-def test_a_head_for_each_key_and_a_head_that_bends_logits():
+def test_as_many_key_heads_as_heads_and_capped_logits():
     config = DovetailConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4,
         head_dim=16, num_hidden_layers=2, logit_softcap=5.0, logit_scale=0.5,
@@ -87,7 +87,7 @@ def test_a_head_for_each_key_and_a_head_that_bends_logits():
 
 @torch.no_grad()
 def test_chains_outside_of_inference_mode(monkeypatch):
-    """`grow_chain` writes to storage that inference mode made, and grows it."""
+    """`grow_chain` writes to storage that was made in inference mode, and enlarges it."""
     monkeypatch.setattr(graph_runner, "MIN_COLUMNS", 8)
     draft = make_draft("dgf", 2)
     ids, features = text_and_features(7)
@@ -128,7 +128,7 @@ def test_another_target_with_other_tables():
     assert_same_trees(plain.grow(BUDGETS[0]), static.grow(BUDGETS[0]))
 
 
-def test_unattached_draft_says_so():
+def test_unattached_draft_is_refused():
     config = DovetailConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4)
     drafter = FeatureDrafter(draft := DovetailDraft(config), 64, PhaseClock(), runner=GraphRunner(draft))
     drafter.begin(torch.randn(3, 32), torch.arange(4))
@@ -149,7 +149,7 @@ def test_autocast_changes_nothing():
     assert_same_trees(wanted, tree)
 
 
-def test_failed_capture_means_no_graphs_for_good(monkeypatch, caplog):
+def test_no_graphs_after_a_failed_capture(monkeypatch, caplog):
     draft = make_draft("dgf", 2)
     ids, features = text_and_features(6)
     runner, attempts = GraphRunner(draft), []

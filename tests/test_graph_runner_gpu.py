@@ -36,8 +36,8 @@ def start(drafter, rows=6):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("fusion", "blocks"), [("dgf", 1), ("concat", 3)])
-def test_replays_are_the_static_pass(fusion, blocks, dtype, min_columns):
-    """Captured or not, the same kernels run; nothing waits for the device once the graphs are there."""
+def test_replays_equal_the_static_pass(fusion, blocks, dtype, min_columns):
+    """The same kernels run with and without capture; with graphs, nothing waits for the device."""
     draft = cuda_draft(fusion, blocks, dtype)
     eager, graphs = GraphRunner(draft), GraphRunner(draft)
     eager.enable_graphs = False
@@ -105,7 +105,7 @@ def test_later_texts_replay_and_moved_weights_are_captured_anew():
 
 
 def test_generation_over_graphs(llama):
-    """The whole loop, from a draft that is kept with its runner."""
+    """The whole loop, twice, with the runner that the draft keeps."""
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda", torch.bfloat16)
     plain = llama.generate(prompt(), max_new_tokens=60, do_sample=False)
     for _ in range(2):
@@ -114,8 +114,8 @@ def test_generation_over_graphs(llama):
 
 
 @pytest.mark.parametrize("error", ["python", "cuda"])
-def test_failing_captures_leave_everything_in_order(error, monkeypatch, caplog):
-    """Whether our code raises or CUDA invalidates the capture: same trees, same stream, memory can be freed."""
+def test_failed_captures_leave_the_device_usable(error, monkeypatch, caplog):
+    """Our code raises, or CUDA invalidates the capture: the same trees, the same stream, and memory can be freed."""
     draft = cuda_draft()
     original = draft.head
 

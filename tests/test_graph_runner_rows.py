@@ -19,8 +19,8 @@ STEPS = st.lists(st.tuples(st.integers(1, MAX_STATIC_ROWS + 3), st.integers(0, 3
 
 @given(prompt_rows=st.integers(1, 20), steps=STEPS, seed=st.integers(0, 9), replayed=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_any_appending_and_setting_back_is_as_with_kv_rows(prompt_rows, steps, seed, replayed):
-    """Steps: (rows appended, rows set back before that). Masks are random, but rows see themselves."""
+def test_appending_and_dropping_rows_equals_kv_rows(prompt_rows, steps, seed, replayed):
+    """Each step is (rows to append, rows to drop before that). Masks are random, but every row sees itself."""
     draft = make_draft("dgf", 2, seed)
     generator = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -55,7 +55,7 @@ def test_any_appending_and_setting_back_is_as_with_kv_rows(prompt_rows, steps, s
 
 
 @torch.no_grad()
-def test_results_outlive_later_passes_and_dropped_rows_leave_no_trace():
+def test_results_and_rows_are_independent_of_other_passes():
     draft = make_draft("dgf", 2)
     runner = GraphRunner(draft)
     rows, (cos, sin) = runner.new_rows(64), draft.rope_at(torch.arange(9)[None], torch.float32)
@@ -71,7 +71,7 @@ def test_results_outlive_later_passes_and_dropped_rows_leave_no_trace():
     assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
 
 
-def test_storage_goes_to_the_next_text_and_only_one_is_kept():
+def test_next_text_takes_over_the_storage():
     draft = make_draft()
     ids, features = text_and_features(6)
     runner = runner_for(draft)
@@ -85,8 +85,8 @@ def test_storage_goes_to_the_next_text_and_only_one_is_kept():
     wanted = tree(plain)
     assert first.rows[0].store is None  # nothing is allocated before the draft is needed
     assert_same_trees(wanted, tree(first))
-    first.rows[0].store.kv.fill_(float("nan"))  # of a draft that failed
-    _, second = drafters(draft, runner=runner)  # while the first text goes on
+    first.rows[0].store.kv.fill_(float("nan"))  # as after a draft that failed
+    _, second = drafters(draft, runner=runner)  # while the first text is still generated
     assert_same_trees(wanted, tree(second))
     left = first.rows[0].store
     assert second.rows[0].store is not left

@@ -13,7 +13,7 @@ from dovetail_plugin.drafts.cuda_graphs import GraphRunner
 
 
 class FakeCopies(FakeCuda):
-    """Copies straight to the dispatcher too: their autograd kernel wants a CUDA build."""
+    """Calls `copy_` without autograd, whose kernel requires a CUDA build of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.Tensor.copy_:
@@ -24,7 +24,7 @@ class FakeCopies(FakeCuda):
 
 
 class Touched(TorchDispatchMode):
-    """Notes the operations and the devices of all tensors that they read. FakeTensorMode refuses to read numbers."""
+    """Collects the operations and the devices of all tensors that they read."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Touched(TorchDispatchMode):
 
 @pytest.mark.parametrize("fusion", ["dgf", "concat"])
 def test_levels_stay_on_the_device_and_read_no_numbers(fusion, monkeypatch):
-    """On fake "cuda" tensors mixing devices raises and so does `.item()`; even copies from the CPU are none."""
+    """With fake "cuda" tensors, mixing devices and `.item()` raise errors; copies from the CPU are looked for."""
     monkeypatch.setattr(graph_runner, "MIN_COLUMNS", 16)
     with FakeTensorMode(allow_non_fake_inputs=True), FakeCopies(), torch.inference_mode():
         config = DovetailConfig(
@@ -68,7 +68,7 @@ def test_levels_stay_on_the_device_and_read_no_numbers(fusion, monkeypatch):
 
 
 def test_reading_a_number_in_a_level_would_be_noticed(monkeypatch):
-    """The check above works."""
+    """The previous test fails for a pass that reads a number."""
     original = GraphRunner._static_pass
 
     def waits(self, store, rows, columns):

@@ -1,6 +1,6 @@
 """ONNX Runtime targets: their graphs, their buffers and packed weights. Runs with `--engine onnxruntime`.
 
-That texts are right is tested by the files that run over every engine.
+Files that run over every engine test the generated text.
 """
 
 import random
@@ -40,7 +40,7 @@ def chain(tokens: list[int]) -> DraftTree:
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
-def test_logits_and_features_are_torchs(model_type, fields):
+def test_logits_and_features_equal_torchs(model_type, fields):
     model = tiny_model(model_type, **fields)
     target, ids = engines.current().target(model), prompt(40)
     logits, features = torch_rows(model, ids)
@@ -53,8 +53,8 @@ def test_logits_and_features_are_torchs(model_type, fields):
 
 @pytest.mark.parametrize("same_kernels", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 17])
-def test_two_rows_for_one(same_kernels, length):
-    """Single rows run as two, in the prompt, in the head and in a tree, and nobody sees the second."""
+def test_single_rows_run_as_two(same_kernels, length):
+    """Single rows of a prompt, of the head and of a tree run as two rows; the second one has no effect."""
     model = tiny_model("llama")
     target, ids = engines.current().target(model, same_kernels=same_kernels), prompt(length + 1)
     logits, features = torch_rows(model, ids)
@@ -70,8 +70,8 @@ def test_two_rows_for_one(same_kernels, length):
 
 
 @pytest.mark.parametrize(("model_type", "fields"), [*TREES, ("mistral", {"sliding_window": 200})], ids=str)
-def test_tree_scores_are_those_of_its_paths(model_type, fields):
-    """Every node of several trees, against torch's run over the text and the node's path; paths are kept between."""
+def test_logits_of_tree_nodes_equal_those_of_their_paths(model_type, fields):
+    """Several trees, with a path kept after each: every node against a pass of torch over the node's path."""
     model, rng = tiny_model(model_type, **fields), random.Random(3)
     target, ids = engines.current().target(model), prompt(30)
     truth = [5, 9, 11, 40, 41, 42]
@@ -103,7 +103,7 @@ def _path(tree, node):
 
 
 def test_positions_become_an_input_where_the_graph_counts_them():
-    """Gemma's export has no position ids; without them drafts could be chains only."""
+    """Gemma's export has no position ids; without them only chains could be drafted."""
     directory = exported(model_type="gemma", head_dim=8)[1]
     names = {value.name for value in onnx.load(directory / "model.onnx").graph.input}
     assert graph.POSITIONS not in names
@@ -121,7 +121,7 @@ def test_window_turns_trees_into_chains():
 
 
 def test_only_what_is_kept_is_written(oracle):
-    """Buffers hold the tokens of the text, in order, and few free rows, whatever was rejected."""
+    """Buffers contain the rows of the text, in order, and few free rows, whatever was rejected."""
     target = engines.current().target(tiny_model("llama"))
     plain = target.generate(prompt(), **GREEDY, return_dict_in_generate=True)
     oracle(plain.sequences, 17)
@@ -137,7 +137,7 @@ def test_only_what_is_kept_is_written(oracle):
 
 
 def test_several_texts_at_a_time():
-    """Caches are their own owners: two texts go on in turns."""
+    """Each cache owns its buffers, so two texts can be generated in turns."""
     target = engines.current().target(tiny_model("llama"))
     draft = DovetailDraft.for_target(target)
     options = dict(GREEDY, max_new_tokens=9, return_dict_in_generate=True, assistant_model=draft)
@@ -178,7 +178,7 @@ def test_prompt_in_chunks(monkeypatch):
 
 
 def test_interrupted_prompt(monkeypatch):
-    """What was run of a prompt is a whole cache: the rest can be run behind it."""
+    """After an interrupted prompt the cache is valid: the rest of the prompt can be run after it."""
     target, ids = engines.current().target(tiny_model("llama")), prompt(30)
     engine, passes = engine_of(target), []
     cache, run = engine.cache(None), engine.run
@@ -201,7 +201,7 @@ def test_interrupted_prompt(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_tables_are_what_the_graph_computes_with(kind):
-    """The head unpacked is the head's answer to unit vectors; the embedding is the lookup's answer to every id."""
+    """The unpacked head equals the graph's output for unit vectors, the embedding its output for every token id."""
     directory = exported(kind=kind)[1]
     tables = engine_of(OnnxRuntimeTarget.from_pretrained(directory, threads=1)).tables()
     model = onnx.load(directory / "model.onnx")
@@ -214,7 +214,7 @@ def test_tables_are_what_the_graph_computes_with(kind):
 
 
 def _answer(model, fed, value, wanted=None):
-    """What a part of a graph says to a value: the first reader of it, or the node that makes `wanted`."""
+    """Run a part of a graph on a value: the first node that reads it, or the node that computes `wanted`."""
     node = next(n for n in model.graph.node if fed in n.input and (wanted is None or wanted in n.output))
     kind = TensorProto.INT64 if value.dtype == np.int64 else TensorProto.FLOAT
     stored = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
@@ -232,7 +232,7 @@ def _answer(model, fed, value, wanted=None):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packed_models(kind, oracle):
-    """Drafted text is plain text on a packed tiny model, whose products are in float32."""
+    """Drafted text equals plain text on a packed tiny model, whose products are in float32."""
     target = OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1], threads=1, same_kernels=True)
     draft, plain = DovetailDraft.for_target(target), target.generate(prompt(), **GREEDY)
     assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=draft))
@@ -249,7 +249,7 @@ def test_rounding_of_activations_is_known(kind, dtype):
 
 @pytest.mark.parametrize("kind", ["f32", "int8", "int4", "int8_rounded", "int4_rounded"])
 def test_exact_targets_are_equal_to_the_bit(kind):
-    """Logits of one row a pass, and of chains with decoys behind them, over 150 tokens: no bit differs."""
+    """Logits of single rows and of chains followed by wrong tokens, over 150 tokens: no bit differs."""
     target = OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1], threads=1, exact=True)
     assert engine_of(target).rounding == torch.float32
     text = target.generate(prompt(), **dict(GREEDY, max_new_tokens=150))[0, 17:].tolist()
@@ -259,7 +259,7 @@ def test_exact_targets_are_equal_to_the_bit(kind):
 
 
 def _in_chains(target, text, rows, decoys):
-    """Logits of every token of the text behind the prompt, scored `rows` at a time with decoys behind."""
+    """Logits of every token after the prompt, scored `rows` at a time and followed by wrong tokens."""
     found = []
     with open_session(target) as session:
         assert not session.supports_tree

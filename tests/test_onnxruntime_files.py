@@ -1,4 +1,4 @@
-"""ONNX Runtime targets: the directories they are loaded from, and which are refused. With `--engine onnxruntime`."""
+"""ONNX Runtime targets: directories they are loaded from, and bad input. Runs with `--engine onnxruntime`."""
 
 import shutil
 import sys
@@ -50,7 +50,7 @@ def _with_external_data(tmp_path) -> Path:
 
 
 def _linked(tmp_path) -> Path:
-    """As a hub's snapshot is: links to files with other names in one directory."""
+    """A directory like a snapshot of the hub: links to files with other names in another directory."""
     directory, blobs, snapshot = _with_external_data(tmp_path), tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
     snapshot.mkdir()
@@ -70,7 +70,7 @@ def test_external_data(tmp_path, arrange):
 
 
 def test_weights_stay_in_their_files():
-    """No large weight is in the graph that the session is made from."""
+    """The graph that the session is made from does not contain large weights."""
     directory = exported(hidden_size=128, intermediate_size=256)[1]
     file = directory / "model.onnx"
     model = weights.point_to_files(onnx.load(file, load_external_data=False), file).model
@@ -78,7 +78,7 @@ def test_weights_stay_in_their_files():
     assert model.ByteSize() < file.stat().st_size / 2
 
 
-def test_numbers_are_counted():
+def test_parameters_are_counted():
     model = tiny_model("llama")
     norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     wanted = model.num_parameters() - norms
@@ -112,7 +112,7 @@ def test_missing_external_data(tmp_path):
         ("dynamic", "DynamicQuantizeLinear .*quantise weights only"),
     ],
 )
-def test_exports_that_are_no_targets(kind, match):
+def test_exports_that_cannot_be_targets(kind, match):
     with pytest.raises(ValueError, match=match):
         OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1])
 

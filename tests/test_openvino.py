@@ -1,6 +1,6 @@
 """OpenVINO targets: their graphs, trees and compressed weights. Runs with `--engine openvino`.
 
-That texts are right is tested by the files that run over every engine.
+Files that run over every engine test the generated text.
 """
 
 import random
@@ -41,7 +41,7 @@ def names(ports):
     return {name for port in ports for name in port.get_names()}
 
 
-def test_edits():
+def test_edits_add_the_inputs_and_outputs_of_trees():
     model = read(exported()[1])
     inputs, outputs = names(model.inputs), names(model.outputs)
     assert not graph.is_prepared(model)
@@ -53,7 +53,7 @@ def test_edits():
 
 @pytest.mark.parametrize("kind", ["f32", "int8", "int4"])
 def test_neutral_inputs_leave_the_function_as_it_was(kind):
-    """The edited graph against the stored one, over two passes: the same logits."""
+    """With neutral values of the new inputs, the edited graph gives the logits of the stored one in two passes."""
     directory, logits = exported(kind=kind)[1], []
     for edited in (False, True):
         model = read(directory)
@@ -77,8 +77,8 @@ def test_neutral_inputs_leave_the_function_as_it_was(kind):
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
-def test_logits_and_features_are_torchs(model_type, fields):
-    """Of a prompt longer than the window: features of every row, logits of the last, and all of a plain pass."""
+def test_logits_and_features_equal_torchs(model_type, fields):
+    """A prompt longer than the window: features of all rows, logits of the last row, and all logits of a plain pass."""
     model = tiny_model(model_type, **fields)
     target = engines.current().target(model)
     ids = prompt(60)
@@ -92,9 +92,9 @@ def test_logits_and_features_are_torchs(model_type, fields):
 
 
 def test_features_are_those_behind_the_final_norm():
-    """The features times the head are the logits, with a head that scales and caps them too."""
+    """Features times the head give the logits, also for a head that scales and caps them."""
     model = tiny_model("gemma2", **SLIDING["gemma2"])
-    model.model.norm.weight.data.normal_()  # else the state before the norm might pass
+    model.model.norm.weight.data.normal_()  # otherwise the state before the norm could pass too
     target = engines.current().target(model)
     with open_session(target) as session:
         output = session.prefill(prompt(), None)
@@ -117,8 +117,8 @@ TREES = [(name, fields) for name, fields in CASES if "sliding_window" not in fie
 
 
 @pytest.mark.parametrize(("model_type", "fields"), [*TREES, ("mistral", {"sliding_window": 200})], ids=str)
-def test_tree_scores_are_those_of_its_paths(model_type, fields):
-    """Three trees with paths kept in between, holes and all: each node against torch's run over its own path."""
+def test_logits_of_tree_nodes_equal_those_of_their_paths(model_type, fields):
+    """Three trees, with a path kept after each: every node against a pass of torch over the node's path."""
     model = tiny_model(model_type, **fields)
     text = prompt()
     rng = random.Random(4)
@@ -141,7 +141,7 @@ def test_tree_scores_are_those_of_its_paths(model_type, fields):
 
 
 def test_chains_once_the_window_is_near():
-    """The graph counts a window's rows: holes and branches would push out what is still visible."""
+    """The graph counts the rows of a window, so holes and branches would push visible rows out of it."""
     target = engines.current().target(tiny_model("mistral", sliding_window=100))
     draft = DovetailDraft.for_target(target)
     draft.budget = TreeBudget(12, 4, 4)
@@ -163,7 +163,7 @@ STEPS = {"int8": 255, "int4": 15}
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_tables_of_compressed_exports(kind):
-    """Embedding and head come out decompressed: within one step of the weights, and what the graph computes with."""
+    """The tables are decompressed: within one quantization step of the weights, and equal to the graph's own."""
     model = tiny_model("llama")
     target = engines.current().target(model, kind=kind, ov_config={"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
     tables = engine_of(target).tables()
@@ -184,7 +184,7 @@ def test_tied_tables_stay_tied():
 
 
 def test_half_precision_files(tmp_path):
-    """IRs whose weights are stored in float16, as many on the hub are."""
+    """An IR whose weights are stored in float16, as many on the hub are."""
     model, directory = exported()
     shutil.copytree(directory, tmp_path / "half", ignore=shutil.ignore_patterns("openvino_model.*"))
     ov.save_model(read(directory), tmp_path / "half" / "openvino_model.xml", compress_to_fp16=True)
@@ -197,7 +197,7 @@ def test_half_precision_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_compressed_bundled_target_parts_only_at_ties(kind):
+def test_compressed_bundled_target_differs_only_at_ties(kind):
     model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
     target = engines.current().target(model, own_runner=True, kind=kind)
     comparison = Comparison(target, DovetailDraft.from_pretrained(DRAFT), {"max_new_tokens": 64, "do_sample": False})

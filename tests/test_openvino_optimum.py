@@ -28,7 +28,7 @@ def optimum_model(directory, **options):
 
 
 def test_optimum_model(tmp_path, oracle):
-    """Drafted, plain by optimum's own loop, and both again: one text, one request, files as they were."""
+    """Drafted and plain text, twice: all equal, with one inference request, and files are unchanged."""
     shutil.copytree(exported()[1], tmp_path / "ir")
     before = digests(tmp_path / "ir")
     model = optimum_model(tmp_path / "ir")
@@ -49,7 +49,7 @@ def test_optimum_model(tmp_path, oracle):
 
 
 def test_optimum_model_is_compiled_once_for_drafting(monkeypatch):
-    """The copy that was compiled without the edits is let go, and no other is made afterwards."""
+    """The model that was compiled without the edits is released, and no other one is compiled later."""
     model = optimum_model(exported()[1])
     compiled = []
     compile_model = ov.Core.compile_model
@@ -69,7 +69,7 @@ def test_optimum_model_is_compiled_once_for_drafting(monkeypatch):
 
 
 def test_optimum_turns():
-    """A cache goes on to the next drafted turn, but not past a text that optimum's own loop wrote in between."""
+    """A cache can be used in the next drafted turn, but not after optimum's own loop wrote another text."""
     model = optimum_model(exported()[1])
     draft = DovetailDraft.for_target(model)
     options = GREEDY | {"return_dict_in_generate": True, "assistant_model": draft}
@@ -94,7 +94,7 @@ def test_optimum_models_that_cannot_be_edited():
 
 
 def test_small_key_value_cache_of_optimum_warns():
-    """Only where the user asked for it: the default of optimum and the plugin is replaced."""
+    """The warning appears only if the user asked for it; the default of optimum and the plugin is replaced."""
     model = optimum_model(exported()[1], ov_config={"KV_CACHE_PRECISION": "u8"})
     with pytest.warns(UserWarning, match="cache holds u8"):
         engine_of(model)

@@ -22,7 +22,7 @@ GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
 
 @pytest.fixture
 def rows(monkeypatch):
-    """After every round: (tokens, rows of the state as the engine has it, rows as the cache counts them)."""
+    """A list with an entry for each round: (tokens, rows in the engine's state, rows that the cache counts)."""
     seen, keep = [], openvino_session.OpenVINOSession.keep
 
     def spy(session, path):
@@ -53,7 +53,7 @@ def test_holes_are_bounded_and_taken_out(llama, draft, oracle, rows, monkeypatch
 
 
 def test_exact_targets_keep_no_holes(oracle, rows):
-    """Chains, and a state that is row for row what plain generation makes of it: the same bits.
+    """With chains, the state has the same rows as in plain generation, and logits have the same bits.
 
     That a row's product does not depend on how many rows there are is a property of the CPU plugin's int8 kernels for
     VNNI; elsewhere it computes one row by another kernel, and what is left is a rounding of float32.
@@ -85,13 +85,13 @@ def test_turns_with_holes_and_without(llama, draft, oracle, monkeypatch, free):
     out = llama.generate(prompt(), **options, assistant_model=draft)
     assert (out.past_key_values.holes == 0) == (free < 0)
     oracle(second, text.shape[1])
-    other = DovetailDraft.for_target(llama)  # one that was not there in the first turn
+    other = DovetailDraft.for_target(llama)  # a draft that did not take part in the first turn
     out = llama.generate(text, **options, past_key_values=out.past_key_values, assistant_model=other)
     assert torch.equal(out.sequences, second)
 
 
 def test_stale_cache(llama, draft):
-    """The state holds one text: a cache from before another one is refused, and a later text is right."""
+    """The state holds one text: a cache of an earlier text is refused, and the next text is right."""
     first = llama.generate(prompt(), **GREEDY, return_dict_in_generate=True, assistant_model=draft)
     other = llama.generate(prompt(9), **GREEDY)
     more = torch.cat([first.sequences, prompt(3)], dim=1)

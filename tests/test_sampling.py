@@ -1,4 +1,4 @@
-"""Sampling with a draft has plain sampling's distribution: chi-square against exact enumeration."""
+"""Sampling with a draft has the distribution of plain sampling: chi-square test against exact enumeration."""
 
 import itertools
 
@@ -92,9 +92,9 @@ def assert_sampled_distribution(target, draft, budget, temperature, top_p):
         counts[tuple(out[0, 4:].tolist())] += 1
         emitted += sum(r.emitted for r in draft.report.rounds)
         rounds += len(draft.report.rounds)
-    assert emitted / rounds > 1.05  # drafts are accepted and rejected, or nothing is tested
+    assert emitted / rounds > 1.05  # otherwise no draft was accepted, and nothing was tested
     assert all(counts[tokens] == 0 for tokens, p in wanted.items() if p == 0.0)
-    # Continuations expected less than five times are pooled, as the test's approximation asks.
+    # The chi-square approximation needs five expected draws for each category: rarer continuations are pooled.
     observed, expected, rest = [], [], [0, 0.0]
     for tokens, p in wanted.items():
         if p * DRAWS >= 5:
