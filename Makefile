@@ -100,7 +100,7 @@ test-oldest: .venv-openvino/installed
 test-openvino: .venv-openvino/installed
 	.venv-openvino/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) --engine openvino \
 	  tests/test_openvino_optimum.py tests/test_openvino_draft.py tests/test_export.py tests/test_bundled.py \
-	  tests/test_default_policy.py
+	  tests/test_default_policy.py $(wildcard tests/test_examples.py)
 
 test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
 	.venv-openvino-runtime/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) \

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dovetail_plugin import DovetailConfig, DovetailDraft
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 WEIGHTS = "model.safetensors"
 
 

@@ -21,6 +21,8 @@ from dovetail_plugin.drafts.checkpoints.read import kind_of, load_checkpoint
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.report import PhaseClock
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 H, INNER, HEADS, KV_HEADS, DIM, KEPT, TARGET_LAYERS = 32, 40, 4, 2, 8, 30, 8
 EPS = 1e-5
 LLAMA = dict(

@@ -20,6 +20,8 @@ from dovetail_plugin import DovetailDraft
 from dovetail_plugin.adapters.openvino import OpenVINOTarget, graph
 from dovetail_plugin.targets.engine import engine_of
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
 
 

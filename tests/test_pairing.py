@@ -15,6 +15,8 @@ from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.convert import write_draft
 from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 EAGLE3 = [name for name in test_formats.FORMATS if name.startswith(("eagle3", "speculators"))]
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 ONE_ENVIRONMENT = {
-    "test_benchmark*": "runs the benchmark scripts, which use parts that other files test on every version",
+    "test_benchmark": "runs the benchmark scripts, which use parts that other files test on every version",
     "test_cli*": "parses arguments and prints; text through the command line is tested in test_export.py too",
     "test_cost*": "arithmetic on measurements",
     "test_docs*": "reads the documentation",
-    "test_examples*": "runs the examples, which use parts that other files test on every version",
     "test_graph_runner*": "the draft's own layers and rows",
     "test_layering*": "reads the package's source files",
     "test_losses*": "formulas on tensors",
