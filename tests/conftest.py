@@ -2,6 +2,7 @@
 
 import random
 import time
+from pathlib import Path
 
 import engines
 import pytest
@@ -26,8 +27,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     engines.choose(config)
-    if config.getoption("--summary") and not hasattr(config, "workerinput"):  # once, not in each worker of xdist
-        config.pluginmanager.register(environments.Summary(config.getoption("--summary")))
+    file = config.getoption("--summary")
+    if file and not hasattr(config, "workerinput"):  # once, not in each worker of xdist
+        config.pluginmanager.register(environments.Summary(Path(file)))
 
 
 def pytest_ignore_collect(collection_path):

@@ -50,7 +50,7 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="WHICH",
         help='tests marked "nightly" to run: "none" (default), "all", or a commit hash, which selects a part of them',
     )
-    group.addoption("--summary", type=Path, help="JSON file for versions, counts and seconds of the run")
+    group.addoption("--summary", help="JSON file for versions, counts and seconds of the run")
 
 
 def mark_files(items: list[pytest.Item]) -> None:
