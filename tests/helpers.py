@@ -1,4 +1,4 @@
-"""A byte-level tokenizer, chats, saved pairs and subprocesses, for the tests of data, training and commands."""
+"""A byte-level tokenizer, chats, saved pairs and subprocesses for tests of data, training and commands."""
 
 import json
 import os
@@ -26,7 +26,7 @@ BYTE_VOCAB = len(SPECIAL_TOKENS) + 256
 
 
 def byte_tokenizer(chat_template: str | None = MARKED_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token for each byte, so any text can be encoded; 260 tokens with the special ones."""
+    """A tokenizer with one token for each byte, so that any text can be encoded; 260 tokens with the special ones."""
     letters = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -38,7 +38,7 @@ def byte_tokenizer(chat_template: str | None = MARKED_TEMPLATE) -> PreTrainedTok
 
 
 def byte_target(**overrides):
-    """A tiny Llama that fits `byte_tokenizer`; its end token is none of the tokenizer's, so texts run on."""
+    """A tiny Llama for `byte_tokenizer`. It has no EOS token, so texts have their full length."""
     fields = dict(vocab_size=BYTE_VOCAB, num_hidden_layers=2, eos_token_id=None, bos_token_id=None)
     return tiny_target("llama", **(fields | {"max_position_embeddings": 1024} | overrides))
 
@@ -54,7 +54,7 @@ def save_pair(directory: Path) -> tuple[Path, Path]:
 
 
 def chat(number: int) -> list[dict[str, str]]:
-    """Two turns whose length depends on the number."""
+    """A chat of two turns whose length depends on the number."""
     return [
         {"role": "user", "content": f"count {number}"},
         {"role": "assistant", "content": " ".join(str(n) for n in range(number % 7 + 3))},

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects: random ones in each format, against their published equations computed slowly.
+"""Checkpoints of other projects: random ones in each format, against a slow version of their published equations.
 
 The reference reads the published tensors under their published names, token by token, with no cache and no code of
 the package.
@@ -36,11 +36,13 @@ from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 # --- the published equations -----------------------------------------------------------------------
 
 
 class Reference:
-    """One published draft, a token at a time. embedding, head: the target's."""
+    """One published draft, computed token by token, with the embedding and the head of the target."""
 
     def __init__(self, made: Published, embedding: Tensor, head: Tensor) -> None:
         self.made, self.t = made, {name.removeprefix("model."): tensor for name, tensor in made.tensors.items()}
@@ -81,7 +83,7 @@ class Reference:
         return z * h1 + (1 - z) * h2
 
     def predict(self, features: list[Tensor], tokens: list[int]) -> Tensor:
-        """What the draft predicts after the last of n pairs (feature, next token); features of width H."""
+        """Prediction after the last of n pairs (feature, next token); features have width H."""
         if self.kind == "eagle3":
             name, rows = self.prefix, []
             for feature, token in zip(features, tokens, strict=True):
@@ -102,7 +104,7 @@ class Reference:
         return [self.t["fc.weight"] @ f for f in features] if self.kind == "eagle3" else list(features)
 
     def logprobs(self, predicted: Tensor) -> dict[int, float]:
-        """Log-probability of every token that can be proposed, by the target's ids."""
+        """Log-probability of every token that can be proposed, by its id in the target."""
         if self.kind != "eagle3":
             return dict(enumerate((self.target_head @ predicted).log_softmax(-1).tolist()))
         values = (self.t["lm_head.weight"] @ rms(predicted, self.t["norm.weight"], EPS)).log_softmax(-1).tolist()
@@ -182,7 +184,7 @@ def test_generates_the_plain_text(name, verification, tmp_path, target):
 @pytest.mark.torch_only("features of single layers")
 @torch.no_grad()
 def test_features_are_the_hidden_states_that_the_config_names(tmp_path, target):
-    """The drafter of a generation sees `hidden_states[i]` of transformers' numbering, side by side."""
+    """The drafter receives `hidden_states[i]`, in the numbering of transformers, concatenated."""
     _, draft = made_and_loaded("eagle3, other layers", tmp_path, target)
     seen = []
     project = draft.project
@@ -207,7 +209,7 @@ def test_saved_and_loaded_again(name, tmp_path, target):
 
 
 def test_a_head_for_fewer_positions_is_used_beyond_them(tmp_path, target, caplog):
-    """max_position_embeddings is 64 in these files; the target goes to 512."""
+    """max_position_embeddings is 64 in these files and 512 in the target."""
     _, draft = made_and_loaded("eagle3", tmp_path, target)
     assert "64 positions and the target has 512: the draft is used up to the target's length" in caplog.text
     ids = prompt(100)

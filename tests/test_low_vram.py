@@ -14,6 +14,8 @@ from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 
 def grown(draft):
     ids, features = text_and_features(8)

@@ -7,13 +7,15 @@ import torch
 from families import prompt, tiny_target
 from helpers import byte_target, byte_tokenizer, run_python, save_pair
 from support import checkpoints
-from test_bundled import DRAFT, TARGET
+from support.bundled import DRAFT, TARGET
 from transformers import AutoConfig, LlamaConfig
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
 from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.convert import write_draft
 from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 EAGLE3 = [name for name in checkpoints.FORMATS if name.startswith(("eagle3", "speculators"))]
 

@@ -15,6 +15,8 @@ from dovetail_plugin import DovetailDraft
 from dovetail_plugin.training import TrainingConfig, train
 from dovetail_plugin.training import loop as loop_module
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 SIZES = dict(steps=6, batch_size=4, max_length=48, warmup_steps=2, rollout=2, held_out=3, eval_every=3, save_every=2)
 
 
