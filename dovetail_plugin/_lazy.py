@@ -45,10 +45,9 @@ class _Hook(MetaPathFinder):
     def __init__(self) -> None:
         self._being_found: set[str] = set()
         self._being_executed: set[str] = set()
+        self._registering = False
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not (name == LIBRARY or name.startswith(f"{PACKAGE}.")) or name in self._being_found:
             return None
         self._being_found.add(name)
@@ -82,14 +81,18 @@ class _Hook(MetaPathFinder):
         return watched
 
     def _register_if_complete(self) -> None:
-        if self not in sys.meta_path or self._being_executed or LIBRARY not in sys.modules:
+        if self._registering or self._being_executed or LIBRARY not in sys.modules:
             return
-        sys.meta_path.remove(self)
+        self._registering = True
         try:
             register()
         except ImportError:
-            if not self._being_executed:
-                raise
-            # Another thread has begun to import a module of the package, and waits for this one to finish with
-            # transformers. It registers when its module is complete.
-            sys.meta_path.insert(0, self)
+            # Another thread may be importing a module of the package, and wait for transformers, which this thread is
+            # importing. That thread will register when its module is complete; if it is by now, a second try works.
+            if self._being_executed:
+                return
+            register()
+        finally:
+            self._registering = False
+            if not self._being_executed and self in sys.meta_path:
+                sys.meta_path.remove(self)

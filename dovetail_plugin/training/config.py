@@ -1,42 +1,43 @@
-"""Every number of a training run, validated in one place."""
+"""Every setting of a training run, validated in one place. Imports no torch, so the command line can read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
-
-FUSIONS = ("dgf", "concat")
-PRECISIONS = ("no", "bf16")
-DTYPES = ("float32", "bfloat16", "float16")
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Of one `dovetail train`.
+    """Settings of one training run; each is an option of `dovetail train`, whose help is the text below.
 
     Args:
         target: directory or hub id of the target.
-        data: files of one JSON object a line: `messages`, `prompt` + `completion`, or `text`.
+        data: files with one JSON object per line: `messages`, `prompt` and `completion`, or `text`.
         out: directory for the draft, its loss plot and the state to resume from.
-        blocks, fusion: architecture, see `DovetailConfig`.
+        blocks: decoder blocks of the draft.
+        fusion: how feature and token are combined, see `DovetailConfig`.
         steps: optimizer steps.
         batch_size: sequences in a step, over all processes and accumulation.
-        accumulate: gradient accumulation, parts a step's batch is cut into.
-        max_length: tokens; longer sequences are cut.
-        lr: peak of the cosine schedule. warmup_steps: of the linear rise to it.
+        accumulate: parts that the batch of a step is cut into, to save memory.
+        max_length: tokens of a sequence; longer ones are cut.
+        lr: peak learning rate of the cosine schedule.
+        warmup_steps: steps in which the learning rate rises linearly to its peak.
         clip: largest gradient norm.
         feature_noise: half-width of the uniform noise on input features, in units of their RMS.
-        ce_weight: weight of the soft cross-entropy beside SmoothL1.
-        rollout: passes over each sequence; from the second on the draft reads its own predictions, as it
-            does below the first level of a tree.
+        ce_weight: weight of the soft cross-entropy loss beside the SmoothL1 loss.
+        rollout: passes over each sequence; from the second on the draft reads its own predictions, as it does below
+            the first level of a tree.
         held_out: sequences kept from training for the acceptance estimate.
-        eval_every, save_every: steps between estimates, and between resumable states.
-        seed: of initial weights, order and noise.
-        dtype: of the target while training. save_dtype: of the stored draft.
-        mixed_precision: accelerate's, "no" or "bf16".
-        cache_features: directory for target features, computed once; None computes them on the fly.
+        eval_every: steps between acceptance estimates.
+        save_every: steps between states to resume from.
+        seed: seed of initial weights, order and noise.
+        dtype: data type of the target while training; auto keeps the one that is stored.
+        save_dtype: data type of the stored draft.
+        mixed_precision: precision of the draft's passes, as accelerate names it.
+        cache_features: directory for target features, which are computed once and kept there; without it they are
+            computed whenever they are needed.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a value is not one of its choices.
     """
 
     target: str
@@ -58,8 +59,8 @@ class TrainingConfig:
     eval_every: int = 200
     save_every: int = 500
     seed: int = 0
-    dtype: str = "auto"
-    save_dtype: str = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     mixed_precision: Literal["no", "bf16"] = "no"
     cache_features: Path | None = None
 
@@ -87,9 +88,14 @@ class TrainingConfig:
         for name in ("warmup_steps", "feature_noise", "ce_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        choices = {"fusion": FUSIONS, "mixed_precision": PRECISIONS, "save_dtype": DTYPES, "dtype": ("auto", *DTYPES)}
-        for name, known in choices.items():
+        for name, known in choices().items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if not self.data:
             raise ValueError("no data given: pass at least one .jsonl file.")
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """The values that a setting of `TrainingConfig` can have, for those that have a fixed set of them."""
+    hints = get_type_hints(TrainingConfig)
+    return {f.name: get_args(hints[f.name]) for f in fields(TrainingConfig) if get_origin(hints[f.name]) is Literal}
