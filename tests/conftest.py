@@ -8,6 +8,7 @@ import engines
 import pytest
 import torch
 from families import tiny_target
+from helpers import save_pair
 from support import environments
 from support.clock import FakeClock
 from support.trees import random_tree
@@ -85,6 +86,23 @@ def draft(llama):
     """An untrained draft of two blocks for `llama`."""
     torch.manual_seed(7)
     return DovetailDraft.for_target(llama, blocks=2)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A directory with the checkpoints `target` and `draft` in it."""
+    directory = tmp_path_factory.mktemp("pair")
+    save_pair(directory)
+    return directory
+
+
+@pytest.fixture
+def here(pair, tmp_path, monkeypatch):
+    """Run inside an empty directory with the pair linked into it; for commands that run in this process."""
+    for name in ("target", "draft"):
+        (tmp_path / name).symlink_to(pair / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -12,6 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dovetail_plugin import DovetailDraft
+from dovetail_plugin.cli import main
+
+PAIR = ("--target", "target", "--draft", "draft")
+SHORT = ("--max-new-tokens", "12", "--draft-device", "cpu")
+"""Options of `dovetail` for the pair that the fixture `pair` has written, and for a short text on the CPU."""
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL_TOKENS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -68,14 +73,32 @@ def write_jsonl(file: Path, rows: list) -> Path:
     return file
 
 
-def run_python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS` on one thread, offline, with this checkout importable."""
+def refusal(capsys, *arguments: object) -> str:
+    """Run `dovetail` in this process; assert that it refuses with status 2, and return the one line that it prints."""
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    return printed.err.strip().splitlines()[-1]
+
+
+def run_python(*arguments: object, cwd: Path, input: str = "") -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS` on one thread, offline, with this checkout importable and `input` as standard input."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=command_environment(), input=input, capture_output=True, text=True, timeout=300
+    )
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of this process, on one thread, offline, with this checkout importable."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    settings = {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "120",
     }
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=300)

@@ -1,5 +1,6 @@
 """Prompts for benchmarks as token ids: from files of chats or questions, or random tokens."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,18 @@ def random_prompts(count: int, vocab_size: int, *, tokens: int = 96, seed: int =
 
 
 def _messages(row: Any) -> list[dict[str, str]]:
-    """The messages of one row, up to the assistant's turn."""
+    """The chat of one line, ready for the assistant's turn.
+
+    A chat that ends with the assistant's answer, as training data does, is cut before the assistant's first turn.
+    """
     row = row if isinstance(row, dict) else {}
     if row.get("messages"):
-        return row["messages"]
+        chat = row["messages"]
+        if chat[-1].get("role") == "assistant":
+            chat = list(itertools.takewhile(lambda message: message.get("role") != "assistant", chat))
+        if not chat:
+            raise ValueError("the chat starts with the assistant's turn, so there is no prompt")
+        return chat
     text = row.get("prompt") or row.get("question") or (row.get("turns") or [None])[0]
     if not isinstance(text, str):
         raise ValueError('expected text under "prompt", "question", "turns" or "messages"')

@@ -22,11 +22,21 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
     program = Path(sys.argv[0]).name.replace("__main__.py", "python -m dovetail_plugin")
     return {
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": " ".join([program, *_without_token(sys.argv[1:])]),
         "git": _git_revision(),
         "versions": versions,
         "machine": machine.describe(),
     }
+
+
+def _without_token(arguments: list[str]) -> list[str]:
+    """The arguments with the access token of --token replaced, so that results can be shared."""
+    shown: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--token="):
+            argument = "--token=..."
+        shown.append("..." if shown and shown[-1] == "--token" else argument)
+    return shown
 
 
 def _git_revision() -> str | None:
