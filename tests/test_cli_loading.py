@@ -1,6 +1,7 @@
 """What the command line loads: by which revision, with whose permission, and where `--vram` puts it."""
 
 import argparse
+import dataclasses
 import functools
 
 import pytest
@@ -44,7 +45,7 @@ def test_training_options_are_the_fields_of_the_config():
     data = tuple(args.data)
     values = {name: value for name, value in vars(args).items() if name not in ("command", "run", "resume")}
     assert TrainingConfig(**(values | {"data": data})) == TrainingConfig("t", data, args.out)
-    assert all(train.field_help(TrainingConfig).values())
+    assert all(field.metadata["help"] for field in dataclasses.fields(TrainingConfig))
 
 
 # --- where models come from --------------------------------------------------------------------------
