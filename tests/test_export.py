@@ -62,7 +62,7 @@ def test_from_checkpoint_to_text(tmp_path, weights):
     assert said.returncode == 0, said.stderr
     assert len(list((tmp_path / "records").iterdir())) == 1, "the default policy did not measure the exported target"
     if weights == "fp32":
-        assert "identical" in said.stdout
+        assert "identical" in said.stderr
     table = run_python("-m", "dovetail_plugin", "bench", *common, "--count", "2", cwd=tmp_path)
     assert table.returncode == 0, table.stdout + table.stderr
     assert "ratio" in table.stdout
