@@ -83,7 +83,7 @@ setup: .venv/installed
 	touch $@
 
 environments: .venv/installed .venv-openvino/installed .venv-openvino-runtime/installed .venv-onnx-export/installed \
-  .venv-onnxruntime/installed .venv-vllm/installed
+  .venv-onnxruntime/installed .venv-vllm/installed .venv-docs/installed
 
 # --- tests ---------------------------------------------------------------------------------------
 
