@@ -5,7 +5,7 @@
 # make ci            everything that CI runs
 # make nightly       all tests of all environments, the long ones too, into benchmarks/results/nightly.json
 #
-# One environment for each of these; what depends on neither transformers' version nor an engine runs in `make test` only:
+# Tests that depend on neither transformers' version nor an engine run in `make test` only; the others also run in:
 # make test-oldest              the suite with the oldest supported transformers
 # make test-openvino            optimum-intel's models, drafts and exports in OpenVINO (oldest transformers)
 # make test-openvino-runtime    tests over OpenVINO targets with openvino alone (newest transformers)
@@ -29,7 +29,7 @@ INSTALL = pip install -q --no-compile
 PYTEST = -m pytest --nightly $(NIGHTLY) --summary build/summaries/$@.json
 PARALLEL = -n $(WORKERS) --dist worksteal
 ELSEWHERE = -m "not one_environment"
-COVERED = --cov-report=term:skip-covered --cov-fail-under=90
+COVERED = --cov-report=term:skip-covered
 
 TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm
 
@@ -83,16 +83,17 @@ setup: .venv/installed
 	touch $@
 
 environments: .venv/installed .venv-openvino/installed .venv-openvino-runtime/installed .venv-onnx-export/installed \
-  .venv-onnxruntime/installed .venv-vllm/installed
+  .venv-onnxruntime/installed .venv-vllm/installed .venv-docs/installed
 
 # --- tests ---------------------------------------------------------------------------------------
 
 # Workers share the cores: more threads than cores wait for each other.
 $(TESTS): export OMP_NUM_THREADS = 1
 
-# The adapters are measured in the environments of their engines.
+# Adapters are measured in the environments of their engines, without a limit: optimum-intel and nncf, which a part of
+# the OpenVINO adapter needs, are in another one than most of its tests.
 test: setup
-	.venv/bin/python $(PYTEST) $(PARALLEL) --cov=dovetail_plugin $(COVERED)
+	.venv/bin/python $(PYTEST) $(PARALLEL) --cov=dovetail_plugin $(COVERED) --cov-fail-under=90
 
 test-oldest: .venv-openvino/installed
 	.venv-openvino/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE)
@@ -100,17 +101,17 @@ test-oldest: .venv-openvino/installed
 test-openvino: .venv-openvino/installed
 	.venv-openvino/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) --engine openvino \
 	  tests/test_openvino_optimum.py tests/test_openvino_draft.py tests/test_export.py tests/test_bundled.py \
-	  tests/test_default_policy.py $(wildcard tests/test_examples.py)
+	  tests/test_default_policy.py tests/test_openvino_example.py
 
 test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
 	.venv-openvino-runtime/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) \
-	  --engine=openvino --exporter=.venv-openvino/bin/python
+	  --engine=openvino --exporter=.venv-openvino/bin/python --cov=adapters/openvino $(COVERED)
 
 test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 	.venv-onnxruntime/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) \
 	  --engine=onnxruntime --exporter=.venv-onnx-export/bin/python --cov=adapters/onnxruntime $(COVERED)
 	.venv-onnxruntime/bin/python -m pytest --summary build/summaries/test-onnxruntime-torch.json $(PARALLEL) $(ELSEWHERE) \
-	  tests/test_registration.py tests/test_families.py tests/test_options.py
+	  tests/test_compat.py tests/test_registration.py tests/test_families.py tests/test_options.py
 
 # One process: the tests share an engine. vLLM runs the adapter in processes of its own, so lines are not counted.
 test-vllm: .venv-vllm/installed
