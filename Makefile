@@ -1,6 +1,8 @@
 # make demo          plain generate and the bundled draft side by side, from nothing
 # make test          the test suite with the newest transformers, from nothing, and how much of the package it covers
 # make lint          ruff and mypy
+# make docs          the documentation site, into build/site
+# make examples      the scripts in examples/
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
 # make ci            everything that CI runs
 # make nightly       all tests of all environments, the long ones too, into benchmarks/results/nightly.json
@@ -140,8 +142,7 @@ bench: setup
 
 .PHONY: docs examples
 
-# make docs builds the documentation site in build/site. Its tools have a separate environment; the command line page
-# asks .venv for the help texts. make examples runs the scripts in examples/.
+# The tools of the site have a separate environment, without torch; the command line page asks .venv for the help texts.
 .venv-docs/installed: constraints-docs.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff

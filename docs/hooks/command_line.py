@@ -13,8 +13,8 @@ from typing import Any
 PAGE = "reference/command-line.md"
 MARK = "<!-- command line -->"
 PRINT_HELP = """
-import contextlib, io, json, re
-from dovetail_plugin.cli import main
+import contextlib, io, json
+from dovetail_plugin.cli import COMMANDS, main
 
 def help_of(*command):
     text = io.StringIO()
@@ -22,15 +22,13 @@ def help_of(*command):
         main([*command, "--help"])
     return text.getvalue()
 
-overview = help_of()
-names = re.search(r"\\{([\\w,-]+)\\}", overview)[1].split(",")
-print(json.dumps({"dovetail": overview} | {f"dovetail {name}": help_of(name) for name in names}))
+print(json.dumps({"dovetail": help_of()} | {f"dovetail {name}": help_of(name) for name in COMMANDS}))
 """
-"""Prints a JSON object of command -> help. One process for all of them, because importing torch takes seconds."""
+"""Prints a JSON object of command -> help, for all commands in one process."""
 
 
 def helps() -> dict[str, str]:
-    """Return command -> help text, 100 columns wide; the names come from the usage line of `dovetail --help`."""
+    """Return command -> help text, 100 columns wide."""
     python = os.environ.get("DOVETAIL_PYTHON", sys.executable)
     env = {**os.environ, "COLUMNS": "100", "PYTHON_COLORS": "0"}
     done = subprocess.run([python, "-c", PRINT_HELP], stdout=subprocess.PIPE, text=True, check=True, env=env)
