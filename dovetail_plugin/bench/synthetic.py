@@ -30,11 +30,11 @@ from .. import machine
 from ..drafts.base import DraftRunner
 from ..drafts.feature_drafter import FeatureDrafter
 from ..drafts.model import DovetailDraft
-from ..generation.generate import DRAFT_ROWS, draft_runner_for, rounds_for
+from ..generation.generate import DRAFT_ROWS, draft_runner_for, planner_for
 from ..generation.loop import Decoder
 from ..generation.text import Text
 from ..policy.device_split import DeviceSplitPolicy
-from ..policy.rounds import PLAIN, FixedRounds, Rounds
+from ..policy.planner import PLAIN, FixedPlanner, RoundPlanner
 from ..report import GenerationReport
 from ..targets.base import Target, TargetOutput
 from ..targets.engine import engine_of
@@ -209,20 +209,20 @@ def synthetic_generate(
     engine.check()
     text = SyntheticText(input_ids, rate=rate, max_new_tokens=max_new_tokens, seed=seed)
     report, drafter = GenerationReport(), None
-    rounds: Rounds = FixedRounds(PLAIN)
+    planner: RoundPlanner = FixedPlanner(PLAIN)
     if draft is not None:
         draft.attach_once(target)
         draft.report = report
         draft.policy = draft.policy or DeviceSplitPolicy()
         runner = SyntheticRunner(draft_runner_for(draft, engine), rate)
         drafter = FeatureDrafter(draft, text.length + DRAFT_ROWS, report.clock, runner)
-        rounds = rounds_for(draft, target, engine, runner, text.config)
-    sizes = dict(max_length=text.max_length, max_nodes=rounds.limits.nodes)
+        planner = planner_for(draft, target, engine, runner, text.config)
+    sizes = dict(max_length=text.max_length, max_nodes=planner.limits.nodes)
     session = engine.session(engine.cache(None), **sizes, prefill_chunk=None, model_kwargs={})
     in_torch = engine.runs_in_torch or (drafter is not None and drafter.runner.runs_in_torch)
     vary = engine.runs_in_torch and draft is not None and draft.policy.threads == "auto"
     with session as verified, torch.no_grad(), machine.thread_count(None if in_torch else 1):
-        Decoder(WatchedTarget(verified, text), drafter, text, rounds, report, vary_threads=vary).run()
+        Decoder(WatchedTarget(verified, text), drafter, text, planner, report, vary_threads=vary).run()
     return Run(text.length - text.prompt_tokens, time.perf_counter() - start_s, text.ids.clone())
 
 

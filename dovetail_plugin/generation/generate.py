@@ -26,7 +26,7 @@ from ..machine import thread_count
 from ..policy import records
 from ..policy.cost import Shape
 from ..policy.device_split import DeviceSplitPolicy
-from ..policy.rounds import PLAIN, FixedRounds, Rounds
+from ..policy.planner import PLAIN, FixedPlanner, RoundPlanner
 from ..report import GenerationReport
 from ..targets.base import Engine
 from ..targets.engine import engine_of
@@ -171,17 +171,17 @@ def _generate(
     cached, mask = _cached_tokens(input_ids, cache, model_kwargs.get("attention_mask"), config)
     text = Text(input_ids, processors=processors, criteria=criteria, config=config, streamer=streamer)
     report, drafter = GenerationReport(), None
-    rounds: Rounds = FixedRounds(PLAIN)
+    planner: RoundPlanner = FixedPlanner(PLAIN)
     if draft is not None:
         draft.report = report
         draft.policy = draft.policy or DeviceSplitPolicy()
         drafter = _drafter_for(draft, engine, cache, text, report)
-        rounds = rounds_for(draft, model, engine, getattr(drafter, "runner", None), config)
+        planner = planner_for(draft, model, engine, getattr(drafter, "runner", None), config)
     past = cache.get_seq_length() - cached  # rows of turns that input_ids does not repeat
     session = engine.session(
         cache,
         max_length=past + config.max_length,
-        max_nodes=rounds.limits.nodes,
+        max_nodes=planner.limits.nodes,
         prefill_chunk=config.prefill_chunk_size,
         model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_OF_FORWARD and v is not None},
         feature_layers=draft.config.layers_of(model.config) if isinstance(draft, DovetailDraft) else None,
@@ -194,7 +194,7 @@ def _generate(
             target,
             drafter,
             text,
-            rounds,
+            planner,
             report,
             cached=cached,
             attention_mask=mask,
@@ -240,12 +240,12 @@ def draft_runner_for(draft: DovetailDraft, engine: Engine) -> DraftRunner:
     return own or TorchRunner(draft)
 
 
-def rounds_for(
+def planner_for(
     draft: Assistant, model: Any, engine: Engine, runner: DraftRunner | None, config: GenerationConfig
-) -> Rounds:
+) -> RoundPlanner:
     """The user's budget every round if there is one, else the policy's."""
     if draft.budget is not None:
-        return FixedRounds(draft.budget)
+        return FixedPlanner(draft.budget)
     key = records.key_of(
         engine=type(engine).__name__,
         model=model.config.to_json_string(use_diff=False),  # the difference takes milliseconds to find
@@ -256,7 +256,7 @@ def rounds_for(
         limits=asdict(draft.policy.limits),
         torch=torch.__version__,
     )
-    return draft.policy.rounds(
+    return draft.policy.planner(
         key,
         temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
         shape=lambda: _shape(model),
