@@ -1,13 +1,13 @@
-"""The policy against every static budget of a grid, and what a useless draft costs.
+"""Compares the policy with every static budget of a grid, and a useless draft with plain generation.
 
     python benchmarks/policy.py                                  # bundled pair, greedy
     python benchmarks/policy.py --shape 500m --dtype bfloat16 --temperature 0.7
-    python benchmarks/policy.py --busy                           # another process takes a core half-way
+    python benchmarks/policy.py --busy                           # half of the prompts beside a busy process
 
 First every budget of the grid runs on some prompts. Then the best few and the policy run on other prompts, in turns
 prompt by prompt, so that neither a lucky budget nor a slow minute decides. tokens/s is all tokens over all seconds of
-whole calls of `generate`. At the end the policy meets a draft with random weights and plain `generate`. Let nothing
-else run. Tables go to the screen, one JSON line to --out.
+whole calls of `generate`. At the end the policy runs with a draft of random weights, beside plain `generate`. Let
+nothing else run on the machine. Tables go to the screen, one JSON line to --out.
 """
 
 import argparse
@@ -44,7 +44,7 @@ POLICY = "policy"
 
 @contextmanager
 def busy_core():
-    """Another process computes on the first processor while this is open."""
+    """Keep the first processor busy with another process."""
     process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
     process.start()
     try:
@@ -62,7 +62,7 @@ def _spin() -> None:
 
 
 def run_all(target, draft, budgets, prompts, options, *, first_seed: int, label: str) -> dict[str, list[Run]]:
-    """Every budget on every prompt, prompt by prompt; equal seeds for all budgets of a prompt."""
+    """Run every budget on every prompt, prompt by prompt, with equal seeds for all budgets of a prompt."""
     runs: dict[str, list[Run]] = {str(budget or POLICY): [] for budget in budgets}
     for number, input_ids in enumerate(tqdm(prompts, desc=label, unit="prompt")):
         turn = number % len(budgets)
@@ -86,7 +86,7 @@ def tokens_per_s(runs: list[Run]) -> float:
 
 
 def compare(args, target, draft, tokenizer, options) -> dict[str, Any]:
-    """Grid, then finalists and policy."""
+    """Run the grid, then the finalists and the policy."""
     prompts = load_prompts(None, tokenizer, args.grid_prompts + args.prompts)
     grid_prompts, prompts = prompts[: args.grid_prompts], prompts[args.grid_prompts :]
     for budget in (None, *GRID[::5]):  # warm up, and measure the machine
@@ -114,14 +114,14 @@ def compare(args, target, draft, tokenizer, options) -> dict[str, Any]:
 
 
 def useless(target, tokenizer, options, count: int) -> dict[str, float]:
-    """A draft with random weights: the ratio to plain `generate`, median over prompts, the first ones included."""
+    """Run a draft of random weights; returns ratios to plain `generate` over all prompts, the first included."""
     torch.manual_seed(1)
     draft = DovetailDraft.for_target(target)
     draft.policy = DeviceSplitPolicy(measured_in=tempfile.mkdtemp())
     comparison = Comparison(target, draft, options)
     prompts = load_prompts(None, tokenizer, count)
     comparison.warm_up(prompts[0])
-    draft.policy.modes.clear()  # it has to find out within the runs that count
+    draft.policy.switches.clear()  # it has to turn drafting off within the runs that count
     for input_ids in tqdm(prompts, desc="useless draft", unit="prompt"):
         comparison.add(input_ids)
     result = comparison.result()
@@ -130,7 +130,7 @@ def useless(target, tokenizer, options, count: int) -> dict[str, float]:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """What people read."""
+    """Print the result for people."""
     print("\ngrid, tokens/s, best first:")
     print("  " + ", ".join(f"{name} {speed:.1f}" for name, speed in list(result["grid"].items())[:12]))
     print("  " + f"... off (1/1/1) {result['grid']['1/1/1']:.1f}")
@@ -153,11 +153,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--grid-prompts", type=int, default=3, help="prompts that the whole grid runs on")
+    parser.add_argument("--grid-prompts", type=int, default=3, help="prompts for the whole grid")
     parser.add_argument("--prompts", type=int, default=16, help="further prompts, for the best budgets and the policy")
-    parser.add_argument("--finalists", type=int, default=5, help="budgets of the grid that meet the policy")
-    parser.add_argument("--busy", action="store_true", help="half of those prompts while a process takes a core")
-    parser.add_argument("--useless-prompts", type=int, default=8, help="prompts of the random draft; 0 leaves it out")
+    parser.add_argument("--finalists", type=int, default=5, help="grid budgets to compare with the policy")
+    parser.add_argument("--busy", action="store_true", help="keep a core busy during half of them")
+    parser.add_argument("--useless-prompts", type=int, default=8, help="prompts for a random draft; 0 skips it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "policy.jsonl")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)

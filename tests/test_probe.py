@@ -1,7 +1,8 @@
-"""Measuring the machine: invented seconds are found again; the text, threads and files are as they were."""
+"""Measuring the machine: simulated seconds are found again, and the text and the threads stay what they were."""
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,20 +14,20 @@ from transformers import DynamicCache
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget, machine
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
-from dovetail_plugin.policy import probe, records
+from dovetail_plugin.policy import probe
 from dovetail_plugin.policy.device_split import LIMITS
-from dovetail_plugin.policy.measurements import Measurements
+from dovetail_plugin.policy.settings import PolicySettings
 from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.targets.transformers_model import TorchSession
 
-MEASURED = Measurements({1: 0.1, 8: 0.2}, {1: 0.01}, 0.02, {0: 0.0}, 17, threads=3, processors=(0, 2))
+SETTINGS = PolicySettings()
 
 
-# --- invented seconds ------------------------------------------------------------------------------
+# --- simulated seconds ------------------------------------------------------------------------------
 
 
 class Clock:
-    """Goes on only when it is told to."""
+    """A clock that moves only when the fakes move it."""
 
     def __init__(self):
         self.now_s = 1000.0
@@ -92,18 +93,21 @@ def clock(monkeypatch):
     return clock
 
 
-def measure(target, drafter, *, limits=LIMITS, vary_threads=False, **options):
-    return probe.measure(target, drafter, token=5, context=77, limits=limits, vary_threads=vary_threads, **options)
+def measure(target, drafter, *, limits=LIMITS, vary_threads=False, limit_s=5.0):
+    settings = replace(SETTINGS, probe_limit_s=limit_s)
+    return probe.measure(
+        target, drafter, token=5, context=77, limits=limits, vary_threads=vary_threads, settings=settings
+    )
 
 
-def test_invented_seconds_are_found(clock):
+def test_simulated_seconds_are_found(clock):
     target, drafter = FakeTarget(clock), FakeDrafter(clock)
     measured = measure(target, drafter, limit_s=60.0)
     assert measured.verify_s == pytest.approx({nodes: target.seconds(nodes) for nodes in (1, 2, 4, 8, 16, 32, 48)})
     assert measured.level_s == pytest.approx({rows: drafter.level_s(rows) for rows in (1, 2, 4, 8)})
     # A tree begins with what was accepted before: a pass over a few rows, like a level.
     assert measured.draft_s == pytest.approx(0.004 + drafter.level_s(4))
-    assert measured.transfer_s == {0: 0.0}
+    assert measured.transfer_s == 0.0
     assert (measured.context, measured.threads, measured.processors) == (77, None, None)
     assert target.rows == 0
 
@@ -164,7 +168,7 @@ def test_a_fast_target_is_measured_often(clock):
     target.seconds = lambda nodes: honest(nodes) * (7 if len(target.trees) % 6 == 3 else 1)
     measured = measure(target, FakeDrafter(clock), limit_s=60.0)
     assert measured.verify_s == pytest.approx({nodes: honest(nodes) for nodes in measured.verify_s})
-    assert len(target.trees) == 7 * (probe.REPEATS + 1)
+    assert len(target.trees) == 7 * (SETTINGS.probe_repeats + 1)
 
 
 def test_a_target_of_some_tenths_of_a_second_is_measured_twice_a_size(clock):
@@ -206,7 +210,7 @@ def go_on(target, token, count):
 @pytest.mark.parametrize("trees", [True, False], ids=["trees", "chains"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "sliding"])
 @torch.no_grad()
-def test_the_text_is_as_it_was(family, trees):
+def test_the_text_is_unchanged(family, trees):
     """After a probe the cache holds the prompt and nothing else, the text goes on and the draft grows the same tree."""
     model = tiny_target("mistral", sliding_window=24) if family == "sliding" else tiny_target(family)
     torch.manual_seed(3)
@@ -246,7 +250,7 @@ def used(monkeypatch):
 
 
 def choose(used, seconds):
-    threads, processors, best_s = probe.choose_threads(lambda: seconds[used[-1]])
+    threads, processors, best_s = probe.choose_threads(lambda: seconds[used[-1]], SETTINGS)
     assert best_s == seconds[threads, processors]
     return threads, processors
 
@@ -281,19 +285,19 @@ def test_one_numa_node_must_win_too(used, monkeypatch, first_s, second_s, best):
 def test_one_slow_moment_does_not_choose_the_threads(used):
     """Whatever is tried first runs beside another process the first time."""
     seconds = iter([2.0, 1.2, 1.3, 1.0, 1.2, 1.3])
-    assert probe.choose_threads(lambda: next(seconds)) == (4, None, 1.0)
-    assert len(used) == 3 * probe.TURNS + 1
+    assert probe.choose_threads(lambda: next(seconds), SETTINGS) == (4, None, 1.0)
+    assert len(used) == 3 * SETTINGS.thread_turns + 1
 
 
-def test_slow_passes_are_tried_once(used, monkeypatch):
-    monkeypatch.setattr(probe, "QUICK_S", -1.0)
+def test_slow_passes_are_tried_once(used):
+    slow = replace(SETTINGS, thread_turn_s=-1.0)
     seconds = iter([1.0, 0.9, 1.3])
-    assert probe.choose_threads(lambda: next(seconds)) == (3, None, 0.9)
+    assert probe.choose_threads(lambda: next(seconds), slow) == (3, None, 0.9)
 
 
 def test_nothing_is_tried_where_there_is_no_choice(used):
     torch.set_num_threads(1)
-    assert probe.choose_threads(lambda: pytest.fail("a pass was run")) == (1, None, None)
+    assert probe.choose_threads(lambda: pytest.fail("a pass was run"), SETTINGS) == (1, None, None)
 
 
 def test_threads_are_chosen_by_passes(clock, monkeypatch):
@@ -308,8 +312,8 @@ def test_threads_are_chosen_by_passes(clock, monkeypatch):
         assert torch.get_num_threads() == 3
         assert (measured.threads, measured.processors) == (3, None)
         assert measured.verify_s == pytest.approx({nodes: 0.5 * honest(nodes) for nodes in (1, 2, 4, 8, 16, 32, 48)})
-    tried = 3 * probe.TURNS
-    assert sum(len(tree) == 8 for tree in target.trees) <= tried * (probe.REPEATS + 1)  # and not once more
+    tried = 3 * SETTINGS.thread_turns
+    assert sum(len(tree) == 8 for tree in target.trees) <= tried * (SETTINGS.probe_repeats + 1)  # and not once more
     assert torch.get_num_threads() == before
 
 
@@ -331,12 +335,12 @@ def test_bindings_are_tried_and_undone(monkeypatch):
         return 0.5 if os.sched_getaffinity(0) == {second} else 1.0
 
     with machine.thread_count(2):
-        assert probe.choose_threads(run) == (1, (second,), 0.5)
+        assert probe.choose_threads(run, SETTINGS) == (1, (second,), 0.5)
         assert os.sched_getaffinity(0) == {second} and torch.get_num_threads() == 1
         for thread in os.listdir("/proc/self/task"):
             assert os.sched_getaffinity(int(thread)) == {second}
     whole = frozenset(before)
-    assert seen == probe.TURNS * [(2, whole), (1, whole), (1, frozenset({first})), (1, frozenset({second}))]
+    assert seen == SETTINGS.thread_turns * [(2, whole), (1, whole), (1, frozenset({first})), (1, frozenset({second}))]
     for thread in os.listdir("/proc/self/task"):
         assert os.sched_getaffinity(int(thread)) == before
     assert torch.get_num_threads() == 1  # as the tests have it
@@ -390,47 +394,3 @@ def test_this_machine_has_a_name():
     assert described["cpu"] and described["cores"] >= 1 and described["threads"] == torch.get_num_threads()
     assert json.loads(json.dumps(described)) == described
     assert machine.cpus() == sorted(set(machine.cpus())) != []
-
-
-# --- records ---------------------------------------------------------------------------------------
-
-
-def test_records_come_back(tmp_path):
-    records.store("a", MEASURED, tmp_path / "new" / "directory")
-    assert records.load("a", tmp_path / "new" / "directory") == MEASURED
-    assert [file.suffix for file in (tmp_path / "new" / "directory").iterdir()] == [".json"]  # nothing half-written
-
-
-def test_records_of_other_keys_and_none_at_all(tmp_path, caplog):
-    assert records.load("a", tmp_path) is None
-    assert records.load("a", tmp_path / "missing") is None
-    records.store("a", MEASURED, tmp_path)
-    assert records.load("b", tmp_path) is None
-    assert not caplog.records  # all this is usual
-
-
-def test_records_are_replaced(tmp_path):
-    newer = Measurements({1: 0.3}, {1: 0.01}, 0.02, {}, 18)
-    records.store("a", MEASURED, tmp_path)
-    records.store("a", newer, tmp_path)
-    assert records.load("a", tmp_path) == newer
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_keys_name_the_machine_and_all_parts(monkeypatch):
-    keys = {records.key_of(model="m", draft="d"), records.key_of(model="m", draft="e"), records.key_of(model="m")}
-    with machine.thread_count(torch.get_num_threads() + 1):
-        keys.add(records.key_of(model="m", draft="d"))
-    monkeypatch.setattr(machine, "cpus", lambda: [0, 1, 99])
-    keys.add(records.key_of(model="m", draft="d"))
-    monkeypatch.setattr(machine, "cpu_name", lambda: "another one")
-    keys.add(records.key_of(model="m", draft="d"))
-    assert len(keys) == 6
-    assert records.key_of(draft="d", model="m") == records.key_of(model="m", draft="d")  # in whatever order
-
-
-def test_where_records_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path))
-    assert records.default_directory() == tmp_path
-    monkeypatch.delenv("DOVETAIL_CACHE")
-    assert records.default_directory().name == "dovetail"

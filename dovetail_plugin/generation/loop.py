@@ -1,7 +1,7 @@
 """The loop: prefill, then rounds of draft, verify, accept, keep. This is the only file that knows their order.
 
     prompt -> target.prefill -> drafter.begin -> (once on this machine) probe
-    round:  rounds.next -> drafter.grow -> target.score -> accept -> target.keep -> drafter.advance -> rounds.observe
+    round:  planner.plan -> drafter.grow -> target.score -> accept -> target.keep -> drafter.advance -> planner.observe
 
 It gets a session, a drafter, the text and the budgets of its rounds, all prepared, and leaves the finished text and a
 report. A drafter that fails costs speed and not text: the loop goes on with trees of one node, which is plain decoding.
@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import machine
 from ..drafts.base import Drafter
 from ..drafts.feature_drafter import without_padding
+from ..policy.planner import PLAIN, FixedPlanner, RoundPlan, RoundPlanner
 from ..policy.probe import measure
-from ..policy.rounds import PLAIN, FixedRounds, Outcome, RoundPlan, Rounds
 from ..report import PHASES, GenerationReport, Round
 from ..targets.base import TargetOutput, TargetSession
 from ..tree import DraftTree, TreeBudget
@@ -36,7 +36,7 @@ class Decoder:
         target: an open session.
         drafter: proposes trees; None decodes plainly through the same code.
         text: the prompt, to which tokens are added.
-        rounds: how much each round may draft.
+        planner: decides how much each round may draft.
         report: is filled in.
         cached: tokens at the start of the text whose rows the target holds from earlier turns.
         attention_mask: (1, tokens before the first new one) with 0 at padding, or None.
@@ -46,7 +46,7 @@ class Decoder:
     target: TargetSession
     drafter: Drafter | None
     text: Text
-    rounds: Rounds
+    planner: RoundPlanner
     report: GenerationReport
     cached: int = 0
     attention_mask: Tensor | None = None
@@ -80,9 +80,9 @@ class Decoder:
         start_s = time.perf_counter()
         clock, text, context = self.report.clock, self.text, self.text.length
         before = dict(clock.seconds)
-        plan = self.rounds.next(context, self._bound())
+        plan = self.planner.plan(context, self._bound())
         tree = self._grow(last, plan)
-        forecast = self.rounds.forecast(plan, len(tree), context)
+        forecast = self.planner.forecast(plan, len(tree), context)
         with clock.phase("verify"):
             output = self.target.score(tree)
         with clock.phase("accept"):
@@ -91,20 +91,18 @@ class Decoder:
         self._advance(output, acceptance)  # in the last round too: another turn may follow
         seconds = {name: clock.seconds[name] - before[name] for name in PHASES}
         seconds["other"] = max(time.perf_counter() - start_s - sum(seconds.values()), 0.0)
-        drafted = plan.budget.nodes > 1 and self.drafter is not None
-        self.report.rounds.append(
-            Round(
-                nodes=len(tree),
-                emitted=len(acceptance.tokens),
-                depth=int(tree.depths.max()),
-                widths=tuple(plan.judge.widths) if plan.judge else None,
-                context=context,
-                seconds=seconds,
-                predicted_s=forecast.cost.total_s if forecast.cost else None,
-                predicted_tokens=forecast.tokens,
-            )
+        round_ = Round(
+            nodes=len(tree),
+            emitted=len(acceptance.tokens),
+            depth=int(tree.depths.max()),
+            widths=tuple(plan.judge.widths) if plan.judge else None,
+            context=context,
+            seconds=seconds,
+            predicted_s=forecast.total_s if forecast else None,
+            predicted_tokens=forecast.tokens if forecast else None,
         )
-        self.rounds.observe(Outcome(tree, acceptance, context, drafted, seconds), forecast)
+        self.report.rounds.append(round_)
+        self.planner.observe(round_, tree, acceptance.path, forecast)
         return acceptance
 
     def _bound(self) -> TreeBudget:
@@ -112,7 +110,7 @@ class Decoder:
         room = self.text.room
         if self.target.max_length is not None:  # no node beyond the target's positions
             room = min(room, self.target.max_length - self.text.length + 1)
-        bound = self.rounds.limits.clipped(max(room, 1)) if self.drafter is not None else PLAIN
+        bound = self.planner.limits.clipped(max(room, 1)) if self.drafter is not None else PLAIN
         return bound if self.target.supports_tree else bound.as_chain()
 
     # --- the draft, whose failures are not ours ------------------------------------------------
@@ -123,27 +121,28 @@ class Decoder:
         features, ids = without_padding(output.features, self.text.ids[0], self.attention_mask)
         try:
             self.drafter.begin(features, ids)
-            if self.rounds.drafting:
+            if self.planner.drafting:
                 self.drafter.catch_up()
         except Exception as error:
             self._give_up(error)
 
     def _prepare(self, token: int) -> None:
-        drafter, limits, positions = self.drafter, self.rounds.limits, self.target.max_length
+        drafter, limits, positions = self.drafter, self.planner.limits, self.target.max_length
         if drafter is None:
             return
         if positions is not None and self.text.length + limits.depth >= positions:
-            self.rounds = FixedRounds(PLAIN)  # no room for a tree to measure with, and hardly any for text
+            self.planner = FixedPlanner(PLAIN)  # no room for a tree to measure with, and hardly any for text
             return
         try:
-            measured = self.rounds.prepare(
-                lambda: measure(
+            measured = self.planner.prepare(
+                lambda settings: measure(
                     self.target,
                     drafter,
                     token=token,
                     context=self.text.length,
                     limits=limits if self.target.supports_tree else limits.as_chain(),
                     vary_threads=self.vary_threads,
+                    settings=settings,
                 )
             )
         except Exception as error:
@@ -172,7 +171,7 @@ class Decoder:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self.drafter, self.rounds = None, FixedRounds(PLAIN)
+        self.drafter, self.planner = None, FixedPlanner(PLAIN)
         message = f"drafting stopped, generation goes on without it: {type(error).__name__}: {error}"
         self.report.warnings.append(message)
         logger.warning(message)

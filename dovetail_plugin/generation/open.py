@@ -16,7 +16,7 @@ from ..drafts.base import DRAFT_ROWS, Draft, Drafter
 from ..machine import thread_count
 from ..policy import DeviceSplitPolicy, records
 from ..policy.cost import Shape
-from ..policy.rounds import PLAIN, FixedRounds, Rounds
+from ..policy.planner import PLAIN, FixedPlanner, RoundPlanner
 from ..report import GenerationReport
 from ..targets.base import Engine
 from ..targets.config_sizes import sizes_of
@@ -73,17 +73,17 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
     """
     text, cache, report = request.text, request.cache, GenerationReport()
     drafter: Drafter | None = None
-    rounds: Rounds = FixedRounds(PLAIN)
+    planner: RoundPlanner = FixedPlanner(PLAIN)
     if draft is not None:
         draft.ensure_attached(model)
         draft.report, draft.policy = report, draft.policy or DeviceSplitPolicy()
         drafter = _drafter_for(draft, engine, request, report)
-        rounds = rounds_for(draft, drafter, model, engine, request.temperature)
+        planner = planner_for(draft, drafter, model, engine, request.temperature)
     session = engine.session(
         cache,
         # The cache may hold rows of turns that the prompt does not repeat.
         max_length=cache.get_seq_length() - request.cached + text.max_length,
-        max_nodes=rounds.limits.nodes,
+        max_nodes=planner.limits.nodes,
         prefill_chunk=request.config.prefill_chunk_size,
         model_kwargs=request.model_kwargs,
         feature_layers=None if draft is None else draft.feature_layers(model.config),
@@ -95,7 +95,7 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
             target,
             drafter,
             text,
-            rounds,
+            planner,
             report,
             cached=request.cached,
             attention_mask=request.attention_mask,
@@ -116,10 +116,10 @@ def _drafter_for(draft: Draft, engine: Engine, request: Request, report: Generat
     return draft.new_drafter(engine, capacity=request.text.length + DRAFT_ROWS, clock=report.clock)
 
 
-def rounds_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, temperature: float) -> Rounds:
+def planner_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, temperature: float) -> RoundPlanner:
     """Return the draft's own budget for every round if it has one, else the policy's choices."""
     if draft.budget is not None:
-        return FixedRounds(draft.budget)
+        return FixedPlanner(draft.budget)
     key = records.key_of(
         engine=type(engine).__name__,
         model=model.config.to_json_string(use_diff=False),  # the difference takes milliseconds to find
@@ -130,7 +130,7 @@ def rounds_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, tempe
         limits=asdict(draft.policy.limits),
         torch=torch.__version__,
     )
-    return draft.policy.rounds(
+    return draft.policy.planner(
         key, temperature=temperature, shape=lambda: _shape(engine), calibration=draft.calibration
     )
 

@@ -3,73 +3,74 @@
 from dataclasses import dataclass, field
 
 from .acceptance import AcceptanceCurve
+from .settings import PolicySettings
 from .tree_rule import Lookahead
-
-REMEMBER = 0.96
-"""What a round leaves of the weight of those before it in the running rate: some 25 rounds count."""
-
-
-FIRST_TRIAL, TRIAL, LONG_TRIAL = 4, 2, 8
-"""Drafted rounds before drafting may be switched off: at first, when it is tried again, and if any of it was right."""
-
-
-ESTIMATES = 16
-"""Drafted rounds after a rest until only what really came counts."""
-
-
-FIRST_REST, LONGEST_REST = 16, 2048
-"""Plain rounds before drafting is tried again; doubled each time that it does not pay."""
 
 
 @dataclass
-class Mode:
-    """What is known about drafting for one target at one temperature.
+class DraftingSwitch:
+    """What is known about drafting for one target at one temperature, and whether it is on.
 
-    tokens, estimated, seconds: of drafted rounds, older ones counting less: what came, and what trees like these bring
-        by all that is known. since, accepted: drafted rounds since the last rest, and drafted tokens that were accepted
-        in them.
-    trial: drafted rounds until they are judged. rest: plain rounds until the next trial. interval: of the next rest.
+    Attributes:
+        curve: acceptance of drafted nodes.
+        settings: lengths of trials and rests.
+        lookahead: children of the latest nodes.
+        tokens: tokens of drafted rounds, older rounds counting less.
+        estimated: tokens that trees like these are expected to bring, weighted likewise.
+        seconds: seconds of these rounds, weighted likewise.
+        since: drafted rounds since the last rest.
+        accepted: drafted tokens accepted since the last rest.
+        trial: drafted rounds until drafting may rest.
+        rest: plain rounds until the next trial; 0 while drafting is on.
+        interval: plain rounds of the next rest.
     """
 
     curve: AcceptanceCurve
-    lookahead: Lookahead = field(default_factory=Lookahead)
+    settings: PolicySettings
+    lookahead: Lookahead = field(init=False)
     tokens: float = 0.0
     estimated: float = 0.0
     seconds: float = 0.0
     since: int = 0
     accepted: float = 0.0
-    trial: int = FIRST_TRIAL
+    trial: int = field(init=False)
     rest: int = 0
-    interval: int = FIRST_REST
+    interval: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lookahead = Lookahead(self.settings)
+        self.trial, self.interval = self.settings.first_trial, self.settings.first_rest
 
     def rate(self) -> float:
-        """Tokens a second of drafted rounds. The estimate, less noisy and less sure, counts at first only."""
-        share = max(0.5 * (1.0 - self.since / ESTIMATES), 0.0)
+        """Return the tokens per second of drafted rounds; the estimate, which varies less, counts at first only."""
+        share = max(0.5 * (1.0 - self.since / self.settings.estimated_rounds), 0.0)
         return ((1.0 - share) * self.tokens + share * self.estimated) / self.seconds if self.seconds else 0.0
 
     def count(self, tokens: float, estimated: float, seconds: float) -> None:
         """Add a drafted round."""
-        self.tokens = REMEMBER * self.tokens + tokens
-        self.estimated = REMEMBER * self.estimated + estimated
-        self.seconds = REMEMBER * self.seconds + seconds
+        memory = self.settings.rate_memory
+        self.tokens = memory * self.tokens + tokens
+        self.estimated = memory * self.estimated + estimated
+        self.seconds = memory * self.seconds + seconds
         self.since += 1
         self.accepted += tokens - 1.0
 
     def judge(self, plain_rate: float) -> None:
-        """After a drafted round: go on, or rest when plain decoding is faster."""
+        """Keep drafting after a drafted round, or rest where plain decoding (tokens per second) is faster."""
+        settings = self.settings
         self.trial -= 1
         if self.trial > 0:
             return
         if self.rate() >= plain_rate:
-            if self.since > ESTIMATES:
-                self.interval = FIRST_REST
+            if self.since > settings.estimated_rounds:
+                self.interval = settings.first_rest
             return
-        if self.accepted and self.since < LONG_TRIAL:
-            return  # some of it is right: look longer
-        self.rest, self.interval = self.interval, min(2 * self.interval, LONGEST_REST)
-        self.trial, self.since, self.accepted = TRIAL, 0, 0.0
+        if self.accepted and self.since < settings.long_trial:
+            return
+        self.rest, self.interval = self.interval, min(2 * self.interval, settings.longest_rest)
+        self.trial, self.since, self.accepted = settings.trial, 0, 0.0
         self.curve.fade()  # or the next trial would verify nothing, and learn nothing
-        weight = TRIAL * (1 / plain_rate) / self.seconds  # the next trial weighs as much as all that was before
+        weight = settings.trial / plain_rate / self.seconds  # the next trial weighs as much as everything before it
         self.tokens, self.estimated, self.seconds = (
             part * weight for part in (self.tokens, self.estimated, self.seconds)
         )

@@ -1,7 +1,7 @@
 """Measures this machine with the real models, in seconds.
 
-Enters: a target that has read its prompt and a drafter that has, too. Leaves: `Measurements`; the text is as it was,
-since every row that a probe appends is dropped again. What the numbers mean is `cost.py`'s business.
+Enters: a target that has read its prompt, and a drafter that has read it too. Leaves: `Measurements`. The text is
+unchanged, since every row that a probe appends is dropped again. `cost.py` decides what the numbers mean.
 """
 
 import math
@@ -18,22 +18,7 @@ from ..drafts.base import Drafter
 from ..targets.base import TargetSession
 from ..tree import DraftTree, TreeBudget
 from .measurements import Measurements
-
-NODES = (1, 8, 4, 16, 2, 32)
-"""Rows of the passes that are timed, in this order, until time is up; the first two always."""
-
-WIDTHS = (1, 2, 4, 8, 16)
-"""Rows of the draft levels that are timed, as far as the budget goes."""
-
-LIMIT_S = 5.0
-"""Seconds that a probe may take; slower targets take what their first passes take."""
-
-REPEATS = 5
-"""Times that a quick pass is repeated."""
-
-
-TURNS, QUICK_S = 2, 1.0
-"""Times that all numbers of threads are tried, if a turn does not take longer than so many seconds."""
+from .settings import PolicySettings
 
 
 def measure(
@@ -44,19 +29,21 @@ def measure(
     context: int,
     limits: TreeBudget,
     vary_threads: bool,
-    limit_s: float = LIMIT_S,
+    settings: PolicySettings,
 ) -> Measurements:
-    """Time the target's passes, the draft's levels and the way between them.
+    """Time the target's passes, the draft's levels and the transfer between them.
 
     Args:
-        target, drafter: both have read the same prompt.
-        token: of the vocabulary; what passes are run over.
+        target: has read a prompt.
+        drafter: has read the same prompt.
+        token: a token of the vocabulary; all passes are run over it.
         context: tokens of the text.
         limits: the largest tree that will be asked for.
-        vary_threads: whether torch's threads decide the speed of passes: then their number is chosen, too, and
-            stays in force when this returns.
+        vary_threads: whether torch's threads decide the speed of passes; then their number is chosen too, and stays
+            in force when this returns.
+        settings: which counts are timed, and for how long.
     """
-    end_s = time.perf_counter() + limit_s
+    end_s = time.perf_counter() + settings.probe_limit_s
     with tqdm(desc="measuring this machine, once", unit="pass", leave=False, delay=1.0) as progress:
 
         def verify(nodes: int) -> float:
@@ -68,37 +55,41 @@ def measure(
                     target.score(tree)
                     return time.perf_counter() - start_s
                 finally:
-                    target.keep([])  # of a pass that failed half-way, too
+                    target.keep([])  # after a pass that failed half-way, too
 
             progress.update()
-            return _seconds(run, end_s)
+            return _seconds(run, end_s, settings)
 
         verify_s: dict[int, float] = {}
         threads = processors = None
         if vary_threads:
-            rows = min(8, limits.nodes)  # about what trees have: fewer rows keep fewer threads busy
-            threads, processors, seconds = choose_threads(lambda: verify(rows))
+            rows = min(8, limits.nodes)  # a usual tree: fewer rows keep fewer threads busy
+            threads, processors, seconds = choose_threads(lambda: verify(rows), settings)
             if seconds is not None:
                 verify_s[rows] = seconds
-        for number, nodes in enumerate(dict.fromkeys((*NODES, limits.nodes))):
+        for number, nodes in enumerate(dict.fromkeys((*settings.probe_nodes, limits.nodes))):
             if nodes <= limits.nodes and nodes not in verify_s and (number < 2 or time.perf_counter() < end_s):
                 verify_s[nodes] = verify(nodes)
-        draft_s, level_s = _draft_seconds(drafter, limits, end_s + 0.5 * limit_s, branches=target.supports_tree)
-    transfer_s = _transfer_seconds(drafter.device)
+        draft_end_s = end_s + 0.5 * settings.probe_limit_s
+        draft_s, level_s = _draft_seconds(drafter, limits, draft_end_s, settings, branches=target.supports_tree)
+    transfer_s = _transfer_seconds(drafter.device, settings)
     return Measurements(verify_s, level_s, draft_s, transfer_s, context, threads, processors)
 
 
-def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | None, float | None]:
-    """The fastest number of torch threads, up to what is set, and the NUMA node to keep them on, if that helps.
+def choose_threads(
+    run: Callable[[], float], settings: PolicySettings
+) -> tuple[int, tuple[int, ...] | None, float | None]:
+    """Choose the number of torch threads, up to the number that is set, and the NUMA node to keep them on.
 
-    Leaves it in force. All are tried in turns, twice where that is quick, and the best of each counts: another process
-    slows whoever runs beside it. A smaller number must win by five per cent.
+    The choice stays in force. All choices are tried in turns, twice where that is quick, and the best time of each
+    counts, because another process may slow down one turn. What is set stays unless another choice is clearly faster.
 
     Args:
-        run: seconds of a pass with what is set when it is called.
+        run: returns the seconds of a pass with the threads that are set when it is called.
+        settings: turns, and how much faster another choice must be.
 
     Returns:
-        threads, processors to keep them on or None, and seconds of a pass so; None if there was nothing to choose.
+        Threads; processors to keep them on, or None; seconds of a pass with them, None if there was no choice.
     """
     most = torch.get_num_threads()
     nodes = machine.numa_nodes()
@@ -110,21 +101,21 @@ def choose_threads(run: Callable[[], float]) -> tuple[int, tuple[int, ...] | Non
     if len(choices) == 1:
         return *choices[0], None
     seconds = dict.fromkeys(choices, math.inf)
-    for _ in range(TURNS):
+    for _ in range(settings.thread_turns):
         start_s = time.perf_counter()
         for choice in choices:
             with machine.thread_count(None):
                 machine.use(*choice)
                 seconds[choice] = min(seconds[choice], run())
-        if time.perf_counter() - start_s > QUICK_S:
+        if time.perf_counter() - start_s > settings.thread_turn_s:
             break
-    best = min(choices, key=lambda choice: seconds[choice] * (1.0 if choice == choices[0] else 1.05))
+    best = min(choices, key=lambda choice: seconds[choice] * (1.0 if choice == choices[0] else settings.thread_gain))
     machine.use(*best)
     return *best, seconds[best]
 
 
 def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:
-    """A tree of equal tokens: a line of up to `depth` nodes below the root, the others beside them; or a chain."""
+    """Build a tree of equal tokens: a line of up to `depth` nodes below the root, the others beside it; or a chain."""
     parents = torch.arange(nodes) - 1
     line = min(nodes // 2, depth)
     if branches and nodes > 2:
@@ -135,12 +126,12 @@ def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:
     return DraftTree(torch.full((nodes,), token), parents, depths, torch.zeros(nodes))
 
 
-def _seconds(run: Callable[[], float], end_s: float) -> float:
-    """Median of the seconds that `run` returns, warmed up; only once where it is slow or time is up."""
+def _seconds(run: Callable[[], float], end_s: float, settings: PolicySettings) -> float:
+    """Median of the seconds that `run` returns after a cold first time; one time where it is slow or time is up."""
     elapsed: list[float] = []
-    for _ in range(REPEATS + 1):
+    for _ in range(settings.probe_repeats + 1):
         elapsed.append(run())
-        if time.perf_counter() > end_s or (len(elapsed) > 1 and sum(elapsed) > 0.25):
+        if time.perf_counter() > end_s or (len(elapsed) > 1 and sum(elapsed) > settings.probe_enough_s):
             break
     return statistics.median(elapsed[1:] or elapsed)
 
@@ -159,9 +150,9 @@ class _Width:
 
 
 def _draft_seconds(
-    drafter: Drafter, limits: TreeBudget, end_s: float, *, branches: bool
+    drafter: Drafter, limits: TreeBudget, end_s: float, settings: PolicySettings, *, branches: bool
 ) -> tuple[float, dict[int, float]]:
-    """Seconds of a tree of one level, with running what was accepted, and of one more level by its rows."""
+    """Seconds of a tree of one level, with the pass over accepted tokens, and of one more level by its rows."""
     drafter.catch_up()
     top_k = limits.top_k if branches else 1
     nodes = min(limits.nodes, 16)
@@ -172,28 +163,25 @@ def _draft_seconds(
             drafter.grow(TreeBudget(nodes, depth, top_k), _Width(width, nodes))
             return time.perf_counter() - start_s
 
-        return _seconds(run, end_s)
+        return _seconds(run, end_s, settings)
 
     base_s = grow(1, 1)
-    widths = [width for width in WIDTHS if width <= top_k]
+    widths = [width for width in settings.probe_widths if width <= top_k]
     level_s = {width: max(grow(3, width) - base_s, 1e-6) / 2 for width in widths}
-    accepted = level_s[min(4, widths[-1])]  # a pass over some accepted rows is like one over as many nodes
+    accepted = level_s[min(4, widths[-1])]  # a pass over accepted rows takes as long as one over as many nodes
     return base_s + accepted, level_s
 
 
-def _transfer_seconds(device: torch.device) -> dict[int, float]:
-    """Bytes -> seconds from the CPU to `device`."""
+def _transfer_seconds(device: torch.device, settings: PolicySettings) -> float:
+    """Seconds of a typical transfer from the CPU to `device`; 0 for the CPU itself."""
     if device.type == "cpu":
-        return {0: 0.0}
-    seconds = {}
-    for size in (1 << 14, 1 << 20):
-        block = torch.empty(size, dtype=torch.uint8).pin_memory()
+        return 0.0
+    block = torch.empty(settings.probe_transfer_bytes, dtype=torch.uint8).pin_memory()
 
-        def copy(block: torch.Tensor = block) -> float:
-            start_s = time.perf_counter()
-            block.to(device, non_blocking=True)
-            torch.cuda.synchronize(device)
-            return time.perf_counter() - start_s
+    def copy() -> float:
+        start_s = time.perf_counter()
+        block.to(device, non_blocking=True)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start_s
 
-        seconds[size] = _seconds(copy, time.perf_counter() + 0.1)
-    return seconds
+    return _seconds(copy, time.perf_counter() + 0.1, settings)

@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept on disk for later processes.
+"""Measurements of this machine, kept on disk for later processes.
 
 Enters: measurements under a key that names machine, models and settings. Leaves: the same, if the key is the same.
 """
@@ -19,21 +19,21 @@ from .measurements import Measurements
 
 
 def default_directory() -> Path:
-    """`DOVETAIL_CACHE`, or `dovetail` beside the hub's cache."""
+    """Return `DOVETAIL_CACHE`, or the directory `dovetail` beside the hub's cache."""
     return Path(os.environ.get("DOVETAIL_CACHE") or Path(HF_HOME) / "dovetail")
 
 
 def key_of(**parts: Any) -> str:
-    """A key that holds for this machine only: `parts` tell what was measured on it."""
+    """Return a key that holds for this machine only; `parts` name what was measured on it."""
     return json.dumps({"machine": machine.describe(), "cpus": machine.cpus(), **parts}, sort_keys=True, default=str)
 
 
 def load(key: str, directory: Path) -> Measurements | None:
-    """What an earlier process measured under this key; None if there is nothing, or nothing that can be used."""
+    """Read what an earlier process measured under this key; None if there is nothing usable."""
     file = _file(key, directory)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        # The name is a hash; the key itself tells whether this is a file of another machine.
+        # The name is a hash; the key inside says whether the file was copied from another machine.
         return Measurements.from_dict(stored["measurements"]) if stored["key"] == key else None
     except FileNotFoundError:
         return None
@@ -43,10 +43,10 @@ def load(key: str, directory: Path) -> Measurements | None:
 
 
 def store(key: str, measured: Measurements, directory: Path) -> None:
-    """Keep measurements for later processes; a directory that cannot be written to is no error."""
+    """Keep measurements for later processes, if the directory can be written to."""
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        # Written aside first: another process may read or write it at the same time.
+        # Written to another file first, since another process may read or write this one at the same time.
         with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, encoding="utf-8") as file:
             json.dump({"key": key, "measurements": measured.as_dict()}, file)
         Path(file.name).replace(_file(key, directory))

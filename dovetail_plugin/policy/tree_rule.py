@@ -1,49 +1,62 @@
-"""The rule that grows a tree as far as it pays."""
+"""The rule that grows a tree as far as it pays.
+
+Enters: the draft's scores, level by level, with tables of seconds and a price. Leaves: how many rows the next level
+has, and how many nodes are verified. It runs no model and learns nothing but how likely the children of nodes are.
+"""
 
 import numpy as np
 
 from ..tree import TreeBudget
 from .acceptance import AcceptanceCurve
+from .settings import PolicySettings
+
+CHILDREN = 2
+"""Children of a node that the lookahead counts, the likeliest ones."""
 
 
 class Lookahead:
-    """What the children of nodes are expected to bring, before they are drafted: as latest nodes' children did.
+    """Predicts what the children of nodes will bring before they are drafted, from the children of the latest nodes.
 
-    Remembers, of the latest nodes that were drafted further, how likely their two best children were accepted if
-    they themselves were. What a child brings is convex in its probability, since children that would not pay are left
-    out; so it is the mean over these, not what a mean child would bring.
+    It remembers how likely the two best children of the latest nodes were accepted if the nodes themselves were. What
+    a child brings is convex in its probability, since children that do not pay are left out. So the expected gain is a
+    mean over the remembered children, and not the gain of a mean child.
+
+    Args:
+        settings: which nodes are remembered, and how many.
     """
 
-    def __init__(self) -> None:
-        first = np.linspace(0.3, 0.95, 16)  # until there are real ones
-        self._children = np.tile(np.stack([first, 0.4 * (1.0 - first)], axis=1), (8, 1))
+    def __init__(self, settings: PolicySettings) -> None:
+        self._least_parent = settings.least_parent
+        first = np.resize(np.linspace(0.3, 0.95, 16), settings.children)  # until there are real ones: an even spread
+        self._children = np.stack([first, 0.4 * (1.0 - first)], axis=1)
         self._next = 0
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     def observe(self, parents: np.ndarray, children: np.ndarray) -> None:
-        """Remember, until `refresh`: acceptance (R,) of parents, scores (R, C) of their children, best first."""
-        if children.shape[1] < 2:  # chains
-            children = np.pad(children, ((0, 0), (0, 1)), constant_values=-np.inf)
-        self._seen.append((parents, children[:, :2]))
+        """Note, until `refresh`, acceptance (R,) of parents and scores (R, C) of their children, best first."""
+        if children.shape[1] < CHILDREN:  # chains
+            children = np.pad(children, ((0, 0), (0, CHILDREN - children.shape[1])), constant_values=-np.inf)
+        self._seen.append((parents, children[:, :CHILDREN]))
 
     def refresh(self, curve: AcceptanceCurve) -> None:
-        """Take over what was remembered, by this curve."""
+        """Remember what was noted, with acceptance by this curve."""
         if not self._seen:
             return
         parents = np.concatenate([parents for parents, _ in self._seen])
         scores = np.concatenate([children for _, children in self._seen])
         self._seen.clear()
-        likely = parents > 0.02
+        likely = parents > self._least_parent
         shares = curve(scores[likely]) / parents[likely, None]
         shares = np.minimum(shares[-len(self._children) :], 1.0)
         self._children[(self._next + np.arange(len(shares))) % len(self._children)] = shares
         self._next = (self._next + len(shares)) % len(self._children)
 
     def gains(self, likely: np.ndarray, prices: np.ndarray) -> np.ndarray:
-        """Tokens that further drafting of nodes with these probabilities (K,) is expected to bring, each.
+        """Return the (K,) tokens that drafting the children of each node is expected to bring.
 
         Args:
-            prices: (2 K,) rising: tokens that verifying a child costs; the likeliest of all takes the first place.
+            likely: (K,) acceptance of the nodes.
+            prices: (2 K,) rising tokens that verifying one child costs; the likeliest child takes the first place.
         """
         expected = likely[:, None] * self._children.mean(axis=0)
         paid = np.empty(expected.size)
@@ -53,19 +66,19 @@ class Lookahead:
 
 
 class TreeJudge:
-    """Decides while one tree grows: how wide the next level is, and how many nodes are verified.
+    """Decides, while one tree grows, how wide the next level is and how many nodes are verified.
 
     Args:
-        budget: bounds.
+        budget: the largest tree allowed.
         price: tokens that a second is worth.
         verify_s: (budget.nodes,) seconds of passes over 1, 2, ... rows.
         level_s: (budget.top_k + 1,) seconds of a further draft level over 0, 1, ... rows.
-        curve: of acceptance, kept up to date by whoever observes rounds.
-        lookahead: of this draft, kept up to date here.
-        switch: (budget.nodes,) share of those seconds that a pass takes more after the one before it.
+        curve: acceptance by score; updated by whoever observes rounds.
+        lookahead: children of the latest nodes; updated here.
 
     Attributes:
-        widths: rows of the levels drafted after the first. expected: tokens that the tree is expected to give.
+        widths: rows of the levels drafted after the first.
+        expected: tokens that the tree is expected to give.
     """
 
     def __init__(
@@ -76,10 +89,9 @@ class TreeJudge:
         level_s: np.ndarray,
         curve: AcceptanceCurve,
         lookahead: Lookahead,
-        switch: np.ndarray,
     ) -> None:
         self._budget, self._curve, self._lookahead = budget, curve, lookahead
-        self._node_costs = price * verify_s * (1.0 + switch)  # in tokens, of 0, 1, ... drafted nodes
+        self._node_costs = price * verify_s  # in tokens, of 0, 1, ... drafted nodes
         self._level_costs = price * level_s
         self._frontier = np.ones(1)  # acceptance of the nodes whose children come next, in the order they were run
         self._candidates = np.zeros(0)  # acceptance of all nodes so far, best first, as many as may be verified
@@ -87,18 +99,19 @@ class TreeJudge:
         self.expected = 1.0
 
     def width(self, scores: np.ndarray) -> int:
-        """Rows of the level below these candidates, the likeliest first; 0 stops.
+        """Return the rows of the next level, which takes the likeliest candidates of the last one; 0 stops.
 
         Args:
-            scores: (M,) cumulative log-probabilities of all candidates of the last level: of each row that was run,
-                its children, best first.
+            scores: (M,) cumulative log-probabilities of the last level's candidates: the children of each row that was
+                run, best first.
         """
         lookahead = self._lookahead
         lookahead.observe(self._frontier, scores.reshape(len(self._frontier), -1))
         level = self._likeliest(scores, len(scores))
         self._candidates = -np.sort(-np.concatenate([self._candidates, level]))[: self._budget.nodes - 1]
         likely = level[: self._budget.top_k]
-        gains = lookahead.gains(likely, self._prices(2 * len(likely))).cumsum() - self._level_costs[1 : len(likely) + 1]
+        prices = self._prices(CHILDREN * len(likely))
+        gains = lookahead.gains(likely, prices).cumsum() - self._level_costs[1 : len(likely) + 1]
         width = int(gains.argmax()) + 1
         if gains[width - 1] <= 0.0:
             return 0
@@ -107,9 +120,9 @@ class TreeJudge:
         return width
 
     def _prices(self, count: int) -> np.ndarray:
-        """(count,) tokens that `count` nodes better than all so far would cost, cheapest first; inf where none fits.
+        """Return (count,) tokens that nodes better than all so far would cost, cheapest first; inf where none fits.
 
-        A node takes the place of the weakest that would be verified, or makes the pass longer by a row.
+        A node takes the place of the weakest node that would be verified, or makes the pass longer by a row.
         """
         taken = self._worth(self._candidates)
         replaced = self._candidates[:taken][::-1][:count]
@@ -118,7 +131,7 @@ class TreeJudge:
         return prices[:count]
 
     def rows(self, scores: np.ndarray) -> int:
-        """Nodes to verify, the root included.
+        """Return how many nodes to verify, the root included.
 
         Args:
             scores: (M,) cumulative log-probabilities of all candidates of the tree.
@@ -129,10 +142,10 @@ class TreeJudge:
         return nodes + 1
 
     def _worth(self, likely: np.ndarray) -> int:
-        """How many of these candidates, best first, to verify."""
+        """Return how many of these candidates, best first, are worth their rows."""
         brought = np.concatenate([[0.0], likely.cumsum()])
         return int((brought - self._node_costs[: len(brought)]).argmax())
 
     def _likeliest(self, scores: np.ndarray, count: int) -> np.ndarray:
-        """Acceptance of the `count` best candidates, best first."""
+        """Return the acceptance of the `count` best candidates, best first."""
         return self._curve(np.sort(scores)[::-1][:count])
