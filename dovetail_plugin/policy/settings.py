@@ -19,7 +19,7 @@ class PolicySettings:
     rounds_of_count: int = 16
     """Rounds that the seconds of one row count are averaged over, after that; a probe counts as much."""
 
-    row_change_follow: float = 0.05
+    row_change_follow: float = 0.1
     """Share of a round's error that is put down to a change of the row count, or to its absence."""
 
     largest_error: float = 1.5

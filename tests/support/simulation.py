@@ -1,8 +1,7 @@
 """A simulated world for the policy: numbers only, so that nothing depends on how fast this machine is.
 
-A `Computer` says how long the phases of a round take. A `Pair` is a text and a draft that guesses it: it says what the
-draft proposes and where it is right. `play` runs the policy on both, and `best_static_rate` says what the best fixed
-budget reaches on the same text. `SCENARIOS` are the cases that the policy is judged by.
+A `Computer` says how long the phases of a round take. A `Pair` is a text with a draft that guesses it. `play` runs the
+policy on both; `best_static_rate` is what the best fixed budget reaches on the same text.
 """
 
 import functools
@@ -397,4 +396,4 @@ SCENARIOS |= {
         change=lambda pair: replace(pair, quality=((0, 0.0), (300, 0.95))),
     ),
 }
-"""Name -> scenario. `benchmarks/policy_simulation.py` prints them all, tests take some."""
+"""Name -> scenario; `benchmarks/policy_simulation.py` prints them all."""
