@@ -1,10 +1,11 @@
-"""The loop: prefill, then rounds of draft, verify, accept, keep. This is the only file that knows their order.
+"""The loop: prefill, then rounds of draft, verify, accept and keep. Only this module knows their order.
 
     prompt -> target.prefill -> drafter.begin -> (once on this machine) probe
     round:  rounds.next -> drafter.grow -> target.score -> accept -> target.keep -> drafter.advance -> rounds.observe
 
-It gets a session, a drafter, the text and the budgets of its rounds, all prepared, and leaves the finished text and a
-report. A drafter that fails costs speed and not text: the loop goes on with trees of one node, which is plain decoding.
+Its input is a session, a drafter, the text and the budgets of its rounds, all prepared. Its results are the finished
+text and a report. If the drafter fails, the loop continues with trees of one node, which is plain decoding, so the text
+is not affected.
 """
 
 import logging
@@ -34,13 +35,13 @@ class Decoder:
 
     Attributes:
         target: an open session.
-        drafter: proposes trees; None decodes plainly through the same code.
+        drafter: proposes trees. None decodes plainly through the same code.
         text: the prompt, to which tokens are added.
         rounds: how much each round may draft.
-        report: is filled in.
+        report: receives the figures of this generation.
         cached: tokens at the start of the text whose rows the target holds from earlier turns.
         attention_mask: (1, tokens before the first new one) with 0 at padding, or None.
-        vary_threads: whether the number of torch's threads may be chosen; the caller restores it.
+        vary_threads: whether the number of torch's threads may be changed. The caller restores it.
     """
 
     target: TargetSession
@@ -115,7 +116,7 @@ class Decoder:
         bound = self.rounds.limits.clipped(max(room, 1)) if self.drafter is not None else PLAIN
         return bound if self.target.supports_tree else bound.as_chain()
 
-    # --- the draft, whose failures are not ours ------------------------------------------------
+    # --- calls of the draft, whose failures must not affect the text ---------------------------
 
     def _begin(self, output: TargetOutput) -> None:
         if self.drafter is None:
@@ -133,7 +134,7 @@ class Decoder:
         if drafter is None:
             return
         if positions is not None and self.text.length + limits.depth >= positions:
-            self.rounds = FixedRounds(PLAIN)  # no room for a tree to measure with, and hardly any for text
+            self.rounds = FixedRounds(PLAIN)  # there is no room for the trees of a measurement, and little for text
             return
         try:
             measured = self.rounds.prepare(
@@ -173,6 +174,6 @@ class Decoder:
 
     def _give_up(self, error: Exception) -> None:
         self.drafter, self.rounds = None, FixedRounds(PLAIN)
-        message = f"drafting stopped, generation goes on without it: {type(error).__name__}: {error}"
+        message = f"drafting stopped and generation continues without a draft: {type(error).__name__}: {error}"
         self.report.warnings.append(message)
         logger.warning(message)
