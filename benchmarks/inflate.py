@@ -1,11 +1,11 @@
-"""Inflate a small trained pair to the shape of a big one without changing the function it computes.
+"""Inflate a small trained pair to a larger shape without changing the function it computes.
 
-Enters: a Llama target, its `DovetailDraft` and a shape. Leaves: a pair with the same logits, texts and
-acceptance that costs what the big shape costs, every weight being a dense tensor of its own, read in full.
-The residual stream keeps the source's H numbers first and exact zeros beyond (`RULES`); eps becomes
-eps * H/H2. The source's layers come first, added ones behind. Equal to 1e-5 in float32; bfloat16 rounds the
-scaled norm weights once more. Label all figures measured on such a pair "inflated"; both configs say it in
-`inflated_from`. This module knows nothing of generation or timing.
+Takes a Llama target, its `DovetailDraft` and a shape, and builds a pair with the same logits, texts and acceptance but
+the cost of the larger shape: every weight is a dense tensor that is stored once and read in full. The first H numbers
+of the residual stream are the source's and the rest are exact zeros (see `RULES`); eps becomes eps * H/H2. The source's
+layers come first and the added layers follow. Results are equal to 1e-5 in float32; bfloat16 rounds the scaled norm
+weights once more. Figures measured on such a pair must be labeled "inflated"; both configs have `inflated_from`. This
+module does not generate or time anything.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from dovetail_plugin.cli.common import HelpFormatter
 from dovetail_plugin.drafts.compatibility import check_fits
 
 EPILOG = """\
-shapes, with the parameters they have for two query heads on each key/value head and 3072 tokens:
+shapes, with their parameters for two query heads per key/value head and a vocabulary of 3072 tokens:
   500m   1536,4096,19    0.50 billion
-  1b     2048,5632,22    1.05
-  7b     4096,11008,32   5.96    Llama 2's widths and depth; grouped heads and the small vocabulary save the rest
-  13b    5120,13824,40   11.67
-  H,I,L  hidden size, MLP size and layers of your own
+  1b     2048,5632,22    1.05 billion
+  7b     4096,11008,32   5.96 billion  (widths and depth of Llama 2 7B, with fewer key/value heads and tokens)
+  13b    5120,13824,40   11.67 billion
+  H,I,L  your own hidden size, MLP size and number of layers
 
 examples:
   python benchmarks/inflate.py --target DIR --draft DIR --shape 1b --out big
@@ -46,7 +46,14 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths (H2, I2) of target and draft, and layers of the target; `label` goes into the model's name."""
+    """The shape to inflate to.
+
+    Attributes:
+        hidden_size: H2, hidden size of target and draft.
+        intermediate_size: MLP size of target and draft.
+        num_hidden_layers: layers of the target. The draft keeps its number of blocks.
+        label: becomes part of the model's name.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -55,10 +62,10 @@ class Shape:
 
     @classmethod
     def parse(cls, text: "Shape | str") -> "Shape":
-        """A shape by its name, or from "H,I,L"; a `Shape` stays as it is.
+        """Read the name of a shape or "H,I,L". A `Shape` is returned unchanged.
 
         Raises:
-            ValueError: neither a known name nor three positive numbers.
+            ValueError: the text is neither a known name nor three positive integers.
         """
         if isinstance(text, Shape):
             return text
@@ -66,7 +73,9 @@ class Shape:
             return SHAPES[text]
         parts = [part.strip() for part in text.split(",")]
         if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise ValueError(f"unknown shape {text!r}: use {', '.join(SHAPES)}, or numbers H,I,L as in 1024,2816,24.")
+            raise ValueError(
+                f"{text!r} is not a valid shape. Use {', '.join(SHAPES)}, or H,I,L, for example 1024,2816,24."
+            )
         hidden, intermediate, layers = map(int, parts)
         return cls(hidden, intermediate, layers, f"{hidden}x{intermediate}x{layers}")
 
@@ -86,12 +95,14 @@ Fill = Literal["random", "zeros", "ones"]
 class Rule:
     """How a tensor grows. The source block goes to the start of every dimension.
 
-    fill: what the added entries hold.
-    added: what all of it holds in a layer that the source lacks, if not `fill`. Such a layer's norms are zeros, so
-        its dense random matrices multiply zeros and it writes zeros; zero matrices would be stored once by
-        engines that store equal bytes once, quantised ones above all, and cost less than they should.
-    joins: the dimension in which two streams lie one after the other; each half grows by itself.
-    writes: the dimension that writes the stream; its entries beyond the source's get zeros.
+    Attributes:
+        fill: content of the added entries.
+        added: content of the whole tensor in a layer that the source does not have, if it differs from `fill`. The
+            norms of such a layer are zeros, so its dense random matrices multiply zeros and it writes zeros. Zero
+            matrices would not do: engines that store equal bytes once, as many do for quantized weights, would make
+            them cheaper than they should be.
+        joins: dimension in which two streams are concatenated. Each half grows separately.
+        writes: dimension that writes the residual stream. Its entries beyond the source's are zeros.
     """
 
     fill: Fill
@@ -103,31 +114,36 @@ class Rule:
 RULES = {
     r"embed_tokens\.weight$": Rule("zeros"),
     r"lm_head\.weight$": Rule("random"),
-    r"norm\.weight$": Rule(
-        "ones", added="zeros"
-    ),  # the source block also times sqrt(H/H2): the mean is over more entries
+    # The source block is also multiplied by sqrt(H/H2), because the mean is over more entries.
+    r"norm\.weight$": Rule("ones", added="zeros"),
     r"_proj\.bias$": Rule("zeros"),
     r"(q|k|v|gate|up)_proj\.weight$": Rule("random"),  # added columns meet the stream's zeros
     r"(o|down)_proj\.weight$": Rule("zeros", added="random"),  # drops added heads and units
-    r"fusion\.W_[12]$": Rule("random", writes=1),  # used as x @ W: rows read, columns write
-    r"fusion\.W_z$": Rule("random", joins=0),  # its columns gate the stream, and a gated zero is zero
+    r"fusion\.W_[12]$": Rule("random", writes=1),  # used as x @ W: rows read the stream, columns write it
+    r"fusion\.W_z$": Rule("random", joins=0),  # its columns gate the stream, and gated zeros are zeros
     r"fusion\.fc\.weight$": Rule("random", joins=1, writes=0),
     r"fusion\.fc\.bias$": Rule("zeros"),
 }
+"""Pattern of a parameter's name -> its rule. The first match counts."""
 
 
 class Noise:
-    """Random values in bulk: slices of one normal block, which saves minutes of drawing billions of numbers."""
+    """Random values in bulk: slices of one normally distributed block, much faster than billions of new numbers.
+
+    Args:
+        dtype: dtype of the values.
+        seed: seed of the block and of where slices start.
+    """
 
     STD = 0.02
-    LENGTH = 1_048_583  # a prime, so that rows of common widths do not repeat each other
+    LENGTH = 1_048_583  # a prime, so rows of common widths do not repeat each other
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._block = (torch.randn(self.LENGTH, generator=self._generator) * self.STD).to(dtype)
 
     def tensor(self, size: Sequence[int]) -> Tensor:
-        """A new dense tensor, contiguous, on the CPU."""
+        """A new dense, contiguous tensor of this size on the CPU."""
         out = torch.empty(size, dtype=self._block.dtype)
         flat, done = out.view(-1), 0
         offset = int(torch.randint(self.LENGTH, (1,), generator=self._generator))
@@ -139,10 +155,14 @@ class Noise:
 
 
 def widen(source: Tensor | None, size: Sequence[int], rule: Rule, noise: Noise, scale: float = 1.0) -> Tensor:
-    """A tensor of `size` in `noise`'s dtype with `source * scale` in its first entries, the rest by `rule`.
+    """A larger tensor with `source * scale` in its first entries and the rest filled by `rule`.
 
     Args:
-        source: at most `size` in every dimension; None for a layer that the source lacks.
+        source: at most `size` in every dimension. None for a layer that the source does not have.
+        size: size of the result.
+        rule: how the tensor grows.
+        noise: source of random values; decides the dtype of the result.
+        scale: factor for the source's entries.
     """
     out = noise.tensor(size)
     fill = rule.added if source is None and rule.added else rule.fill
@@ -164,12 +184,20 @@ def widen(source: Tensor | None, size: Sequence[int], rule: Rule, noise: Noise, 
 def inflate_target(
     target: PreTrainedModel, shape: Shape | str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A new target of `shape` on the CPU that computes `target`'s function; it needs its own size of memory.
+    """Build a new target of `shape` on the CPU that computes the same function as `target`.
 
-    Its `config.name_or_path` is "<source>-inflated-<shape>". Tied tables are untied: the big head is dense.
+    Its `config.name_or_path` is "<source>-inflated-<shape>". Tied embeddings are untied, because the large head is
+    dense.
+
+    Args:
+        target: a Llama; it is not changed.
+        shape: a `Shape`, or text for `Shape.parse`.
+        dtype: of the new weights.
+        seed: of the random values.
 
     Raises:
-        ValueError: not a Llama, or `shape` is smaller than the source or gives no whole number of heads.
+        ValueError: `target` is not a Llama, or `shape` is smaller than the source, or the number of key/value heads
+            would not be an integer.
     """
     if not isinstance(target, LlamaForCausalLM):
         raise ValueError(f"only LlamaForCausalLM targets can be inflated, got {type(target).__name__}.")
@@ -185,10 +213,18 @@ def inflate_target(
 def inflate_draft(
     draft: DovetailDraft, shape: Shape | str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> DovetailDraft:
-    """A new draft of `shape`'s widths on the CPU, with `draft`'s blocks, budget and function; not attached.
+    """Build a new draft with the widths of `shape` on the CPU that computes the same function as `draft`.
+
+    It has the blocks, the budget and the verification of `draft` and is not attached to a target.
+
+    Args:
+        draft: is not changed.
+        shape: a `Shape`, or text for `Shape.parse`.
+        dtype: of the new weights.
+        seed: of the random values.
 
     Raises:
-        ValueError: `shape` is narrower than the source or gives no whole number of heads.
+        ValueError: `shape` is narrower than the source, or the number of key/value heads would not be an integer.
     """
     shape = Shape.parse(shape)
     config = inflated_config(draft.config, shape, draft.config.num_hidden_layers, dtype)
@@ -206,10 +242,13 @@ def inflate_pair(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> tuple[LlamaForCausalLM, DovetailDraft]:
-    """Both on the CPU in `dtype`, the draft attached to the target; `shape` is one, or text for `Shape.parse`.
+    """Inflate both models; see `inflate_target` and `inflate_draft`.
+
+    Returns:
+        The new target and the new draft, on the CPU in `dtype`. The draft is attached to the target.
 
     Raises:
-        ValueError: the two do not fit each other, or see `inflate_target` and `inflate_draft`.
+        ValueError: the two do not fit each other, or one of them cannot be inflated to `shape`.
     """
     check_fits(draft.config, target.config)
     big_draft = inflate_draft(draft, shape, dtype=dtype, seed=seed + 1)  # first: it is small and refuses early
@@ -220,20 +259,20 @@ def inflate_pair(
 
 
 def inflated_config(config: Any, shape: Shape, layers: int, dtype: torch.dtype) -> Any:
-    """A copy of a Llama or Dovetail config with the sizes of `shape`, `layers` layers and scaled eps."""
+    """A copy of a Llama or Dovetail config with the widths of `shape`, `layers` layers and a scaled eps."""
     sizes = dict(hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=layers)
     own = {name: getattr(config, name) for name in sizes}
     for name, new in sizes.items():
         if new < own[name]:
             raise ValueError(
-                f"{name} {new} is smaller than the source's; a pair can only grow: use {own[name]} or more."
+                f"{name} {new} is smaller than the source's {own[name]}. A pair can only grow: use {own[name]} or more."
             )
     hidden, kv_heads = config.hidden_size, config.num_key_value_heads
     new_kv_heads, rest = divmod(kv_heads * shape.hidden_size, hidden)
     if rest:
         raise ValueError(
-            f"hidden_size {shape.hidden_size} gives no whole number of key/value heads (the source has {kv_heads} "
-            f"for {hidden}); use a multiple of {hidden // math.gcd(hidden, kv_heads)}."
+            f"hidden_size {shape.hidden_size} does not give an integer number of key/value heads (the source has "
+            f"{kv_heads} for a hidden size of {hidden}). Use a multiple of {hidden // math.gcd(hidden, kv_heads)}."
         )
     changes = dict(
         num_attention_heads=config.num_attention_heads // kv_heads * new_kv_heads,
@@ -246,13 +285,13 @@ def inflated_config(config: Any, shape: Shape, layers: int, dtype: torch.dtype) 
 
 
 def _short(name: str | None) -> str:
-    """Last part of a path or hub id; no path of this machine enters a config."""
+    """Last part of a path or hub id, so that configs do not contain paths of this machine."""
     return Path(name or "unnamed").resolve().name
 
 
 def _build(source: PreTrainedModel, config: Any, noise: Noise) -> Any:
-    """A model of `source`'s class and the big `config`, filled tensor by tensor from `source`."""
-    with init_empty_weights():  # buffers (the rotary frequencies) are real
+    """A model of the class of `source` with the larger `config`, filled tensor by tensor from `source`."""
+    with init_empty_weights():  # buffers (the rotary frequencies) are not empty
         model = type(source)(config)
     known = source.state_dict()
     norm_scale = math.sqrt(source.config.hidden_size / config.hidden_size)
@@ -266,18 +305,18 @@ def _build(source: PreTrainedModel, config: Any, noise: Noise) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load, inflate, save; returns the exit status."""
-    description = "Write a pair of a bigger shape that computes the same function as a small trained one."
+    """Run the command line; returns the exit status."""
+    description = "Write a pair of a larger shape that computes the same function as a small trained pair."
     parser = argparse.ArgumentParser(
         prog="inflate.py", description=description, epilog=EPILOG, formatter_class=HelpFormatter
     )
     add = parser.add_argument
     add("--target", required=True, type=Path, metavar="DIR", help="the small Llama target")
     add("--draft", required=True, type=Path, metavar="DIR", help="its Dovetail draft")
-    add("--shape", required=True, metavar="500m|1b|7b|13b|H,I,L", help="see below")
-    add("--out", required=True, type=Path, metavar="DIR", help="gets DIR/target and DIR/draft")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="of both models")
-    add("--seed", type=int, default=0, help="of the random values")
+    add("--shape", required=True, metavar="500m|1b|7b|13b|H,I,L", help="a shape from the list below, or sizes")
+    add("--out", required=True, type=Path, metavar="DIR", help="the pair is written to DIR/target and DIR/draft")
+    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="dtype of both models")
+    add("--seed", type=int, default=0, help="seed of the random values")
     args = parser.parse_args(argv)
     try:
         write_pair(args.target, args.draft, args.shape, args.out, dtype=getattr(torch, args.dtype), seed=args.seed)
@@ -288,15 +327,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_pair(target_dir: Path, draft_dir: Path, shape: str, out: Path, *, dtype: torch.dtype, seed: int) -> None:
-    """Inflate a stored pair to `out`/target, with the tokenizer's files, and `out`/draft; raises as `inflate_pair`."""
+    """Inflate a stored pair and save it, with the tokenizer's files, to `out`/target and `out`/draft.
+
+    Raises:
+        ValueError: a directory is missing, `out` already holds a pair, or see `inflate_pair`.
+    """
     for place in (target_dir, draft_dir):
         if not place.is_dir():
-            raise ValueError(f"{place} is not a directory; pass one that holds a stored model.")
+            raise ValueError(f"{place} is not a directory. Pass a directory with a stored model.")
     if (out / "target").exists() or (out / "draft").exists():
-        raise ValueError(f"{out} holds a pair already; delete it or choose another --out.")
+        raise ValueError(f"{out} already holds a pair. Delete it or choose another --out.")
     source = AutoModelForCausalLM.from_pretrained(target_dir, dtype="auto")
     target, draft = inflate_pair(source, DovetailDraft.from_pretrained(draft_dir), shape, dtype=dtype, seed=seed)
-    # A loaded model is named by its directory; with this name the stored draft still knows its target.
+    # A loaded model is named by its directory; this name lets the stored draft recognize its target.
     draft.config.target_name_or_path = f"{target.config.name_or_path}/target"
     for model, name in ((target, "target"), (draft, "draft")):
         model.save_pretrained(out / name)

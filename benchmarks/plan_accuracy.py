@@ -1,15 +1,17 @@
-"""The plan's bytes against what is really allocated: `dovetail_plugin.plan` beside processes that load and generate.
+"""Compares the bytes of a plan with what processes that load and generate really allocate.
 
     python benchmarks/plan_accuracy.py                                 # the pair inflated to 1b, bfloat16
     python benchmarks/plan_accuracy.py --shape 500m --dtype float32 --prompt-tokens 500
 
-The pair is inflated and stored by one process and loaded by others, so that only what users' programs allocate is
-counted. Such a process generates with a tiny pair first and notes its resident set, which is the program itself:
-libraries, their code pages and workspaces. Then it loads the pair, sets the kernel's high-water mark back and runs
-one generation with the draft. Resident pages are counted whether they are private or a weight file's, mapped: both
-take memory while the model runs. Besides, the storages of all tensors that live after the generation are added up.
-With a GPU, the same is done for every `--vram` budget, placed as planned, against torch's peak on the GPU.
-Prints tables and one JSON line, which goes to --out too. Let nothing else run meanwhile.
+One process inflates and stores the pair, others load it, so that only what users' programs allocate is counted. Such a
+process generates with a tiny pair first and notes its resident set, which is the program itself: libraries, their code
+pages and workspaces. Then it loads the pair, resets the kernel's high-water mark and runs one generation with the
+draft. Resident pages count whether they are private or mapped from a weight file: both take memory while the model
+runs. The storages of all tensors that live after the generation are added up as well.
+
+The gate is 5 % for the tensors and for the totals. The plan's margin has its own line; beside it stands what the
+process takes beyond the planned parts. With a GPU, the same is done for every `--vram` budget, placed as planned, with
+torch's peak on the GPU. Prints tables and one JSON line, which is also appended to --out. Run nothing else meanwhile.
 """
 
 import argparse
@@ -26,18 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import DRAFT, TARGET, load_bundled
+from common import DRAFT, TARGET, load_bundled
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.bench.provenance import provenance
 from dovetail_plugin.planning.apply import apply_plan
-from dovetail_plugin.planning.make_plan import format_bytes, make_plan, parse_bytes
+from dovetail_plugin.planning.device_plan import format_bytes, parse_bytes
+from dovetail_plugin.planning.make_plan import make_plan
 
 HERE = Path(__file__).parent
 SMALL_GPU = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
-"""cuBLAS's workspace on small GPUs; on a Hopper, which would take four times as much, it makes figures comparable."""
+"""cuBLAS's workspace on small GPUs. A Hopper would take four times as much; with this, figures are comparable."""
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -55,7 +58,7 @@ def forget_peak() -> None:
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Of the storages under some tensors, each counted once."""
+    """Bytes of the storages under some tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(storages.values())
 
@@ -69,7 +72,7 @@ def model_tensors(*models: nn.Module) -> list[Tensor]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Load the stored pair, place it as planned for the budget, generate once; what was planned and what was seen."""
+    """Load the stored pair, place it as planned for the budget and generate once; returns what was planned and seen."""
     dtype, gpu = getattr(torch, args.dtype), args.vram[0] > 0
     budget = TreeBudget()
     warm_up(dtype, "cuda" if gpu else "cpu")
@@ -102,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def warm_up(dtype: torch.dtype, device: str) -> None:
-    """Whatever a first generation brings in that stays."""
+    """Bring in whatever stays after a first generation."""
     target, draft = load_bundled(dtype)
     target.generate(torch.arange(4, 40)[None], max_new_tokens=8, assistant_model=draft.to(device))
     del target, draft
@@ -127,15 +130,15 @@ def generate(target: Any, draft: DovetailDraft, args: argparse.Namespace) -> Any
 
 
 def live_bytes(target: Any, draft: DovetailDraft, cache: Any) -> dict[str, int]:
-    """Of tensors after the generation, by the names of the plan's parts; storages that two share count once."""
+    """Bytes of tensors after the generation, by groups of the plan's parts; shared storages count once."""
     rows = draft.turns[cache].drafter.rows
     weights = storage_bytes(model_tensors(target))
     own = storage_bytes(model_tensors(target, draft)) - weights
     kv = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     if draft.device.type == "cuda":  # one storage for all blocks, all of it taken
-        draft_kv = sum(row.store.kv.nbytes for row in rows)
+        draft_kv = rows.store.kv.nbytes
     else:  # rows that were never touched take no memory
-        draft_kv = sum(row.keys.nbytes + row.values.nbytes for row in rows)
+        draft_kv = sum(row.keys.nbytes + row.values.nbytes for row in rows.layers)
     return {
         "target weights": weights,
         "draft weights and tables": own,
@@ -152,12 +155,12 @@ GROUPS = {
     "target KV cache": r"target: KV cache",
     "draft KV cache": r"draft: KV cache",
 }
-"""What `live_bytes` counts -> the plan's parts."""
+"""Names that `live_bytes` counts -> the plan's parts."""
 
 
 def run_child(args: argparse.Namespace, pair: Path, vram_bytes: int) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--pair", str(pair), "--vram", str(vram_bytes), "--child"]
+    """Run `measure` in another process."""
+    command = [sys.executable, __file__, "--pair", str(pair), "--vram", f"{vram_bytes}b", "--child"]
     for name in ("dtype", "prompt_tokens", "new_tokens", "prefill_rows"):
         if getattr(args, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -166,24 +169,26 @@ def run_child(args: argparse.Namespace, pair: Path, vram_bytes: int) -> dict[str
 
 
 def compare(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of what was planned and seen, in bytes, with the error as a share of what was seen."""
+    """Planned and seen bytes, row by row, with the error as a share of what was seen."""
     parts, seen = result["plan"]["parts"], result["seen"]
 
     def planned(pattern: str, device: str = "cpu|gpu") -> int:
         return sum(p["bytes"] for p in parts if re.match(pattern, p["name"]) and re.fullmatch(device, p["device"]))
 
     rows = [("tensors: " + name, planned(pattern), result["live"][name]) for name, pattern in GROUPS.items()]
-    program = planned("program")
-    rows.append(("RAM without the program", planned(".*", "cpu") - program, seen["peak"] - seen["program"]))
-    rows.append(("RAM", planned(".*", "cpu"), seen["peak"]))
+    totals = {"cpu": ("RAM", seen["peak"])}
     if "gpu_peak" in seen:
-        rows.append(("VRAM without the reserve", planned("(?!reserve)", "gpu"), seen["gpu_peak"]))
-        rows.append(("VRAM", planned(".*", "gpu"), seen["gpu_used"]))
+        rows.append(("VRAM that torch allocates", planned("(?!margin)", "gpu"), seen["gpu_peak"]))
+        totals["gpu"] = ("VRAM", seen["gpu_used"])
+    for device, (name, used) in totals.items():
+        beyond = used - planned("(?!margin)", device)
+        rows.append((f"{name} beyond the parts: the margin", planned("margin", device), beyond))
+        rows.append((name, planned(".*", device), used))
     return [dict(what=what, planned=plan, seen=real, error=plan / real - 1) for what, plan, real in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """`compare` as text."""
+    """Write the rows of `compare` as a table."""
     lines = [f"{'':36}{'planned':>12}{'seen':>12}{'error':>9}"]
     for row in rows:
         sizes = "".join(f"{format_bytes(row[key]):>12}" for key in ("planned", "seen"))
@@ -199,8 +204,8 @@ def main() -> None:
     add("--prompt-tokens", type=int, default=1500)
     add("--new-tokens", type=int, default=24)
     add("--prefill-rows", type=int, default=None, help="prefill_chunk_size of generate")
-    add("--vram", type=lambda t: int(t) if t == "0" else parse_bytes(t), nargs="+", default=None, metavar="SIZE")
-    add("--pair", type=Path, default=None, metavar="DIR", help="a pair that inflate.py wrote; default: write one")
+    add("--vram", type=parse_bytes, nargs="+", default=None, metavar="SIZE")
+    add("--pair", type=Path, default=None, metavar="DIR", help="a pair that inflate.py wrote; default: inflate one")
     add("--out", type=Path, default=HERE / "results" / "plan.jsonl")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

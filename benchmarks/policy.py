@@ -11,7 +11,6 @@ else run. Tables go to the screen, one JSON line to --out.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -21,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import TARGET, load_bundled, store
 from inflate import inflate_pair
-from run import TARGET, load_bundled
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.bench.compare import Comparison, Run, timed_generate
 from dovetail_plugin.bench.prompts import load_prompts
-from dovetail_plugin.bench.provenance import provenance
 from dovetail_plugin.policy.device_split import DeviceSplitPolicy
 
 CHAINS = [TreeBudget(depth + 1, depth, 1) for depth in range(1, 9)]
@@ -177,8 +175,7 @@ def main() -> None:
         result["useless"] = useless(target, tokenizer, options, args.useless_prompts)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     print_tables(result)
-    with open(args.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"name": "policy", "settings": settings} | result | provenance()) + "\n")
+    store({"name": "policy", "settings": settings} | result, args.out)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,31 @@
-"""Dovetail: a draft model on a small GPU makes a large model on the CPU talk faster, and say the same.
+"""Speculative decoding for transformers: a small draft model makes a large target model faster, with the same text.
 
-Importing this package registers drafts with transformers, so that
-`target.generate(..., assistant_model=draft)` works; see `hf.py` for what exactly that touches.
+Importing this package registers drafts with transformers, so that `target.generate(..., assistant_model=draft)` works;
+`hf.py` describes what exactly that changes. In the process of the `dovetail` command transformers is loaded only when a
+public name is used, so that `dovetail --help` is fast.
 """
 
+import functools
+import importlib
+import importlib.util
 import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .drafts.base import Draft, Drafter
-from .drafts.config import DovetailConfig
-from .drafts.model import DovetailDraft
-from .drafts.prompt_lookup import PromptLookupDraft
-from .drafts.small_model import SmallModelDraft
-from .generation.generate import generate_with_draft
-from .generation.stock_loop import DovetailCandidateGenerator
-from .hf import is_registered, register, unregister
-from .policy.device_split import DeviceSplitPolicy
-from .report import GenerationReport
-from .tree import DraftTree, TreeBudget
+
+if TYPE_CHECKING:
+    from .drafts.base import Draft, Drafter
+    from .drafts.config import DovetailConfig
+    from .drafts.model import DovetailDraft
+    from .drafts.prompt_lookup import PromptLookupDraft
+    from .drafts.small_model import SmallModelDraft
+    from .generation.generate import generate_with_draft
+    from .generation.stock_loop import DovetailCandidateGenerator
+    from .hf import is_registered, register, unregister
+    from .policy.device_split import DeviceSplitPolicy
+    from .report import GenerationReport
+    from .tree import DraftTree, TreeBudget
 
 __all__ = [
     "DeviceSplitPolicy",
@@ -38,10 +46,60 @@ __all__ = [
     "unregister",
 ]
 
+_MODULE_OF = {
+    "DeviceSplitPolicy": "policy.device_split",
+    "DovetailCandidateGenerator": "generation.stock_loop",
+    "DovetailConfig": "drafts.config",
+    "DovetailDraft": "drafts.model",
+    "Draft": "drafts.base",
+    "DraftTree": "tree",
+    "Drafter": "drafts.base",
+    "GenerationReport": "report",
+    "PromptLookupDraft": "drafts.prompt_lookup",
+    "SmallModelDraft": "drafts.small_model",
+    "TreeBudget": "tree",
+    "generate_with_draft": "generation.generate",
+    "is_registered": "hf",
+    "register": "hf",
+    "unregister": "hf",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name, or a module of the package, when it is first used."""
+    if name in _MODULE_OF:
+        _register_once()
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 # In a checkout the adapters stand beside the package, in an installed copy inside it. Found by the package's own path,
 # so that a checkout on PYTHONPATH takes its own adapters, whatever else is installed.
 _beside = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_beside, "adapters", "stored_target.py")):
     __path__.append(_beside)
 
-register()
+
+def _is_command() -> bool:
+    """Return whether this is the process of the `dovetail` command, or of `python -m dovetail_plugin`."""
+    if sys.argv[:1] == ["-m"]:  # while Python looks for the module to run
+        return __name__ in sys.orig_argv
+    return os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "dovetail"
+
+
+@functools.cache
+def _register_once() -> None:
+    """Register drafts with transformers, which loads it; later calls do nothing, so that `unregister` lasts."""
+    importlib.import_module(f"{__name__}.hf").register()
+
+
+if not _is_command():
+    _register_once()

@@ -1,95 +1,117 @@
 """Fixtures that several test files use."""
 
 import random
+import time
+from pathlib import Path
 
 import engines
 import pytest
 import torch
 from families import tiny_target
+from helpers import save_pair
+from support import environments
+from support.clock import FakeClock
+from support.trees import random_tree
 
-from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget
+from dovetail_plugin import DovetailDraft, Draft, TreeBudget
+from dovetail_plugin.drafts import cuda_graphs
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+
+pytest_plugins = ["pytester"]
 
 
 def pytest_addoption(parser):
     engines.add_options(parser)
+    environments.add_options(parser)
 
 
 def pytest_configure(config):
     engines.choose(config)
+    file = config.getoption("--summary")
+    if file and not hasattr(config, "workerinput"):  # once, not in each worker of xdist
+        config.pluginmanager.register(environments.Summary(Path(file)))
 
 
 def pytest_ignore_collect(collection_path):
     return None if engines.runs(collection_path) else True
 
 
-def pytest_collection_modifyitems(items):
-    engines.skip_what_is_torchs(items)
+@pytest.hookimpl(tryfirst=True)  # before pytest's own selection by -m, which looks at the marks
+def pytest_collection_modifyitems(config, items):
+    environments.mark_files(items)
+    environments.select_nightly(config, items)
+    engines.skip_torch_only(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Tiny models gain nothing from threads, and shared machines lose."""
+    """Tiny models do not get faster with threads."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _fixed_budget(monkeypatch, tmp_path):
-    """Rounds that do not depend on how fast the machine is; tests of the policy undo it, and keep their own records."""
-    monkeypatch.setattr(DovetailDraft, "budget", TreeBudget())
+def _measurements_of_this_test(monkeypatch, tmp_path):
+    """Measurements of the machine are stored for this test alone."""
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "records"))
+
+
+@pytest.fixture
+def fixed_budget(monkeypatch):
+    """Every draft proposes the same tree in each round, so rounds do not depend on the machine's speed."""
+    budget = TreeBudget()
+    monkeypatch.setattr(vars(Draft)["budget"], "default", budget)
+    return budget
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    """`time.perf_counter` moves only with passes of target and draft, so the policy's decisions can be repeated."""
+    clock = FakeClock()
+    session = engines.current().session_class()
+    for name, rows in (("prefill", lambda ids: ids.shape[1]), ("score", len)):
+        monkeypatch.setattr(session, name, clock.charged_pass(getattr(session, name), rows))
+    monkeypatch.setattr(time, "perf_counter", clock)
+    with clock.charging_draft_blocks():
+        yield clock
 
 
 @pytest.fixture(scope="session")
 def llama():
+    """A tiny random Llama on the engine under test."""
     return tiny_target("llama")
 
 
 @pytest.fixture
 def draft(llama):
+    """An untrained draft of two blocks for `llama`."""
     torch.manual_seed(7)
     return DovetailDraft.for_target(llama, blocks=2)
 
 
-def random_tree(root: int, truth: list[int], budget, rng: random.Random, vocab: int) -> DraftTree:
-    """A random tree below `root` that holds a random stretch of the true continuation among decoys."""
-    on_path, right = 0, rng.randint(0, min(len(truth), budget.depth))
-    if budget.top_k == 1:
-        return random_chain([root, *truth[:right]], budget, rng, vocab)
-    tokens, parents, depths = [root], [-1], [0]
-    while len(tokens) < budget.nodes:
-        grow_right = depths[on_path] < right and rng.random() < 0.5
-        shallow = [i for i, d in enumerate(depths) if d < budget.depth]
-        parent = on_path if grow_right else rng.choice(shallow)
-        token = truth[depths[on_path]] if grow_right else rng.randrange(vocab)
-        siblings = {tokens[i] for i, p in enumerate(parents) if p == parent}
-        if token in siblings:
-            if len(siblings) >= vocab // 2:
-                break
-            continue
-        tokens.append(token)
-        parents.append(parent)
-        depths.append(depths[parent] + 1)
-        if grow_right:
-            on_path = len(tokens) - 1
-    return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(depths), torch.zeros(len(tokens)))
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A directory with the checkpoints `target` and `draft` in it."""
+    directory = tmp_path_factory.mktemp("pair")
+    save_pair(directory)
+    return directory
 
 
-def random_chain(start: list[int], budget, rng: random.Random, vocab: int) -> DraftTree:
-    """As many of the given tokens as the budget allows, then decoys, each below the one before."""
-    nodes = min(budget.nodes, budget.depth + 1)
-    tokens = [*start, *(rng.randrange(vocab) for _ in range(nodes))][:nodes]
-    count = torch.arange(nodes)
-    return DraftTree(torch.tensor(tokens), count - 1, count, torch.zeros(nodes))
+@pytest.fixture
+def here(pair, tmp_path, monkeypatch):
+    """Run inside an empty directory with the pair linked into it; for commands that run in this process."""
+    for name in ("target", "draft"):
+        (tmp_path / name).symlink_to(pair / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """Call with the text plain `generate` gave: from then on drafts know it, in part, among decoys.
+    """A function that makes every draft know a text: its trees contain random prefixes of it among wrong tokens.
 
-    Random drafts are hardly ever right and so test rejection only. With an oracle long paths are
-    accepted, cache rows move, and generation stops in the middle of a path. The real drafter runs
-    underneath, so its cache is exercised as well.
+    Call it with the text of plain `generate` and the number of tokens of the prompt. Untrained drafts are almost
+    never right and so test rejection only. With an oracle long paths are accepted, cache rows move, and generation
+    stops in the middle of a path. The real drafter runs underneath, so its cache is tested as well.
     """
 
     def install(plain: torch.Tensor, prompt_tokens: int, vocab: int = 97, seed: int = 0) -> None:
@@ -99,7 +121,7 @@ def oracle(monkeypatch):
         new_drafter = DovetailDraft.new_drafter
 
         class OracleDrafter(FeatureDrafter):
-            known: int | None = None  # tokens of the text so far; None while the prompt is run
+            known: int | None = None  # tokens of the text so far; None during the prompt's pass
 
             def begin(self, features, input_ids):
                 self.known = None
@@ -122,3 +144,10 @@ def oracle(monkeypatch):
         monkeypatch.setattr(DovetailDraft, "new_drafter", new_oracle)
 
     return install
+
+
+@pytest.fixture(params=[256, 16], ids=["wide", "narrow"])
+def min_columns(request, monkeypatch):
+    """Smallest number of columns of a CUDA graph. With 16, short texts use several counts and outgrow their storage."""
+    monkeypatch.setattr(cuda_graphs, "MIN_COLUMNS", request.param)
+    return request.param

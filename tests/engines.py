@@ -1,8 +1,8 @@
 """The engines that the tests run over, one of them at a time: `pytest --engine NAME`.
 
 `families.tiny_target` and the bundled target pass through `current().target`, so one test file serves all
-engines. Tests that are about the inside of torch targets are marked `torch_only`. A further engine is one more
-class here with an entry in `ENGINES`, and a script that exports a checkpoint for it.
+engines. Tests of the internals of torch targets are marked `torch_only`. To add an engine, add a class with an entry
+in `ENGINES`, and a script that exports checkpoints for it.
 """
 
 import atexit
@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 TESTS = Path(__file__).resolve().parent
 SHARED_FILES = {
     "test_bad_input.py",
+    "test_benchmark_scripts.py",
     "test_bundled.py",
+    "test_default_policy.py",
     "test_families.py",
     "test_options.py",
     "test_sampling.py",
@@ -31,26 +33,33 @@ SHARED_FILES = {
 
 
 class EngineUnderTest(Protocol):
-    """How tests get a target of one engine."""
+    """How tests get a target of one engine.
+
+    Attributes:
+        own_files: test files that run over this engine only; None for the engine that runs all files.
+    """
 
     own_files: set[str] | None
-    """Test files of this engine alone; None: all files."""
 
     def target(self, model: PreTrainedModel, own_runner: bool = False) -> Any:
         """A target that computes what `model` does, in fp32.
 
         Args:
-            own_runner: drafts may run in the engine too, which takes seconds to prepare; else they run in torch.
+            model: in torch, fp32.
+            own_runner: whether drafts run in the engine too, which takes seconds to prepare; otherwise in torch.
         """
+
+    def session_class(self) -> type:
+        """The class whose `prefill` and `score` run the target's passes."""
 
 
 class Exporter:
-    """Stored models of an engine, made when they are first asked for and found again by their content.
+    """Stored models of an engine, made on first use and found again by a hash of their weights.
 
     Args:
-        script: reads requests as tests/export_openvino.py does.
-        python: of the environment that has what the script imports.
-        directory: where exports stay.
+        script: exports models; see tests/export_openvino.py for its input and output.
+        python: interpreter of the environment that has what the script imports.
+        directory: exports are stored here.
     """
 
     def __init__(self, script: Path, python: str, directory: Path) -> None:
@@ -58,7 +67,7 @@ class Exporter:
         self._process: subprocess.Popen[str] | None = None
 
     def path(self, model: PreTrainedModel, kind: str = "f32") -> Path:
-        """The directory with this model's export. Not to be written to."""
+        """The directory with this model's export. Tests must not write to it."""
         with tempfile.TemporaryDirectory() as source:
             model.save_pretrained(source)
             config = json.loads((Path(source) / "config.json").read_text())
@@ -72,7 +81,7 @@ class Exporter:
         return out
 
     def _export(self, source: str, out: Path, kind: str) -> None:
-        part = out.with_name(f"{out.name}.part{os.getpid()}")  # one that was interrupted is not taken for a whole one
+        part = out.with_name(f"{out.name}.part{os.getpid()}")  # so that an interrupted export is not used
         shutil.rmtree(part, ignore_errors=True)
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
@@ -86,7 +95,7 @@ class Exporter:
             raise RuntimeError(f"{out.name} could not be exported: {error} (see {log})")
         try:
             part.rename(out)
-        except OSError:  # another worker of this test run was faster
+        except OSError:  # another worker of this run was faster
             if not out.exists():
                 raise
             shutil.rmtree(part)
@@ -103,11 +112,11 @@ class Exporter:
 
     def _end(self) -> None:
         assert self._process is not None
-        self._process.communicate()  # closes its stdin, which is its end
+        self._process.communicate()  # the process ends when its stdin is closed
 
 
 class Torch:
-    """The model itself."""
+    """The model itself is the target."""
 
     own_files = None
 
@@ -117,11 +126,24 @@ class Torch:
     def target(self, model: PreTrainedModel, own_runner: bool = False) -> PreTrainedModel:
         return model
 
+    def session_class(self) -> type:
+        from dovetail_plugin.targets.transformers_model import TorchSession
+
+        return TorchSession
+
 
 class OpenVINO:
-    """An `OpenVINOTarget` of the model's export."""
+    """The target is an `OpenVINOTarget` of the model's export."""
 
-    own_files = {"test_openvino.py", "test_openvino_draft.py"}
+    own_files = {
+        "test_export.py",
+        "test_openvino.py",
+        "test_openvino_draft.py",
+        "test_openvino_example.py",
+        "test_openvino_files.py",
+        "test_openvino_optimum.py",
+        "test_openvino_state.py",
+    }
 
     def __init__(self, config: pytest.Config) -> None:
         directory = Path(config.getoption("--exports")) / "openvino"
@@ -135,9 +157,14 @@ class OpenVINO:
             target.dovetail_engine.draft_runner = lambda _draft: None
         return target
 
+    def session_class(self) -> type:
+        from dovetail_plugin.adapters.openvino.session import OpenVINOSession
+
+        return OpenVINOSession
+
 
 class OnnxRuntime:
-    """An `OnnxRuntimeTarget` of the model's export, made in an environment of its own."""
+    """The target is an `OnnxRuntimeTarget` of the model's export, which is made in a separate environment."""
 
     own_files = {"test_onnxruntime.py", "test_onnxruntime_files.py"}
 
@@ -149,6 +176,11 @@ class OnnxRuntime:
         from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget
 
         return OnnxRuntimeTarget.from_pretrained(self.exporter.path(model, kind), **({"threads": 1} | options))
+
+    def session_class(self) -> type:
+        from dovetail_plugin.adapters.onnxruntime.session import OnnxRuntimeSession
+
+        return OnnxRuntimeSession
 
 
 ENGINES = {"torch": Torch, "openvino": OpenVINO, "onnxruntime": OnnxRuntime}
@@ -171,11 +203,11 @@ def is_current(name: str) -> bool:
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """The options of the test run."""
+    """Add the options of this module to pytest's command line."""
     group = parser.getgroup("engines")
-    group.addoption("--engine", choices=sorted(ENGINES), default="torch", help="what runs the targets")
+    group.addoption("--engine", choices=sorted(ENGINES), default="torch", help="engine that runs the targets")
     group.addoption("--exporter", default=sys.executable, help="python that has the engine's exporter (default: this)")
-    group.addoption("--exports", default=str(TESTS.parent / "build" / "exports"), help="where exported models stay")
+    group.addoption("--exports", default=str(TESTS.parent / "build" / "exports"), help="directory for exported models")
 
 
 def choose(config: pytest.Config) -> None:
@@ -185,13 +217,13 @@ def choose(config: pytest.Config) -> None:
 
 
 def runs(file: Path) -> bool:
-    """Whether a test file is for the current engine."""
+    """Whether a test file runs with the current engine."""
     own = current().own_files
     return own is None or not file.name.startswith("test_") or file.name in SHARED_FILES | own
 
 
-def skip_what_is_torchs(items: list[pytest.Item]) -> None:
-    """Tests marked `torch_only(reason)`, where another engine runs."""
+def skip_torch_only(items: list[pytest.Item]) -> None:
+    """Skip tests marked `torch_only(reason)` if another engine runs."""
     if is_current("torch"):
         return
     for item in items:

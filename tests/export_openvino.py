@@ -2,9 +2,9 @@
 
     {"source": DIR, "out": DIR, "kind": "f32" | "int8" | "int4" | "stateless" | "encoder"}
 
-Each is answered by one line on stdout, {"error": null} or {"error": "what went wrong"}. A process of its own, so
-that tests can run in an environment without optimum (or with a transformers that optimum does not take) and
-still get their models from the one that has it. `engines.Exporter` is the other end.
+Each request is answered by one line on stdout: {"error": null} or {"error": "message"}. This is a separate process, so
+that tests can run in an environment without optimum-intel, or with a transformers that it does not support, and take
+their models from an environment that has it. `engines.Exporter` starts it.
 """
 
 import json

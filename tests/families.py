@@ -34,7 +34,7 @@ FULL_ATTENTION = {
     "olmo2": {},
     "gpt2": {"num_key_value_heads": None},
 }
-"""Model type -> what its config needs beside COMMON."""
+"""Model type -> fields of its config beside COMMON."""
 
 SLIDING_WINDOW = 24
 
@@ -55,6 +55,11 @@ SLIDING = {
     },
 }
 
+CASES = [(name, fields) for family in (FULL_ATTENTION, SLIDING) for name, fields in family.items()]
+"""(model type, fields of its config) of every family."""
+
+CASE_IDS = [f"{name}-window" if fields.get("sliding_window") else name for name, fields in CASES]
+
 
 def tiny_target(model_type: str, seed: int = 0, **overrides) -> Any:
     """The model of `tiny_model` as a target of the engine under test."""
@@ -62,7 +67,7 @@ def tiny_target(model_type: str, seed: int = 0, **overrides) -> Any:
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A random model with logits spread widely enough that greedy text is not one repeated token."""
+    """A random model whose logits vary enough that greedy text is not one repeated token."""
     torch.manual_seed(seed)
     fields = {k: v for k, v in (COMMON | FULL_ATTENTION.get(model_type, {}) | overrides).items() if v is not None}
     if "sliding_window" in overrides or (model_type == "mistral" and "sliding_window" not in fields):

@@ -1,4 +1,4 @@
-"""A byte-level tokenizer, chats, saved pairs and subprocesses, for the tests of data, training and commands."""
+"""A byte-level tokenizer, chats, saved pairs and subprocesses for tests of data, training and commands."""
 
 import json
 import os
@@ -12,6 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dovetail_plugin import DovetailDraft
+from dovetail_plugin.cli import main
+
+PAIR = ("--target", "target", "--draft", "draft")
+SHORT = ("--max-new-tokens", "12", "--draft-device", "cpu")
+"""Options of `dovetail` for the pair that the fixture `pair` has written, and for a short text on the CPU."""
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL_TOKENS = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -26,7 +31,7 @@ BYTE_VOCAB = len(SPECIAL_TOKENS) + 256
 
 
 def byte_tokenizer(chat_template: str | None = MARKED_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token for each byte, so any text can be encoded; 260 tokens with the special ones."""
+    """A tokenizer with one token for each byte, so that any text can be encoded; 260 tokens with the special ones."""
     letters = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -38,7 +43,7 @@ def byte_tokenizer(chat_template: str | None = MARKED_TEMPLATE) -> PreTrainedTok
 
 
 def byte_target(**overrides):
-    """A tiny Llama that fits `byte_tokenizer`; its end token is none of the tokenizer's, so texts run on."""
+    """A tiny Llama for `byte_tokenizer`. It has no EOS token, so texts have their full length."""
     fields = dict(vocab_size=BYTE_VOCAB, num_hidden_layers=2, eos_token_id=None, bos_token_id=None)
     return tiny_target("llama", **(fields | {"max_position_embeddings": 1024} | overrides))
 
@@ -54,7 +59,7 @@ def save_pair(directory: Path) -> tuple[Path, Path]:
 
 
 def chat(number: int) -> list[dict[str, str]]:
-    """Two turns whose length depends on the number."""
+    """A chat of two turns whose length depends on the number."""
     return [
         {"role": "user", "content": f"count {number}"},
         {"role": "assistant", "content": " ".join(str(n) for n in range(number % 7 + 3))},
@@ -68,14 +73,32 @@ def write_jsonl(file: Path, rows: list) -> Path:
     return file
 
 
-def run_python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS` on one thread, offline, with this checkout importable."""
+def refusal(capsys, *arguments: object) -> str:
+    """Run `dovetail` in this process; assert that it refuses with status 2, and return the one line that it prints."""
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    return printed.err.strip().splitlines()[-1]
+
+
+def run_python(*arguments: object, cwd: Path, input: str = "") -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS` on one thread, offline, with this checkout importable and `input` as standard input."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=command_environment(), input=input, capture_output=True, text=True, timeout=300
+    )
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of this process, on one thread, offline, with this checkout importable."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    settings = {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "120",
     }
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | settings, capture_output=True, text=True, timeout=300)

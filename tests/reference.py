@@ -1,6 +1,6 @@
-"""A slow, independent implementation of the method's equations: loops over positions and heads, no cache.
+"""A slow, independent implementation of the method's equations: loops over positions and heads, without a cache.
 
-Written from the published equations (Dovetail, section 3; Llama for the blocks), not from `modeling.py`;
+It follows the published equations (Dovetail, section 3; Llama for the blocks) and shares no code with the package;
 only the draft's weights are read.
 """
 

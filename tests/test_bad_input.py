@@ -1,4 +1,4 @@
-"""What cannot be drafted is refused at once, with the value seen and the remedy; a failing draft costs no text."""
+"""Requests that cannot be drafted are refused at once, with value and remedy; a failing draft keeps the text."""
 
 import warnings
 
@@ -12,12 +12,14 @@ from transformers.cache_utils import DynamicLayer
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.targets.engine import engine_of
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 GREEDY = dict(max_new_tokens=24, do_sample=False, eos_token_id=None)
 
 
 @pytest.fixture
 def refused(llama, draft, monkeypatch):
-    """Call with what to expect and the arguments of `generate`: it must be refused before any forward pass."""
+    """A function that checks that a call of `generate` is refused with a message, before any forward pass."""
 
     def check(match, ids=None, target=llama, assistant=draft, error=ValueError, **options):
         def no_forward(*_args, **_kwargs):
@@ -46,12 +48,12 @@ def test_wrong_hidden_size(refused):
     assert "dovetail train" in message
 
 
-@pytest.mark.torch_only("an export is named by its directory, which says nothing")
-def test_draft_of_another_target(llama, draft, monkeypatch):
-    """The sizes fit, the names do not: one warning with both, and the text is still right."""
+@pytest.mark.torch_only("the name of an export is its directory, which does not identify the target")
+def test_draft_of_another_target_warns(llama, draft, monkeypatch):
+    """The sizes match but the names do not: one warning names both targets, and the text is the plain one."""
     monkeypatch.setattr(llama.config, "_name_or_path", "org/this-target")
     draft.config.target_name_or_path = "org/other-target"
-    other = DovetailDraft(draft.config)  # as loaded: attached to nothing
+    other = DovetailDraft(draft.config)  # not attached to a target, as after loading
     plain = llama.generate(prompt(), **GREEDY)
     with pytest.warns(UserWarning, match=r"'org/other-target'.*'org/this-target'") as caught:
         assert torch.equal(plain, llama.generate(prompt(), **GREEDY, assistant_model=other))
@@ -59,8 +61,8 @@ def test_draft_of_another_target(llama, draft, monkeypatch):
 
 
 @pytest.mark.parametrize("here", ["org/this-target", "copies/This-Target", ""])
-def test_same_target_elsewhere(llama, draft, monkeypatch, here):
-    """A local copy of the hub model that the draft names is no other target, and no name is no reason to warn."""
+def test_copy_of_the_same_target_gives_no_warning(llama, draft, monkeypatch, here):
+    """A local copy of the model that the draft names, or a target without a name, gives no warning."""
     monkeypatch.setattr(llama.config, "_name_or_path", here)
     draft.config.target_name_or_path = "org/this-target"
     with warnings.catch_warnings():
@@ -75,7 +77,7 @@ def test_prompt_beyond_the_positions(refused):
 
 
 def test_text_that_runs_beyond_the_positions():
-    """Plain generate goes on there, and so does a draft, with the same text."""
+    """Plain generate continues beyond the positions; a draft does too, with the same text."""
     target = tiny_target("llama", max_position_embeddings=32)
     plain = target.generate(prompt(), **GREEDY)
     assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=DovetailDraft.for_target(target)))
@@ -94,7 +96,7 @@ def test_text_that_runs_beyond_the_positions():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_options_that_do_not_go_with_a_draft(refused, options, match):
+def test_unsupported_options(refused, options, match):
     refused(match, **options)
 
 
@@ -111,7 +113,7 @@ def test_empty_prompt(refused):
     refused("empty", ids=torch.zeros(1, 0, dtype=torch.long))
 
 
-@pytest.mark.torch_only("other engines take no embeddings, as transformers itself finds out")
+@pytest.mark.torch_only("transformers refuses embeddings for other engines itself")
 def test_embeddings_as_prompt(refused, llama):
     embeds = llama.get_input_embeddings()(prompt()).detach()
     assert "input_ids" in refused("inputs_embeds", inputs_embeds=embeds)
@@ -126,7 +128,7 @@ def test_weights_not_in_memory(refused, llama):
     assert 'device_map="cpu"' in message
 
 
-@pytest.mark.torch_only("a transformers model that is no target")
+@pytest.mark.torch_only("a transformers model that cannot be a target")
 def test_encoder_decoder(refused):
     sizes = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     config = AutoConfig.for_model("t5", **sizes, decoder_start_token_id=0)
@@ -159,10 +161,10 @@ RECURRENT = {
         num_key_value_heads=2,
     ),
 }
-"""State-space models, and hybrids that keep a recurrent state beside attention."""
+"""State-space models, and hybrid models with a recurrent state beside attention: model type -> config fields."""
 
 
-@pytest.mark.torch_only("transformers models that are no targets")
+@pytest.mark.torch_only("transformers models that cannot be targets")
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_recurrent_state(refused, model_type):
     sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4)
@@ -175,7 +177,7 @@ def test_recurrent_state(refused, model_type):
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_engine_that_is_not_installed(engine):
-    """The message names the extra to install; the rest of the package does without it."""
+    """The message names the extra to install; the rest of the package imports without the engine."""
     code = f"import dovetail_plugin, sys; sys.modules['{engine}'] = None; import dovetail_plugin.adapters.{engine}"
     done = run_python("-c", code, cwd=ROOT)
     assert done.returncode == 1
@@ -208,7 +210,7 @@ def test_draft_of_nans(llama, draft, do_sample):
 
 @pytest.mark.parametrize("failing_call", [1, 2, 5, 11])
 def test_draft_that_runs_out_of_memory(llama, draft, oracle, monkeypatch, failing_call):
-    """At the prompt, at the first tree or in the middle: the rest is plain text, and one warning says why."""
+    """During the prompt, the first tree or a later round: the text stays the plain one, and one warning says why."""
     plain = llama.generate(prompt(), **GREEDY)
     oracle(plain, prompt().shape[1])
     calls, step = [], draft.step
@@ -221,7 +223,7 @@ def test_draft_that_runs_out_of_memory(llama, draft, oracle, monkeypatch, failin
 
     monkeypatch.setattr(draft, "step", failing)
     assert torch.equal(plain, llama.generate(prompt(), **GREEDY, assistant_model=draft))
-    assert len(calls) == failing_call  # it is not asked again
+    assert len(calls) == failing_call  # the draft is not called again
     assert len(draft.report.warnings) == 1
     assert "out of memory" in draft.report.warnings[0]
     assert draft.report.new_tokens == 24
@@ -242,7 +244,7 @@ def test_failure_is_forgotten_in_the_next_generation(llama, draft, monkeypatch):
 
 @pytest.mark.torch_only("transformers' cache classes and hooks")
 def test_interrupting_the_draft_interrupts_generation(llama, draft, monkeypatch):
-    """Ctrl-C inside the draft is no failure of the draft; cache and hooks are as they were."""
+    """Ctrl-C inside the draft is not a failure of the draft; cache and hooks are restored."""
 
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt

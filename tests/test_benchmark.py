@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: what is counted, when a difference is a tie, which prompts are read."""
+"""The arithmetic of benchmarks: counting tokens, recognizing ties, reading prompts."""
 
 import json
 
@@ -25,7 +25,7 @@ def run(ids, seconds):
 
 @pytest.mark.parametrize("early", [False, True], ids=["full length", "ends early"])
 def test_both_sides_are_counted_alike(llama, draft, early):
-    """New tokens are those of the returned text, whoever generated it, also where it ends before its length."""
+    """Both sides count the new tokens of the returned text, also when it ends early."""
     options = dict(GREEDY)
     if early:
         plain = llama.generate(prompt(), **GREEDY)
@@ -38,8 +38,7 @@ def test_both_sides_are_counted_alike(llama, draft, early):
     assert Run(10, 4.0, plain.ids).tokens_per_s == 2.5
 
 
-def test_comparison(llama, draft, monkeypatch):
-    """Which side comes first alternates, and both get the options and the seed."""
+def test_sides_alternate_with_equal_options_and_seeds(llama, draft, monkeypatch):
     calls, generate = [], llama.generate
 
     def spy(ids, **options):
@@ -56,7 +55,7 @@ def test_comparison(llama, draft, monkeypatch):
     assert (result.prompts, result.identical, result.ties, result.differences) == (3, 3, 0, 0)
     assert result.new_tokens == 36
     assert result.rounds == sum(len(report.rounds) for report in comparison.reports)
-    assert result.acceptance_length == pytest.approx(33 / result.rounds)  # the prompt's pass gives one token each
+    assert result.acceptance_length == pytest.approx(33 / result.rounds)  # the prompt pass gives one token each
     assert result.settings == {"note": "mine"}
     assert result.round_ms == pytest.approx(sum(result.phase_ms_per_round.values()))
 
@@ -68,8 +67,8 @@ def test_warm_up_is_not_counted(llama, draft):
     assert draft.report.new_tokens == 8
 
 
-def test_medians(llama, draft):
-    """Median of the ratios, not ratio of the medians; quartiles of the ratios."""
+def test_ratio_is_the_median_of_ratios(llama, draft):
+    """Not the ratio of the medians. Quartiles are those of the ratios too."""
     comparison = Comparison(llama, draft, GREEDY)
     for plain_s, draft_s in ((8, 4), (4, 4), (6, 1), (9, 2), (2, 1)):
         comparison.pairs.append((run([1] * 12, plain_s), run([1] * 12, draft_s)))
@@ -81,16 +80,16 @@ def test_medians(llama, draft):
     assert result.acceptance_length == 0
 
 
-def test_table_and_json(llama, draft):
+def test_table_and_json_have_the_same_figures(llama, draft):
     comparison = Comparison(llama, draft, GREEDY)
     comparison.add(prompt())
     comparison.pairs *= 4
     comparison.reports *= 4
-    comparison.parted = [0.0, 0.3]
+    comparison.gaps = [0.0, 0.3]
     result = comparison.result(budget="16/6/8")
     table = result.table()
-    assert "2 of 4 identical, 1 part at a tie of the target, 1 DIFFER" in table
-    for row in ("tokens/s (median)", "acceptance length", "nodes per round", "draft, ms a round", "round, ms"):
+    assert "2 of 4 identical, 1 diverge at a tie of the target, 1 DIFFER" in table
+    for row in ("tokens/s (median)", "acceptance length", "nodes per round", "draft, ms per round", "round, ms"):
         assert row in table
     assert f"{result.ratio:.2f}" in table
     assert "\n" not in result.json_line()
@@ -110,21 +109,21 @@ def test_provenance_names_no_directories(monkeypatch):
 # --- ties ------------------------------------------------------------------------------------------
 
 
-def test_gap_at_the_first_difference(llama):
+def test_gap_is_taken_at_the_first_difference(llama):
     text = llama.generate(prompt(), **GREEDY)
     other = text.clone()
     other[0, 20:] = (other[0, 20:] + 1) % 97
     best = llama(input_ids=text[:, :20]).logits[0, -1].topk(2).values
     wanted = ((best[0] - best[1]) / best[0].abs()).item()
-    assert top_gap_at_difference(llama, text, other) == pytest.approx(wanted, rel=1e-4)  # one row, not 20
+    assert top_gap_at_difference(llama, text, other) == pytest.approx(wanted, rel=1e-4)  # one row
     assert wanted > tie_tolerance(torch.bfloat16)
     assert top_gap_at_difference(llama, text, other[:, :25]) == pytest.approx(wanted, rel=1e-4)
     assert top_gap_at_difference(llama, text, text[:, :25]) == float("inf")
 
 
 @pytest.mark.parametrize(("dtype", "ties"), [(torch.float32, 0), (torch.bfloat16, 1)])
-def test_tie(dtype, ties):
-    """Two tokens with nearly the same row in the head tie in bfloat16; in float32 any difference counts."""
+def test_ties_exist_in_bfloat16_only(dtype, ties):
+    """Two tokens with nearly the same row in the head are a tie in bfloat16 and a difference in float32."""
     target = tiny_target("llama").to(dtype)
     text = target.generate(prompt(), **GREEDY)
     best = int(text[0, 20])
@@ -138,7 +137,7 @@ def test_tie(dtype, ties):
     assert 0 <= gap <= 4 * torch.finfo(dtype).eps
     comparison = Comparison(target, DovetailDraft.for_target(target), GREEDY)
     comparison.pairs = [(run([1], 1), run([1], 1))]
-    comparison.parted = [max(gap, 1e-9)]
+    comparison.gaps = [max(gap, 1e-9)]
     result = comparison.result()
     assert (result.identical, result.ties, result.differences) == (0, ties, 1 - ties)
 
@@ -146,7 +145,7 @@ def test_tie(dtype, ties):
 # --- prompts ---------------------------------------------------------------------------------------
 
 
-def test_fields(tmp_path):
+def test_prompt_fields(tmp_path):
     rows = [
         {"prompt": "one"},
         {"question": "two"},
@@ -170,19 +169,19 @@ def test_bundled_prompts():
 
 
 @pytest.mark.parametrize("line", ['{"answer": "42"}', "[1]", "{'prompt': 1}", '{"turns": []}', '{"prompt": 3}'])
-def test_bad_line(tmp_path, line):
+def test_bad_line_is_named(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "good"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 3: "):
         load_prompts(tmp_path / "bad.jsonl", byte_tokenizer(), 5)
     assert len(load_prompts(tmp_path / "bad.jsonl", byte_tokenizer(), 1)) == 1
 
 
-def test_no_prompts(tmp_path):
+def test_empty_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no prompts in .*empty\.jsonl"):
         load_prompts(write_jsonl(tmp_path / "empty.jsonl", []), byte_tokenizer(), 5)
 
 
-def test_thread_count():
+def test_thread_count_is_restored():
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="inside"), thread_count(3):
         assert torch.get_num_threads() == 3

@@ -1,18 +1,15 @@
-"""The bundled pair on real text: identity in fp32, the tie rule in bf16, acceptance, size, what it says."""
+"""The bundled pair on real text: identical text in fp32, ties in bf16, acceptance length, file size, answers."""
 
-from pathlib import Path
-
-import engines
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.bundled import DRAFT, TARGET, load_pair
+from transformers import AutoTokenizer
 
-from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin import TreeBudget
 from dovetail_plugin.bench.compare import Comparison
 from dovetail_plugin.bench.prompts import load_prompts
 
-PAIR = Path(__file__).parent.parent / "examples" / "tiny_pair"
-TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +17,8 @@ def prompts():
     return load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 40)
 
 
-def load(dtype):
-    target = engines.current().target(AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype), own_runner=True)
-    return target, DovetailDraft.from_pretrained(DRAFT, dtype=dtype)
-
-
 def compare(dtype, prompts, budget=None, **options) -> "Comparison":
-    target, draft = load(dtype)
+    target, draft = load_pair(dtype)
     draft.budget = budget or draft.budget
     comparison = Comparison(target, draft, {"max_new_tokens": 96, "do_sample": False} | options)
     for input_ids in prompts:
@@ -67,14 +59,14 @@ def test_greedy_bf16_differs_only_at_ties(prompts):
     assert result.acceptance_length >= 3.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_hundred_texts():
     """All prompts of the package, 128 tokens each."""
     every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)
     assert compare(torch.float32, every, max_new_tokens=128).result().identical == 200
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.torch_only("bfloat16 weights")
 def test_two_hundred_texts_bf16():
     every = load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 200)
@@ -87,15 +79,15 @@ def test_pair_is_small_and_complete():
     assert sum(f.stat().st_size for f in files) <= 30e6
     for directory in (TARGET, DRAFT):
         assert (directory / "README.md").read_text().startswith("---\n")  # a model card with its metadata
-    target, draft = load("auto")
+    target, draft = load_pair("auto")
     assert target.dtype == draft.dtype == torch.bfloat16
     assert draft.config.target_name_or_path == TARGET.name
     assert target.config.num_hidden_layers >= 12
 
 
-def test_it_speaks_the_language_of_its_domain(prompts):
-    """Answers end by themselves, with the final answer line that GSM8K's answers have."""
-    target, draft = load(torch.float32)
+def test_answers_end_and_have_the_form_of_gsm8k(prompts):
+    """Most answers end with EOS and contain the line with the final answer that GSM8K's answers have."""
+    target, draft = load_pair(torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     ended = answered = 0
     for input_ids in prompts[:20]:

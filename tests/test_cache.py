@@ -1,4 +1,4 @@
-"""Key/value storage against a list that is edited the slow way, and the loan to transformers' caches."""
+"""Key/value storage against a plain list, and its layers while they are lent to caches of transformers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from dovetail_plugin.cache import KVRows, TreeLayer, TreeSlidingLayer, borrow
 
 
 def rows_like(values):
-    """Keys (1, 2, n, 3) that spell `values`, and values that are their negatives."""
+    """Keys (1, 2, n, 3) filled with `values`, one for each row, and values (1, 2, n, 3) that are their negatives."""
     keys = torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1).expand(1, 2, -1, 3)
     return keys.clone(), -keys
 
@@ -21,7 +21,7 @@ def spelled(keys):
     return keys[0, 0, :, 0].tolist()
 
 
-# One round: rows appended, then a path of them (by flags) is kept.
+# In each round rows are appended, then those with a flag are kept.
 rounds = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=12)
 
 
@@ -52,7 +52,7 @@ def test_rows_against_a_list(prompt, capacity, rounds):
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(2, 9), rounds)
 def test_sliding_layer_against_a_list(prompt, window, rounds):
-    """Every row that a later token may see is there, in order, whatever was dropped on the way."""
+    """Every row that a later token can see is stored, in order, whatever was dropped before."""
     layer = TreeSlidingLayer(window, tree_nodes=9)
     layer.rows.capacity = window - 1 + 9 + 3  # small slack, so that the window is moved often
     reference, counter = list(range(prompt)), prompt
@@ -89,7 +89,7 @@ def test_rows_stay_where_they_are():
 
 
 def test_loan_and_return():
-    """While borrowed a cache holds our layers; afterwards stock ones with the same rows, without a copy."""
+    """A borrowed cache contains tree layers; afterwards it has stock layers with the same rows, without a copy."""
     cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
     cache.update(*rows_like(range(9)), 0)
     cache.update(*rows_like(range(9)), 1)

@@ -1,4 +1,4 @@
-"""Calibration of a draft, against a slow count over one node at a time."""
+"""Calibration of a draft, compared with a slow count of single nodes."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from dovetail_plugin.training.features import target_features
 
 @torch.no_grad()
 def draft_logprobs(draft, features, ids, first, depth):
-    """Slow: log-probabilities after reading features up to `first` and then `depth` - 1 predictions, along the text."""
+    """Log-probabilities (V,) after features up to `first` and then `depth` - 1 predictions along the text, slowly."""
     inputs = [features[i] for i in range(first + 1)]
     for _ in range(depth - 1):
         out = draft(torch.stack(inputs)[None], ids[None, 1 : len(inputs) + 1])
@@ -26,7 +26,7 @@ def draft_logprobs(draft, features, ids, first, depth):
 
 @torch.no_grad()
 def rates_ref(draft, features, ids, passes):
-    """Node by node: the rates by bin."""
+    """The rates by bin, counted node by node."""
     nodes, greedy, sampling = np.zeros(BINS), np.zeros(BINS), np.zeros(BINS)
     target = draft.head(features).log_softmax(-1)
     for depth in range(1, passes + 1):
@@ -48,20 +48,20 @@ def rates_ref(draft, features, ids, passes):
 
 
 @pytest.mark.torch_only("training reads the features of torch targets")
-def test_rates_are_those_of_a_slow_count():
+def test_rates_equal_a_slow_count():
     torch.manual_seed(3)
     target = tiny_target("llama")
     draft = DovetailDraft.for_target(target, blocks=1)
     with torch.no_grad():
-        ids = target.generate(prompt(6), max_new_tokens=8, min_new_tokens=8, do_sample=False)  # its own likeliest
+        ids = target.generate(prompt(6), max_new_tokens=8, min_new_tokens=8, do_sample=False)  # greedy text
         batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([ids.shape[1]]))
         features = target_features(target, batch)
-        # A draft that is right now and then: half of what the target is sure of.
+        # This draft is right sometimes: it passes features on and halves the target's logits.
         draft.fusion.W_1.copy_(torch.eye(32))
         draft.head_weight = draft.head_weight * 0.5
     calibration = Calibration()
     calibration.add(draft, features, batch, passes=3)
     greedy, sampling = rates_ref(draft, features[0], ids[0], 3)
-    assert calibration.greedy.sum() > 0  # some nodes are right, else this would show nothing
+    assert calibration.greedy.sum() > 0  # without accepted nodes the comparison would show nothing
     np.testing.assert_allclose(calibration.rates()["greedy"], greedy, atol=2e-4)
     np.testing.assert_allclose(calibration.rates()["sampling"], sampling, atol=2e-4)

@@ -1,4 +1,4 @@
-"""Draft checkpoints: what is in them, what comes back, what is refused; and configs that fit a target."""
+"""Draft checkpoints: their contents, saving and loading, bad files, and configs for a target."""
 
 import json
 
@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dovetail_plugin import DovetailConfig, DovetailDraft
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 WEIGHTS = "model.safetensors"
 
@@ -46,7 +48,7 @@ def test_round_trip(tmp_path, fusion, blocks, kv_heads, dtype):
 
 
 def test_casting_keeps_rotary_frequencies(llama):
-    """Rounded to bf16 they would turn rows far apart by the wrong angle, and differ from a loaded draft's."""
+    """In bf16 they would rotate distant rows by a wrong angle, and differ from those of a loaded draft."""
     draft = DovetailDraft.for_target(llama)
     exact = draft.rotary.inv_freq.clone()
     assert not torch.equal(exact, exact.bfloat16().float())
@@ -55,7 +57,7 @@ def test_casting_keeps_rotary_frequencies(llama):
 
 
 def test_contents(tmp_path, llama):
-    """The file holds the draft's own tensors only; the config says what tools look for."""
+    """The file contains only the draft's own tensors; the config has the fields that tools look for."""
     draft = saved_draft(tmp_path, llama, blocks=2)
     names = set(load_file(tmp_path / WEIGHTS))
     assert names == {name for name, _ in draft.named_parameters()}
@@ -67,7 +69,7 @@ def test_contents(tmp_path, llama):
 
 
 def test_config_names_the_target(tmp_path):
-    """By hub id, or by the last part of a local directory: where it lies here means nothing elsewhere."""
+    """The name is a hub id, or the last part of a local directory, because paths differ between machines."""
     tiny_target("llama").save_pretrained(tmp_path / "my-target")
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "my-target")
     saved_draft(tmp_path / "draft", target)
@@ -90,7 +92,7 @@ def test_auto_classes(tmp_path, llama, options):
 
 
 def test_bundled_tables_are_ignored(tmp_path, llama):
-    """Reference checkpoints bring the target's embedding and head; the attached target's own are used."""
+    """Reference checkpoints contain embedding and head of the target; those of the attached target are used."""
     draft = saved_draft(tmp_path, llama)
     tables = {"embed_tokens.weight": torch.zeros(VOCAB, 32), "lm_head.weight": torch.zeros(VOCAB, 32)}
     save_file(load_file(tmp_path / WEIGHTS) | tables, tmp_path / WEIGHTS, metadata={"format": "pt"})
@@ -223,8 +225,8 @@ def test_for_target(model_type):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_head_gives_the_targets_logits(model_type):
-    """On true features the draft's head, with cap and scale, is the target's."""
+def test_head_gives_the_logits_of_the_target(model_type):
+    """For true features, the draft's head with its cap and scale gives the target's logits."""
     target = tiny_target(model_type, **FAMILIES[model_type])
     draft = DovetailDraft.for_target(target)
     with torch.no_grad():
@@ -233,7 +235,7 @@ def test_head_gives_the_targets_logits(model_type):
         torch.testing.assert_close(draft.head(features), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_for_target_refuses_what_is_no_language_model():
+def test_for_target_refuses_models_without_a_language_head():
     config = AutoConfig.for_model("vit")
     with pytest.raises(ValueError, match="vocab_size"):
         DovetailConfig.for_target(config)

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import test_formats
 import torch
 from families import tiny_target
+from support import checkpoints
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.cli import main
@@ -15,40 +15,40 @@ from dovetail_plugin.planning.known_shapes import shape_config
 from dovetail_plugin.planning.make_plan import make_plan
 
 GIB = 2**30
-UNTOLD = {"own_embedding", "fusion_bias"}
-"""What a config does not say of an EAGLE-3 draft."""
-TOLD = [name for name in test_formats.FORMATS if not name.startswith("paper")]
+UNKNOWN = {"own_embedding", "fusion_bias"}
+"""Fields that the config of an EAGLE-3 draft does not give."""
+KNOWN = [name for name in checkpoints.FORMATS if not name.startswith("paper")]
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_config_alone_says_what_the_weights_say(name, tmp_path):
     torch.manual_seed(0)
-    made = test_formats.FORMATS[name]()
+    made = checkpoints.FORMATS[name]()
     whole = load_checkpoint(str(made.write(tmp_path))).config.to_dict()
     alone = config_alone(name, made.config).to_dict()
     different = {key for key in whole | alone if whole.get(key) != alone.get(key)}
-    assert different <= (UNTOLD if whole["fusion"] == "eagle3" else set())
+    assert different <= (UNKNOWN if whole["fusion"] == "eagle3" else set())
 
 
-@pytest.mark.parametrize("name", test_formats.FORMATS)
+@pytest.mark.parametrize("name", checkpoints.FORMATS)
 def test_weights_are_looked_at_where_they_are(name, tmp_path):
     torch.manual_seed(0)
-    made = test_formats.FORMATS[name]()
+    made = checkpoints.FORMATS[name]()
     directory = made.write(tmp_path)
     expected = load_checkpoint(str(directory)).config.to_dict()
     assert load_draft_config(str(directory)).to_dict() == expected
 
 
 def test_files_and_mistakes(tmp_path):
-    made = test_formats.eagle3()
+    made = checkpoints.eagle3()
     file = tmp_path / "head.json"
     file.write_text(json.dumps(made.config))
     assert load_draft_config(str(file)).fusion == "eagle3"
     file.write_text("{")
     with pytest.raises(ValueError, match=r"head\.json: the config is not JSON"):
         load_draft_config(str(file))
-    file.write_text(json.dumps(test_formats.LLAMA | {"num_hidden_layers": 4}))
-    with pytest.raises(ValueError, match=r"of a llama model, and of no draft\. Looked for model_type dovetail"):
+    file.write_text(json.dumps(checkpoints.LLAMA | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"of a llama model, not of a draft\. Looked for model_type dovetail"):
         load_draft_config(str(file))
     with pytest.raises(OSError, match="cannot be reached"):
         load_draft_config("nobody/nothing")
@@ -57,10 +57,10 @@ def test_files_and_mistakes(tmp_path):
 @pytest.mark.parametrize("own_embedding", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_planned_bytes_of_an_eagle3_draft(tied, own_embedding, tmp_path):
-    """Head and embedding table of its own are counted once, and the target's only where they are borrowed."""
+    """Its own head and embedding table count once, the target's only if they are borrowed."""
     torch.manual_seed(0)
-    target = tiny_target("llama", num_hidden_layers=test_formats.TARGET_LAYERS, tie_word_embeddings=tied)
-    made = test_formats.eagle3(own_embedding=own_embedding)
+    target = tiny_target("llama", num_hidden_layers=checkpoints.TARGET_LAYERS, tie_word_embeddings=tied)
+    made = checkpoints.eagle3(own_embedding=own_embedding)
     draft = DovetailDraft.from_pretrained(made.write(tmp_path), dtype=torch.float32)
     draft.attach(target)
     tensors = {t.data_ptr(): t.nbytes for t in (*draft.parameters(), *draft.buffers())}
@@ -71,7 +71,7 @@ def test_planned_bytes_of_an_eagle3_draft(tied, own_embedding, tmp_path):
     assert sum(part.bytes for part in kept) == sum(tensors.values())
     assert all(part.name != "draft: head" for part in kept)
     features = next(part for part in plan.parts if part.name == "target: features")
-    assert features.bytes == 64 * 3 * test_formats.H * 4
+    assert features.bytes == 64 * 3 * checkpoints.H * 4
 
 
 def test_less_vram_moves_the_borrowed_table_only():

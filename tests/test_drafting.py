@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from families import prompt, tiny_target
 from reference import best_tree, draft_path, draft_sequence
+from support.devices import FakeCuda, move
+from support.drafts import make_draft, text_and_features
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget
 from dovetail_plugin.drafts.base import DraftError
@@ -16,19 +14,6 @@ from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 
 DRAFTS = [("dgf", 1), ("dgf", 3), ("concat", 1), ("concat", 2)]
-
-
-def make_draft(fusion="dgf", blocks=1, seed=0):
-    torch.manual_seed(seed)
-    draft = DovetailDraft.for_target(tiny_target("llama"), fusion=fusion, blocks=blocks)
-    for parameter in draft.parameters():  # norms and biases away from their neutral initial values
-        parameter.data += torch.randn_like(parameter) * 0.15
-    return draft
-
-
-def text_and_features(length=6):
-    generator = torch.Generator().manual_seed(2)
-    return prompt(length + 1)[0], torch.randn(length, 32, generator=generator)
 
 
 @pytest.mark.parametrize(("fusion", "blocks"), DRAFTS)
@@ -122,44 +107,6 @@ def test_nan_logits_are_noticed():
     with torch.no_grad(), pytest.raises(DraftError, match="not finite"):
         drafter.begin(features, ids)
         drafter.grow(TreeBudget(8, 3, 3))
-
-
-class FakeCuda(TorchFunctionMode):
-    """Lets fake "cuda" tensors through the few calls that want a CUDA build before FakeTensorMode sees them.
-
-    Moves go straight to the dispatcher; indexing and attention are run on shapes alone, after the check that
-    FakeTensorMode makes everywhere else: all tensors on one device.
-    """
-
-    ON_SHAPES = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, F.scaled_dot_product_attention)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to:
-            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
-            tensor = args[0]
-            return torch.ops.aten._to_copy(tensor, device=device or tensor.device, dtype=dtype or tensor.dtype)
-        if func not in self.ON_SHAPES:
-            return func(*args, **kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        devices = {t.device for t in tensors}
-        if len(devices) > 1:
-            raise RuntimeError(f"{func.__name__} mixes devices: {devices}")
-        meta_args, meta_kwargs = tree_map_only(
-            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (args, kwargs)
-        )
-        out = func(*meta_args, **meta_kwargs)
-        return tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=tensors[0].device), out)
-
-
-def move(module, device):
-    """`module.to(device)` for fake tensors on builds without that device."""
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = torch.ops.aten._to_copy(tensor, device=device)
-    return module
 
 
 @pytest.mark.parametrize("fusion", ["dgf", "concat"])

@@ -1,7 +1,8 @@
-"""`dovetail export` and `--target-ir`: what is refused, and where optimum is there the way from checkpoint to text."""
+"""`dovetail export` and `--target-ir`: bad input, and, with optimum-intel, from a checkpoint to text."""
 
 import importlib.util
 
+import engines
 import pytest
 from helpers import run_python, save_pair
 
@@ -45,9 +46,13 @@ def test_one_target_only(tmp_path, capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("optimum"), reason="optimum-intel is not installed here")
+@pytest.mark.skipif(
+    not (engines.is_current("openvino") and importlib.util.find_spec("optimum")),
+    reason="runs with --engine openvino where optimum-intel is installed",
+)
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_from_checkpoint_to_text(tmp_path, weights):
+    """Export a pair, then generate and benchmark with the exported target and the default policy."""
     target, draft = save_pair(tmp_path)
     command = ["-m", "dovetail_plugin", "export", "--target", target, "--to", "openvino", "--weights", weights]
     exported = run_python(*command, "--out", tmp_path / "ir", cwd=tmp_path)
@@ -55,6 +60,7 @@ def test_from_checkpoint_to_text(tmp_path, weights):
     common = ["--target-ir", tmp_path / "ir", "--draft", draft, "--max-new-tokens", "12"]
     said = run_python("-m", "dovetail_plugin", "generate", *common, "--prompt", "count", "--compare", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
+    assert len(list((tmp_path / "records").iterdir())) == 1, "the default policy did not measure the exported target"
     if weights == "fp32":
         assert "identical" in said.stdout
     table = run_python("-m", "dovetail_plugin", "bench", *common, "--count", "2", cwd=tmp_path)

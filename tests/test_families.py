@@ -1,28 +1,29 @@
-"""Greedy text with a draft is plain generate's, token for token, over model families and tree shapes (fp32)."""
+"""Greedy text with a draft equals plain text, token for token, over model families and tree shapes (fp32)."""
 
 import engines
 import pytest
-import test_formats
 import torch
-from families import FULL_ATTENTION, SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
+from families import CASE_IDS, CASES, SLIDING_WINDOW, prompt, tiny_model, tiny_target
+from support import checkpoints
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 
-CASES = [(name, fields) for family in (FULL_ATTENTION, SLIDING) for name, fields in family.items()]
-IDS = [f"{name}-window" if fields.get("sliding_window") else name for name, fields in CASES]
 SHAPES = [TreeBudget(16, 6, 8), TreeBudget(6, 5, 1), TreeBudget(40, 3, 10), TreeBudget(1, 1, 1)]
 SHAPE_IDS = ["tree", "chain", "wide", "off"]
 
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
+
 def both(target, draft, ids, **options):
-    """The text without and with the draft."""
+    """Return the text without and with the draft."""
     plain = target.generate(ids, **options)
     return plain, target.generate(ids, **options, assistant_model=draft)
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
-def test_plain_text_is_torchs(model_type, fields):
-    """What drafted text is compared with below: an engine's plain text, which has to be torch's own."""
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
+def test_plain_text_equals_torchs(model_type, fields):
+    """Other tests compare drafted text with the engine's plain text, so that must equal torch's."""
     if engines.is_current("torch"):
         pytest.skip("plain generate is transformers' own")
     model = tiny_model(model_type, **fields)
@@ -31,9 +32,9 @@ def test_plain_text_is_torchs(model_type, fields):
     assert torch.equal(text, model.generate(prompt(), **options))
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_rejecting_draft(model_type, fields):
-    """A random draft: nearly everything is rejected and rolled back, in every shape of tree."""
+    """A random draft: almost every node is rejected and rolled back, for every shape of tree."""
     target = tiny_target(model_type, **fields)
     draft = DovetailDraft.for_target(target)
     for budget in SHAPES:
@@ -45,9 +46,9 @@ def test_rejecting_draft(model_type, fields):
 @pytest.mark.parametrize(
     "attention", ["sdpa", pytest.param("eager", marks=pytest.mark.torch_only("an implementation of transformers"))]
 )
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
 def test_accepting_draft(model_type, fields, attention, oracle):
-    """A draft that knows much of the text: paths are accepted, cache rows move, the window slides over them."""
+    """A draft that knows parts of the text: paths are accepted, cache rows move, and the window slides over them."""
     target = tiny_target(model_type, **fields)
     if engines.is_current("torch"):
         if attention == "sdpa" and model_type == "gemma2":
@@ -65,7 +66,7 @@ def test_accepting_draft(model_type, fields, attention, oracle):
 
 
 def test_window_much_shorter_than_the_text(oracle):
-    """Long enough that sliding layers move their window to the front of the storage several times."""
+    """The text is long enough that sliding layers move their window to the front of the storage several times."""
     target = tiny_target("mistral", sliding_window=SLIDING_WINDOW, max_position_embeddings=2048)
     draft = DovetailDraft.for_target(target)
     ids = prompt(400)
@@ -76,7 +77,7 @@ def test_window_much_shorter_than_the_text(oracle):
 
 
 def test_window_smaller_than_the_tree(oracle):
-    """A window of 4 tokens and trees of depth 6: nodes stop seeing their own ancestors."""
+    """A window of 4 tokens and trees of depth 6: deep nodes do not see all of their ancestors."""
     target = tiny_target("mistral", sliding_window=4)
     draft = DovetailDraft.for_target(target)
     plain = target.generate(prompt(), max_new_tokens=60, do_sample=False)
@@ -85,7 +86,7 @@ def test_window_smaller_than_the_tree(oracle):
 
 
 def test_targets_without_tree_masks_get_chains():
-    """BLOOM builds its positions from a 2-D mask: chains are drafted for it, whatever the budget says."""
+    """BLOOM computes positions from a 2-D mask, so chains are drafted for it, whatever the budget is."""
     target = tiny_target("bloom", n_layer=3, n_head=4, num_key_value_heads=None)
     draft = DovetailDraft.for_target(target)
     draft.budget = TreeBudget(16, 6, 8)
@@ -115,7 +116,7 @@ def test_prompt_of_thousands_in_chunks(oracle):
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 5])
 def test_few_new_tokens(llama, draft, oracle, new_tokens):
-    """The text ends exactly at max_new_tokens although the tree could go further."""
+    """The text ends exactly at max_new_tokens although the tree could be deeper."""
     full = llama.generate(prompt(), max_new_tokens=20, do_sample=False)
     oracle(full, 17)
     drafted = llama.generate(prompt(), max_new_tokens=new_tokens, do_sample=False, assistant_model=draft)
@@ -124,7 +125,7 @@ def test_few_new_tokens(llama, draft, oracle, new_tokens):
 
 
 def test_text_up_to_the_last_position(oracle):
-    """GPT-2 has a table of positions: no drafted node may stand beyond it."""
+    """GPT-2 has a table of positions: no drafted node may have a position beyond it."""
     target = tiny_target("gpt2", num_key_value_heads=None, max_position_embeddings=40)
     draft = DovetailDraft.for_target(target)
     options = dict(max_length=40, do_sample=False, eos_token_id=None)
@@ -136,11 +137,11 @@ def test_text_up_to_the_last_position(oracle):
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "phi3", "mistral"])
 def test_eagle3_drafts_read_hidden_states_of_every_engine(model_type, tmp_path):
-    """What the drafter is handed equals transformers' `hidden_states`, and the text is the plain one."""
-    model = tiny_model(model_type, num_hidden_layers=test_formats.TARGET_LAYERS)
+    """The features that the drafter receives equal transformers' `hidden_states`, and the text is the plain one."""
+    model = tiny_model(model_type, num_hidden_layers=checkpoints.TARGET_LAYERS)
     target = engines.current().target(model)
     torch.manual_seed(0)
-    made = test_formats.eagle3(states=(1, 3, 7), own_embedding=True)
+    made = checkpoints.eagle3(states=(1, 3, 7), own_embedding=True)
     draft = DovetailDraft.from_pretrained(made.write(tmp_path))
     seen, project = [], draft.project
     draft.project = lambda features: (seen.append(features.clone()), project(features))[1]
@@ -152,5 +153,5 @@ def test_eagle3_drafts_read_hidden_states_of_every_engine(model_type, tmp_path):
     wanted = torch.cat([states[i][0] for i in (1, 3, 7)], dim=-1)
     found = torch.cat(seen)
     torch.testing.assert_close(found, wanted[: len(found)], atol=1e-4, rtol=1e-3)
-    last_only = DovetailDraft.for_target(target)  # the same target goes on with drafts that read the last state
+    last_only = DovetailDraft.for_target(target)  # the same target, with a draft that reads the last state
     assert torch.equal(both(target, last_only, prompt(), max_new_tokens=12, do_sample=False)[1], plain)

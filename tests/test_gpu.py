@@ -1,14 +1,20 @@
-"""On a real GPU: target on the CPU, draft on CUDA, nothing else in between. Skips where there is none."""
+"""Target on the CPU and draft on a real GPU, and the reverse. Skipped without a GPU."""
 
 import pytest
 import torch
 from families import prompt, tiny_target
-from test_bundled import load
+from support.bundled import TARGET, load_pair
+from transformers import AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.bench.compare import Comparison
+from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.drafts.torch_runner import TorchRunner
+from dovetail_plugin.report import PhaseClock
 
 pytestmark = [
+    pytest.mark.usefixtures("fixed_budget"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
@@ -16,7 +22,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_draft_on_cuda_target_on_cpu(llama, oracle, dtype):
-    """The draft's dtype is its own affair: the text is the fp32 target's."""
+    """Whatever the dtype of the draft is, the text is the one of the fp32 target."""
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda", dtype)
     plain = llama.generate(prompt(), max_new_tokens=60, do_sample=False)
     assert torch.equal(plain, llama.generate(prompt(), max_new_tokens=60, do_sample=False, assistant_model=draft))
@@ -35,12 +41,7 @@ def test_target_on_cuda_draft_on_cpu(oracle):
 
 
 def test_bundled_pair():
-    from test_bundled import TARGET
-    from transformers import AutoTokenizer
-
-    from dovetail_plugin.bench.prompts import load_prompts
-
-    target, draft = load(torch.float32)
+    target, draft = load_pair(torch.float32)
     draft.to("cuda", torch.bfloat16)
     comparison = Comparison(target, draft, {"max_new_tokens": 96, "do_sample": False})
     for input_ids in load_prompts(None, AutoTokenizer.from_pretrained(TARGET), 8):
@@ -50,11 +51,7 @@ def test_bundled_pair():
 
 
 def test_growing_a_tree_never_waits_for_the_device():
-    """No synchronisation inside `grow_on_device`: CUDA itself raises if there is one."""
-    from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
-    from dovetail_plugin.drafts.torch_runner import TorchRunner
-    from dovetail_plugin.report import PhaseClock
-
+    """`grow_on_device` does not synchronize with the device; CUDA raises an error if it does."""
     llama = tiny_target("llama")
     draft = DovetailDraft.for_target(llama, blocks=2).to("cuda")
     drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=64, clock=PhaseClock())
@@ -68,7 +65,7 @@ def test_growing_a_tree_never_waits_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_out_of_memory_on_the_gpu_costs_no_text(llama, monkeypatch):
+def test_out_of_memory_on_the_gpu_keeps_the_text(llama, monkeypatch):
     draft = DovetailDraft.for_target(llama).to("cuda")
     draft.runner = "torch"  # which calls `step`
     original, calls = draft.step, []

@@ -1,6 +1,6 @@
-"""Inflated pairs: the function of the source at another shape, dense weights, refusals that say what to do.
+"""Inflated pairs compute the function of their source at another shape, with dense weights.
 
-Sources are tiny random models whose eps and norm weights matter, so that a norm scaled the wrong way shows.
+Sources are tiny random models whose eps and norm weights matter, so that a wrongly scaled norm is noticed.
 """
 
 import json
@@ -58,12 +58,12 @@ def make_target(layers: int = 3, **options) -> LlamaForCausalLM:
 
 def make_draft(target: LlamaForCausalLM, fusion: str = "dgf", blocks: int = 1) -> DovetailDraft:
     draft = scrambled(DovetailDraft.for_target(target, fusion=fusion, blocks=blocks))
-    draft.budget = TreeBudget(nodes=40, depth=3, top_k=20)  # wide: random drafts must be accepted at times
+    draft.budget = TreeBudget(nodes=40, depth=3, top_k=20)  # wide, so that some random drafts are accepted
     return draft
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """Every weight random: matrices large enough for features to differ, norms around 1, biases too."""
+    """Make all weights and biases random: matrices large enough for features to differ, norms around 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(float(name.endswith("norm.weight")), 0.2)
@@ -140,7 +140,7 @@ def test_bfloat16_is_close_to_the_source():
     assert torch.cosine_similarity(actual, expected, dim=-1).min() > 0.99
 
 
-# --- the same cost: every weight dense and its own -------------------------------------------------
+# --- the same cost: dense weights that share no storage --------------------------------------------
 
 
 def test_weights_are_dense():
@@ -162,7 +162,7 @@ def test_weights_are_dense():
     assert not fusion.W_2[:, H:].any()
 
 
-def test_added_layers_are_silent_dense_and_share_nothing():
+def test_added_layers_are_dense_and_change_nothing():
     big = inflate.inflate_target(make_target(layers=3), SHAPE)
     places = [parameter.data_ptr() for parameter in big.parameters()]
     assert len(set(places)) == len(places)
@@ -171,7 +171,7 @@ def test_added_layers_are_silent_dense_and_share_nothing():
     assert all(weight.any(dim=0).all() and weight.any(dim=1).all() for weight in added)
     assert not torch.equal(*added)
     states = big.model(input_ids=torch.arange(4)[None], output_hidden_states=True).hidden_states
-    assert torch.equal(states[3], states[4])  # the last state is behind the final norm
+    assert torch.equal(states[3], states[4])  # the last hidden state is after the final norm
 
 
 def test_seed_decides_the_random_values():
@@ -191,7 +191,7 @@ def test_noise_fills_tensors_longer_than_its_block():
 # --- configs ---------------------------------------------------------------------------------------
 
 
-def test_configs_say_what_the_pair_is():
+def test_configs_record_the_source():
     source = make_target()
     source.generation_config.eos_token_id = [3, 5]
     draft = make_draft(source)
@@ -228,10 +228,10 @@ def test_named_shapes_have_the_parameters_that_the_help_says(name, billions):
         ("16,112,5", "hidden_size 16 .* use 32 or more"),
         ("80,40,5", "intermediate_size 40 .* use 48 or more"),
         ("80,112,2", "num_hidden_layers 2 .* use 3 or more"),
-        ("3b", "unknown shape '3b': use 500m, 1b"),
-        ("80,112", "unknown shape"),
-        ("80,112,0", "unknown shape"),
-        ("80,-112,5", "unknown shape"),
+        ("3b", "'3b' is not a valid shape. Use 500m, 1b"),
+        ("80,112", "is not a valid shape"),
+        ("80,112,0", "is not a valid shape"),
+        ("80,-112,5", "is not a valid shape"),
     ],
 )
 def test_bad_shapes_are_refused(shape, message):
@@ -252,7 +252,7 @@ def test_other_models_are_refused():
 
 @pytest.fixture(scope="module")
 def stored_pair(tmp_path_factory):
-    """Directories of a tiny target with a tokenizer, and its draft."""
+    """A directory with a tiny target, its tokenizer, and its draft."""
     root = tmp_path_factory.mktemp("pair")
     target = make_target()
     target.save_pretrained(root / "tiny")
@@ -288,7 +288,7 @@ def test_command_line_writes_a_pair_that_loads(stored_pair, tmp_path):
 
     again = command(stored_pair, "--shape", SHAPE, "--out", tmp_path / "big")
     assert again.returncode == 2
-    assert "holds a pair already" in again.stderr
+    assert "already holds a pair" in again.stderr
 
 
 def test_command_line_explains_mistakes_in_one_line(stored_pair, tmp_path, capsys):

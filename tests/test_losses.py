@@ -1,4 +1,4 @@
-"""Losses of the draft against slow references: loops over rows, and drafting's own steps for fed-back rows."""
+"""Losses of the draft, compared with slow references: loops over rows, and the steps that drafting itself takes."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from dovetail_plugin.training.losses import count_rows, draft_losses, expected_a
 
 @pytest.mark.parametrize("passes", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 4, 9])
-def test_rollout_mask(length, passes):
-    """Row p of the last pass sees true rows 0 .. p - s + 1 and one row of every later pass, its own last."""
+def test_rollout_mask_shows_what_a_tree_node_sees(length, passes):
+    """Row p of the last pass s sees true rows 0 .. p - s + 1 and one row of each later pass, itself included."""
     mask = rollout_mask(length, passes, torch.float32, torch.device("cpu"))
     assert mask.shape == (length, passes * length)
     for row in range(length):
         seen = {int(column) for column in (mask[row] == 0).nonzero()}
         assert set(mask[row].tolist()) <= {0.0, float("-inf")}
-        if row < passes - 1:  # before the pass can start; not counted, but softmax needs something to see
+        if row < passes - 1:  # before the start of the pass: not counted, but softmax needs a row to see
             assert seen
             continue
         wanted = set(range(row - passes + 2))
@@ -36,7 +36,7 @@ def draft_for(target, **options):
 
 
 def sequences(*lengths):
-    """Random tokens; the first ones given, then runs that the target wrote and did not write."""
+    """Sequences of random tokens. The first two are given, about 60 % of the others are written by the target."""
     generator = torch.Generator().manual_seed(4)
     out = []
     for length in lengths:
@@ -48,10 +48,14 @@ def sequences(*lengths):
 
 
 def predictions_ref(draft, features, ids, passes, monkeypatch):
-    """{(pass, row): prediction (H,)} of one sequence, by drafting a chain of the true tokens below every row.
+    """Predictions of one sequence as {(pass, row): (H,)}, from drafting a chain of the true tokens below each row.
 
-    features: (T, H) as read by the draft; ids: (T,). The drafter's cache holds true rows 0 .. q only, and
-    level s of its chain is row q + s - 1 of pass s: what a tree node at depth s - 1 sees.
+    The drafter's cache holds only true rows 0 .. q, and level s of its chain is row q + s - 1 of pass s. This is what a
+    tree node at depth s - 1 sees.
+
+    Args:
+        features: (T, H) as read by the draft.
+        ids: (T,) int64.
     """
     predicted, head = {}, draft.head
     for row in range(len(ids) - 2):
@@ -76,7 +80,7 @@ def predictions_ref(draft, features, ids, passes, monkeypatch):
 
 
 def losses_ref(draft, target, batch_of, features, noise, passes, monkeypatch):
-    """(feature loss, token loss, agreement by pass) with loops over passes, sequences and rows."""
+    """Feature loss, token loss and agreement by pass, from loops over passes, sequences and rows."""
     head = target.get_output_embeddings().weight
     predicted = []
     for number, sequence in enumerate(batch_of):
@@ -108,7 +112,7 @@ def losses_ref(draft, target, batch_of, features, noise, passes, monkeypatch):
 )
 @pytest.mark.parametrize("noisy", [False, True], ids=["clean", "noisy"])
 def test_losses_equal_the_reference(llama, options, passes, noisy, monkeypatch):
-    """Batched, padded passes equal sequence-by-sequence drafting, so training sees what a tree node sees."""
+    """Passes over a padded batch equal drafting for each sequence, so training sees what a tree node sees."""
     draft = draft_for(llama, **options)
     batch_of = sequences(12, 7, 10)
     batch = collate(batch_of, 0)
@@ -124,7 +128,7 @@ def test_losses_equal_the_reference(llama, options, passes, noisy, monkeypatch):
 
 
 def test_perfect_predictions_agree_everywhere(llama, monkeypatch):
-    """If every pass predicts the next true feature: no feature loss, agreement 1, the target's own entropy."""
+    """If each pass predicts the true next feature, there is no feature loss and the agreement is 1."""
     draft = draft_for(llama)
     batch = collate(sequences(9, 9), 0)
     features = target_features(llama, batch)
@@ -135,7 +139,7 @@ def test_perfect_predictions_agree_everywhere(llama, monkeypatch):
 
 
 def test_parts_add_up_to_the_step():
-    """Losses and gradients of a step cut into parts of different padding and counts."""
+    """Losses and gradients do not depend on how a step is cut into parts."""
     target = tiny_target("llama").double()
     draft = draft_for(target)
     batch_of = sequences(12, 7, 10, 5)
@@ -161,7 +165,7 @@ def test_parts_add_up_to_the_step():
 
 
 def test_gradients_reach_every_weight_through_every_pass(llama):
-    """The last pass alone trains the draft too: what it reads are predictions, and gradients flow through them."""
+    """The last pass reads predictions, and its gradients flow through them to all weights."""
     draft = draft_for(llama, blocks=2)
     batch = collate(sequences(10), 0)
     features = target_features(llama, batch)
@@ -180,8 +184,8 @@ def test_expected_acceptance_length(agreement, length):
     assert expected_acceptance_length(torch.tensor(agreement)) == pytest.approx(length)
 
 
-def test_softcapped_target():
-    """The soft cross-entropy compares capped logits with capped logits."""
+def test_logits_are_capped_like_the_targets():
+    """The soft cross-entropy compares capped logits of draft and target."""
     target = tiny_target("gemma2", head_dim=8, final_logit_softcapping=2.0)
     draft = draft_for(target)
     batch = collate(sequences(8), 0)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
-from test_drafting import FakeCuda, make_draft, move, text_and_features
+from support.devices import FakeCuda, move
+from support.drafts import make_draft, text_and_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, TreeBudget, machine
@@ -12,6 +13,8 @@ from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER, dtype_for, freq
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 
 def grown(draft):

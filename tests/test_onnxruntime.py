@@ -1,18 +1,17 @@
 """ONNX Runtime targets: their graphs, their buffers and packed weights. Runs with `--engine onnxruntime`.
 
-That texts are right is tested by the files that run over every engine.
+Files that run over every engine test the generated text.
 """
 
 import random
-from pathlib import Path
 
 import engines
 import numpy as np
 import pytest
 import torch
-from conftest import random_tree
-from families import VOCAB, prompt, tiny_model
-from test_families import CASES, IDS
+from families import CASE_IDS, CASES, VOCAB, prompt, tiny_model
+from support.sessions import assert_close, exported, open_session, torch_rows
+from support.trees import random_tree
 
 if not engines.is_current("onnxruntime"):
     pytest.skip("runs with --engine onnxruntime", allow_module_level=True)
@@ -28,19 +27,8 @@ from dovetail_plugin.targets.engine import engine_of
 from dovetail_plugin.tree import DraftTree
 
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 TREES = [(name, fields) for name, fields in CASES if not fields.get("sliding_window")]
-
-
-def export(kind="f32", model_type="llama", **fields) -> Path:
-    """The directory of a tiny model's export; not to be written to."""
-    return engines.current().exporter.path(tiny_model(model_type, **fields), kind)
-
-
-def open_session(target, cache=None, max_nodes=30):
-    engine = engine_of(target)
-    return engine.session(
-        cache or engine.cache(None), max_length=500, max_nodes=max_nodes, prefill_chunk=None, model_kwargs={}
-    )
 
 
 def chain(tokens: list[int]) -> DraftTree:
@@ -48,52 +36,42 @@ def chain(tokens: list[int]) -> DraftTree:
     return DraftTree(torch.tensor(tokens), count - 1, count, torch.zeros(len(tokens)))
 
 
-def close(got, wanted):
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def torch_rows(model, ids):
-    """(logits, features) of all rows of a text, by torch."""
-    return model(input_ids=ids).logits[0], model.base_model(input_ids=ids).last_hidden_state[0]
-
-
 # --- what is computed ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=IDS)
-def test_logits_and_features_are_torchs(model_type, fields):
+@pytest.mark.parametrize(("model_type", "fields"), CASES, ids=CASE_IDS)
+def test_logits_and_features_equal_torchs(model_type, fields):
     model = tiny_model(model_type, **fields)
     target, ids = engines.current().target(model), prompt(40)
     logits, features = torch_rows(model, ids)
-    close(target(ids).logits[0], logits)
+    assert_close(target(ids).logits[0], logits)
     with open_session(target) as session:
         output = session.prefill(ids, None)
-    close(output.logits, logits[-1:])
-    close(output.features, features)
+    assert_close(output.logits, logits[-1:])
+    assert_close(output.features, features)
 
 
 @pytest.mark.parametrize("same_kernels", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 17])
-def test_two_rows_for_one(same_kernels, length):
-    """Single rows run as two, in the prompt, in the head and in a tree, and nobody sees the second."""
+def test_single_rows_run_as_two(same_kernels, length):
+    """Single rows of a prompt, of the head and of a tree run as two rows; the second one has no effect."""
     model = tiny_model("llama")
     target, ids = engines.current().target(model, same_kernels=same_kernels), prompt(length + 1)
     logits, features = torch_rows(model, ids)
     with open_session(target) as session:
         output = session.prefill(ids[:, :-1], None)
-        close(output.logits, logits[-2:-1])
-        close(output.features, features[:-1])
+        assert_close(output.logits, logits[-2:-1])
+        assert_close(output.features, features[:-1])
         output = session.score(chain(ids[0, -1:].tolist()))
-        close(output.logits, logits[-1:])
-        close(output.features, features[-1:])
+        assert_close(output.logits, logits[-1:])
+        assert_close(output.features, features[-1:])
         session.keep([0])
         assert session._cache.get_seq_length() == length + 1
 
 
 @pytest.mark.parametrize(("model_type", "fields"), [*TREES, ("mistral", {"sliding_window": 200})], ids=str)
-def test_tree_scores_are_those_of_its_paths(model_type, fields):
-    """Every node of several trees, against torch's run over the text and the node's path; paths are kept between."""
+def test_logits_of_tree_nodes_equal_those_of_their_paths(model_type, fields):
+    """Several trees, with a path kept after each: every node against a pass of torch over the node's path."""
     model, rng = tiny_model(model_type, **fields), random.Random(3)
     target, ids = engines.current().target(model), prompt(30)
     truth = [5, 9, 11, 40, 41, 42]
@@ -108,8 +86,8 @@ def test_tree_scores_are_those_of_its_paths(model_type, fields):
             for node, path in enumerate(paths):
                 whole = torch.tensor([text + tree.tokens[path].tolist()])
                 logits, features = torch_rows(model, whole)
-                close(output.logits[node], logits[-1])
-                close(output.features[node], features[-1])
+                assert_close(output.logits[node], logits[-1])
+                assert_close(output.features[node], features[-1])
             longest = max(paths, key=len)
             session.keep(longest)
             text += tree.tokens[longest].tolist()
@@ -125,8 +103,8 @@ def _path(tree, node):
 
 
 def test_positions_become_an_input_where_the_graph_counts_them():
-    """Gemma's export has no position ids; without them drafts could be chains only."""
-    directory = export(model_type="gemma", head_dim=8)
+    """Gemma's export has no position ids; without them only chains could be drafted."""
+    directory = exported(model_type="gemma", head_dim=8)[1]
     names = {value.name for value in onnx.load(directory / "model.onnx").graph.input}
     assert graph.POSITIONS not in names
     with open_session(OnnxRuntimeTarget.from_pretrained(directory, threads=1)) as session:
@@ -143,7 +121,7 @@ def test_window_turns_trees_into_chains():
 
 
 def test_only_what_is_kept_is_written(oracle):
-    """Buffers hold the tokens of the text, in order, and few free rows, whatever was rejected."""
+    """Buffers contain the rows of the text, in order, and few free rows, whatever was rejected."""
     target = engines.current().target(tiny_model("llama"))
     plain = target.generate(prompt(), **GREEDY, return_dict_in_generate=True)
     oracle(plain.sequences, 17)
@@ -159,7 +137,7 @@ def test_only_what_is_kept_is_written(oracle):
 
 
 def test_several_texts_at_a_time():
-    """Caches are their own owners: two texts go on in turns."""
+    """Each cache owns its buffers, so two texts can be generated in turns."""
     target = engines.current().target(tiny_model("llama"))
     draft = DovetailDraft.for_target(target)
     options = dict(GREEDY, max_new_tokens=9, return_dict_in_generate=True, assistant_model=draft)
@@ -200,7 +178,7 @@ def test_prompt_in_chunks(monkeypatch):
 
 
 def test_interrupted_prompt(monkeypatch):
-    """What was run of a prompt is a whole cache: the rest can be run behind it."""
+    """After an interrupted prompt the cache is valid: the rest of the prompt can be run after it."""
     target, ids = engines.current().target(tiny_model("llama")), prompt(30)
     engine, passes = engine_of(target), []
     cache, run = engine.cache(None), engine.run
@@ -223,8 +201,8 @@ def test_interrupted_prompt(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_tables_are_what_the_graph_computes_with(kind):
-    """The head unpacked is the head's answer to unit vectors; the embedding is the lookup's answer to every id."""
-    directory = export(kind)
+    """The unpacked head equals the graph's output for unit vectors, the embedding its output for every token id."""
+    directory = exported(kind=kind)[1]
     tables = engine_of(OnnxRuntimeTarget.from_pretrained(directory, threads=1)).tables()
     model = onnx.load(directory / "model.onnx")
     links = graph.Links(model.graph)
@@ -232,11 +210,11 @@ def test_tables_are_what_the_graph_computes_with(kind):
     assert head.op_type == "MatMulNBits"
     assert torch.equal(tables.embedding, torch.from_numpy(_answer(model, "input_ids", np.arange(VOCAB)[None])))
     unit = np.eye(tables.head.shape[1], dtype=np.float32)
-    close(tables.head.T, torch.from_numpy(_answer(model, head.input[0], unit, head.output[0])))
+    assert_close(tables.head.T, torch.from_numpy(_answer(model, head.input[0], unit, head.output[0])))
 
 
 def _answer(model, fed, value, wanted=None):
-    """What a part of a graph says to a value: the first reader of it, or the node that makes `wanted`."""
+    """Run a part of a graph on a value: the first node that reads it, or the node that computes `wanted`."""
     node = next(n for n in model.graph.node if fed in n.input and (wanted is None or wanted in n.output))
     kind = TensorProto.INT64 if value.dtype == np.int64 else TensorProto.FLOAT
     stored = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
@@ -254,8 +232,8 @@ def _answer(model, fed, value, wanted=None):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packed_models(kind, oracle):
-    """Drafted text is plain text on a packed tiny model, whose products are in float32."""
-    target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1, same_kernels=True)
+    """Drafted text equals plain text on a packed tiny model, whose products are in float32."""
+    target = OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1], threads=1, same_kernels=True)
     draft, plain = DovetailDraft.for_target(target), target.generate(prompt(), **GREEDY)
     assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=draft))
     oracle(plain, 17)
@@ -265,14 +243,14 @@ def test_packed_models(kind, oracle):
 
 @pytest.mark.parametrize(("kind", "dtype"), [("f32", "float32"), ("int4", "float32"), ("int4_rounded", "bfloat16")])
 def test_rounding_of_activations_is_known(kind, dtype):
-    target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1)
+    target = OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1], threads=1)
     assert engine_of(target).rounding == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("kind", ["f32", "int8", "int4", "int8_rounded", "int4_rounded"])
 def test_exact_targets_are_equal_to_the_bit(kind):
-    """Logits of one row a pass, and of chains with decoys behind them, over 150 tokens: no bit differs."""
-    target = OnnxRuntimeTarget.from_pretrained(export(kind), threads=1, exact=True)
+    """Logits of single rows and of chains followed by wrong tokens, over 150 tokens: no bit differs."""
+    target = OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1], threads=1, exact=True)
     assert engine_of(target).rounding == torch.float32
     text = target.generate(prompt(), **dict(GREEDY, max_new_tokens=150))[0, 17:].tolist()
     alone = _in_chains(target, text, 1, 0)
@@ -281,7 +259,7 @@ def test_exact_targets_are_equal_to_the_bit(kind):
 
 
 def _in_chains(target, text, rows, decoys):
-    """Logits of every token of the text behind the prompt, scored `rows` at a time with decoys behind."""
+    """Logits of every token after the prompt, scored `rows` at a time and followed by wrong tokens."""
     found = []
     with open_session(target) as session:
         assert not session.supports_tree

@@ -1,6 +1,5 @@
-"""ONNX Runtime targets: the directories they are loaded from, and which are refused. With `--engine onnxruntime`."""
+"""ONNX Runtime targets: directories they are loaded from, and bad input. Runs with `--engine onnxruntime`."""
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ import engines
 import pytest
 import torch
 from families import prompt, tiny_model
+from support.files import digests
+from support.sessions import exported
 
 if not engines.is_current("onnxruntime"):
     pytest.skip("runs with --engine onnxruntime", allow_module_level=True)
@@ -20,34 +21,27 @@ from dovetail_plugin import DovetailDraft
 from dovetail_plugin.adapters.onnxruntime import OnnxRuntimeTarget, engine_for, weights
 from dovetail_plugin.targets.engine import engine_of
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 GREEDY = dict(max_new_tokens=40, do_sample=False, eos_token_id=None)
-
-
-def export(kind="f32", **fields) -> Path:
-    """The directory of a tiny Llama's export; not to be written to."""
-    return engines.current().exporter.path(tiny_model("llama", **fields), kind)
 
 
 def copied(directory: Path, to: Path) -> Path:
     return Path(shutil.copytree(directory, to / directory.name))
 
 
-def _contents(directory):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
-
-
 @pytest.mark.parametrize("kind", ["f32", "int4"])
 def test_files_are_not_changed(tmp_path, kind):
-    directory = copied(export(kind), tmp_path)
-    before = _contents(directory)
+    directory = copied(exported(kind=kind)[1], tmp_path)
+    before = digests(directory)
     target = OnnxRuntimeTarget.from_pretrained(directory, threads=1)
     draft = DovetailDraft.for_target(target)
     target.generate(prompt(), **GREEDY, assistant_model=draft)
-    assert _contents(directory) == before
+    assert digests(directory) == before
 
 
 def _with_external_data(tmp_path) -> Path:
-    directory = copied(export(), tmp_path)
+    directory = copied(exported()[1], tmp_path)
     model = onnx.load(directory / "model.onnx")
     (directory / "model.onnx").unlink()
     onnx.save(
@@ -58,7 +52,7 @@ def _with_external_data(tmp_path) -> Path:
 
 
 def _linked(tmp_path) -> Path:
-    """As a hub's snapshot is: links to files with other names in one directory."""
+    """A directory like a snapshot of the hub: links to files with other names in another directory."""
     directory, blobs, snapshot = _with_external_data(tmp_path), tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
     snapshot.mkdir()
@@ -71,27 +65,27 @@ def _linked(tmp_path) -> Path:
 @pytest.mark.parametrize("arrange", [_with_external_data, _linked])
 def test_external_data(tmp_path, arrange):
     target, plain = OnnxRuntimeTarget.from_pretrained(arrange(tmp_path), threads=1), prompt()
-    inside = OnnxRuntimeTarget.from_pretrained(export(), threads=1)
+    inside = OnnxRuntimeTarget.from_pretrained(exported()[1], threads=1)
     assert torch.equal(target(plain).logits, inside(plain).logits)
     one, other = engine_of(target).tables(), engine_of(inside).tables()
     assert torch.equal(one.embedding, other.embedding) and torch.equal(one.head, other.head)
 
 
 def test_weights_stay_in_their_files():
-    """No large weight is in the graph that the session is made from."""
-    directory = export(hidden_size=128, intermediate_size=256)
+    """The graph that the session is made from does not contain large weights."""
+    directory = exported(hidden_size=128, intermediate_size=256)[1]
     file = directory / "model.onnx"
     model = weights.point_to_files(onnx.load(file, load_external_data=False), file).model
     assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < weights.SMALL
     assert model.ByteSize() < file.stat().st_size / 2
 
 
-def test_numbers_are_counted():
+def test_parameters_are_counted():
     model = tiny_model("llama")
     norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     wanted = model.num_parameters() - norms
     for kind in ("f32", "int8"):
-        assert OnnxRuntimeTarget.from_pretrained(export(kind), threads=1).num_parameters() == wanted
+        assert OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1], threads=1).num_parameters() == wanted
 
 
 # --- bad input -------------------------------------------------------------------------------------
@@ -99,7 +93,7 @@ def test_numbers_are_counted():
 
 @pytest.mark.parametrize("missing", ["config.json", "model.onnx"])
 def test_incomplete_directory(tmp_path, missing):
-    directory = copied(export(), tmp_path)
+    directory = copied(exported()[1], tmp_path)
     (directory / missing).unlink()
     with pytest.raises(OSError, match=missing):
         OnnxRuntimeTarget.from_pretrained(directory)
@@ -120,13 +114,13 @@ def test_missing_external_data(tmp_path):
         ("dynamic", "DynamicQuantizeLinear .*quantise weights only"),
     ],
 )
-def test_exports_that_are_no_targets(kind, match):
+def test_exports_that_cannot_be_targets(kind, match):
     with pytest.raises(ValueError, match=match):
-        OnnxRuntimeTarget.from_pretrained(export(kind))
+        OnnxRuntimeTarget.from_pretrained(exported(kind=kind)[1])
 
 
 def _edited(tmp_path, edit) -> Path:
-    directory = copied(export(), tmp_path)
+    directory = copied(exported()[1], tmp_path)
     model = onnx.load(directory / "model.onnx")
     edit(model.graph)
     onnx.save(model, directory / "model.onnx")

@@ -1,4 +1,4 @@
-"""A draft as an OpenVINO graph: the same steps as in torch, rows set back as holes, and a way out without nncf."""
+"""Drafts that run as an OpenVINO graph: the same trees as in torch, holes in the rows, and drafting without nncf."""
 
 import sys
 
@@ -96,11 +96,11 @@ def bits(graph):
 
 
 @pytest.mark.parametrize(("weights", "compressed"), [("int4", {"i4", "u8"}), ("int8", {"u8"})])
-def test_compressed_weights_draft_nearly_the_same(weights, compressed):
-    """Compression costs acceptance only; scores stay within what so few bits can do on random weights."""
+def test_compressed_weights_give_similar_trees(weights, compressed):
+    """Compression only lowers acceptance; scores stay within the error of so few bits on random weights."""
     torch.manual_seed(3)
     draft = DovetailDraft.for_target(tiny_target("llama", hidden_size=128, intermediate_size=256))
-    assert bits(openvino_draft.draft_graph(draft, weights)) == compressed  # of int4, the head stays int8
+    assert bits(openvino_draft.draft_graph(draft, weights)) == compressed  # with int4, the head stays int8
     runner = OpenVINORunner(draft, weights)
     exact, rough = next(rounds(draft, TorchRunner(draft))), next(rounds(draft, runner))
     assert abs(exact.scores[1] - rough.scores[1]) < 0.5

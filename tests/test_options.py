@@ -1,12 +1,11 @@
-"""What `generate` honours is honoured with a draft: processors, stops, streaming, outputs, caches, pipelines."""
+"""Options of `generate` work the same with a draft: processors, stops, streaming, outputs, caches, pipelines."""
 
 import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
+from support.options import PROCESSORS, WARPERS
 from transformers import (
     DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -17,34 +16,7 @@ from transformers import (
 
 from dovetail_plugin import DovetailDraft, generate_with_draft
 
-
-class PreferUnseen(LogitsProcessor):
-    """A user's own processor with memory of the path: what has been said is less likely."""
-
-    def __call__(self, input_ids, scores):
-        return scores - 0.3 * torch.bincount(input_ids[0], minlength=scores.shape[1])
-
-
-PROCESSORS = {
-    "none": {},
-    "repetition_penalty": {"repetition_penalty": 1.3},
-    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
-    "bad_words": {"bad_words_ids": [[5], [6, 7]]},
-    "min_new_tokens": {"min_new_tokens": 30},
-    "prefix_allowed": {
-        "prefix_allowed_tokens_fn": lambda _batch, ids: [int(ids[-1] * 3 + k) % VOCAB for k in range(20)]
-    },
-    "own": {"logits_processor": LogitsProcessorList([PreferUnseen()])},
-    "forced_eos": {"forced_eos_token_id": 2},
-    "suppress": {"suppress_tokens": list(range(10, 40))},
-}
-WARPERS = {
-    "temperature": {"temperature": 0.4},
-    "top_k": {"top_k": 5},
-    "top_p": {"top_p": 0.7, "temperature": 1.5},
-    "min_p": {"min_p": 0.1},
-    "typical": {"typical_p": 0.8},
-}
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -57,8 +29,8 @@ def test_greedy_with_processors(llama, draft, oracle, name):
 
 
 @pytest.mark.parametrize("name", [*WARPERS, *PROCESSORS])
-def test_same_seed_same_sample(llama, draft, oracle, name):
-    """One draw for each emitted token: sampling with a draft gives plain sampling's text, seed for seed."""
+def test_same_seed_gives_the_same_sample(llama, draft, oracle, name):
+    """Each emitted token takes one random draw, so a seed gives the same text with and without a draft."""
     options = dict(max_new_tokens=50, do_sample=True) | (WARPERS | PROCESSORS)[name]
     torch.manual_seed(3)
     plain = llama.generate(prompt(), **options)
@@ -70,7 +42,7 @@ def test_same_seed_same_sample(llama, draft, oracle, name):
 
 
 def test_eos_inside_an_accepted_path(llama, draft, oracle):
-    """Every token of the text as EOS in turn, alone and in a list: the text ends where plain generate ends."""
+    """With each token of the text as EOS, alone and in a list, the text ends where plain text ends."""
     full = llama.generate(prompt(), max_new_tokens=30, do_sample=False, eos_token_id=None)
     oracle(full, 17)
     for eos in full[0, 17:40].tolist():
@@ -168,12 +140,12 @@ def test_returned_cache(llama, draft, oracle):
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 @pytest.mark.parametrize("whole_text", [True, False], ids=["whole text", "only new tokens"])
 def test_turns(model_type, whole_text):
-    """Four turns with the cache that the turn before returned, from plain to drafted generation and back."""
+    """Four turns, each with the cache that the previous turn returned, alternating plain and drafted generation."""
     target = tiny_target(model_type, **({"sliding_window": 24} if model_type == "mistral" else {}))
     draft = DovetailDraft.for_target(target)
     options = dict(max_new_tokens=15, do_sample=False, eos_token_id=None)
     wanted = [prompt()]
-    for turn in range(4):  # first of all: some engines hold one text at a time
+    for turn in range(4):  # first, because some engines hold one text at a time
         wanted[-1] = target.generate(wanted[-1], **options)
         wanted.append(torch.cat([wanted[-1], prompt(6, seed=turn)], dim=1))
     for order in ((True, True, True, True), (False, True, False, True), (True, False, True, True)):
@@ -197,7 +169,7 @@ def test_turns(model_type, whole_text):
 @pytest.mark.parametrize("with_config", [True, False], ids=["windowed cache", "full cache"])
 @pytest.mark.parametrize("whole_text", [True, False], ids=["whole text", "only new tokens"])
 def test_cache_reuse_over_turns(model_type, whole_text, with_config):
-    """Three turns; the cache goes from drafted to plain generation and back, in every order."""
+    """Three turns with one cache, alternating drafted and plain generation in several orders."""
     target = tiny_target(model_type, **({"sliding_window": 24} if model_type == "mistral" else {}))
     draft = DovetailDraft.for_target(target)
     options = dict(max_new_tokens=15, do_sample=False, eos_token_id=None)
@@ -218,7 +190,7 @@ def test_cache_reuse_over_turns(model_type, whole_text, with_config):
 
 
 def test_draft_remembers_earlier_turns(llama):
-    """With a reused cache the draft's context is whole: the same rounds as with the full text as one prompt."""
+    """With a reused cache the draft has the whole context: rounds equal those with the full text as one prompt."""
     torch.manual_seed(5)
     draft = DovetailDraft.for_target(llama)
     options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, assistant_model=draft)

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import test_formats
 import torch
 from families import prompt, tiny_target
 from helpers import byte_target, byte_tokenizer, run_python, save_pair
-from test_bundled import DRAFT, TARGET
+from support import checkpoints
+from support.bundled import DRAFT, TARGET
 from transformers import AutoConfig, LlamaConfig
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
@@ -15,12 +15,14 @@ from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.convert import write_draft
 from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_draft
 
-EAGLE3 = [name for name in test_formats.FORMATS if name.startswith(("eagle3", "speculators"))]
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
+EAGLE3 = [name for name in checkpoints.FORMATS if name.startswith(("eagle3", "speculators"))]
 
 
 @pytest.fixture(scope="module")
 def target():
-    return tiny_target("llama", num_hidden_layers=test_formats.TARGET_LAYERS)
+    return tiny_target("llama", num_hidden_layers=checkpoints.TARGET_LAYERS)
 
 
 @pytest.mark.parametrize("to", ["eagle3", "speculators", "vllm", "dovetail"])
@@ -29,14 +31,14 @@ def target():
 def test_written_and_read_again(name, to, tmp_path, target):
     """Whatever format a draft went through, it computes the same."""
     torch.manual_seed(0)
-    made = test_formats.FORMATS[name]()
+    made = checkpoints.FORMATS[name]()
     (tmp_path / "published").mkdir()
     first = DovetailDraft.from_pretrained(made.write(tmp_path / "published"))
     write_draft(first, tmp_path / "written", to)
     again = DovetailDraft.from_pretrained(tmp_path / "written")
     for draft in (first, again):
         draft.attach(target)
-    ids, features = test_formats.text(made.states)
+    ids, features = checkpoints.text(made.states)
     one, other = (draft(features=features[None], input_ids=ids[None, 1:]) for draft in (first, again))
     assert torch.equal(one.logits, other.logits) and torch.equal(one.features, other.features)
     assert again.config.layers_of(target.config) == made.states
@@ -47,7 +49,7 @@ def test_written_and_read_again(name, to, tmp_path, target):
 
 def test_an_eagle3_file_has_the_published_names(tmp_path):
     torch.manual_seed(0)
-    made = test_formats.eagle3(own_embedding=True)
+    made = checkpoints.eagle3(own_embedding=True)
     (tmp_path / "published").mkdir()
     draft = DovetailDraft.from_pretrained(made.write(tmp_path / "published"))
     write_draft(draft, tmp_path / "written", "eagle3")
@@ -127,9 +129,9 @@ def test_bench_with_drafts_of_every_kind(kind, tmp_path, capsys):
         name = str(tmp_path / "small")
     elif kind == "eagle":
         config = AutoConfig.from_pretrained(target)
-        head = test_formats.eagle()
+        head = checkpoints.eagle()
         head.config["vocab_size"] = config.vocab_size
-        assert config.hidden_size == test_formats.H
+        assert config.hidden_size == checkpoints.H
         (tmp_path / "head").mkdir()
         name = str(head.write(tmp_path / "head"))
     command = ["bench", "--target", str(target), "--draft", name, "--count", "2", "--max-new-tokens", "12"]
@@ -165,7 +167,7 @@ def test_generate_with_a_hub_out_of_reach(tmp_path):
 def test_convert_command(tmp_path):
     torch.manual_seed(0)
     (tmp_path / "published").mkdir()
-    test_formats.eagle3().write(tmp_path / "published")
+    checkpoints.eagle3().write(tmp_path / "published")
     command = ["-m", "dovetail_plugin", "convert", "published"]
     result = run_python(*command, "written", "--to", "speculators", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

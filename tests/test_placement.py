@@ -1,14 +1,15 @@
-"""Target layers on another device: what crosses, how often, and that texts stay the same."""
+"""Layers of a target on another device: what crosses, how often, how it is undone; texts stay the same."""
 
 import pytest
 import torch
 from families import FULL_ATTENTION, prompt, tiny_model
-from test_drafting import FakeCuda, move
+from support.devices import FakeCuda, move
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.targets.layers_on_gpu import Border, decoder_layers, final_norm, place_layers
+from dovetail_plugin.targets.layers_on_gpu import Border, final_norm, place_layers
+from dovetail_plugin.targets.transformers_model import decoder_layers
 
 pytestmark = pytest.mark.torch_only("layers of torch targets")
 
@@ -47,8 +48,7 @@ def test_states_cross_and_logits_come_back(model_type, monkeypatch):
 def test_nothing_crosses_twice(monkeypatch):
     """Two layers behind the border: their hidden states, mask and rotary tables cross once, in every pass anew."""
     model = tiny_model("llama")
-    place_layers(model, [1, 2], "cpu")  # same device: nothing has to cross, so the border is told that it has to
-    border, crossed = model._dovetail_border, []
+    border, crossed = place_layers(model, [1, 2], "cpu").border, []  # one device, so the border names another
     border.device = torch.device("meta")
     monkeypatch.setattr(
         "dovetail_plugin.targets.layers_on_gpu.send_to_device", lambda value, *_, **__: crossed.append(value) or value
@@ -89,11 +89,55 @@ def test_only_the_last_layers_and_only_once():
         place_layers(model, [0], "cpu")
     place_layers(model, [], "cpu")
     place_layers(model, [2], "cpu")
-    with pytest.raises(ValueError, match="moved before; load it anew"):
+    with pytest.raises(ValueError, match=r"placed already\. Call remove\(\)"):
         place_layers(model, [2], "cpu")
 
 
-def test_layers_that_cannot_be_told():
+def hooks_of(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_placement_can_be_undone():
+    model = tiny_model("llama")
+    before, attributes = model(prompt(7)).logits, set(vars(model))
+    with place_layers(model, [1, 2], "cpu") as placed:
+        assert placed.active and set(vars(model)) == attributes
+        assert torch.equal(model(prompt(7)).logits, before)
+    assert hooks_of(model) == 0 and not placed.active and set(vars(model)) == attributes
+    assert torch.equal(model(prompt(7)).logits, before)
+    placed.remove()  # the second time does nothing
+    with place_layers(model, [2], "cpu"):
+        assert hooks_of(model) > 0
+    assert hooks_of(model) == 0
+
+
+def test_a_failed_placement_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model("llama")
+    norm = final_norm(model)
+
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(norm, "register_forward_pre_hook", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        place_layers(model, [1, 2], "cpu")
+    assert hooks_of(model) == 0
+    monkeypatch.undo()
+    place_layers(model, [2], "cpu").remove()
+
+
+def test_modules_go_back_to_their_device(monkeypatch):
+    model, moves = tiny_model("llama"), []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "to", lambda module, device: moves.append((module, torch.device(device))))
+        place_layers(model, [2], "cuda").remove()
+    moved = [decoder_layers(model)[2], final_norm(model)]
+    assert moves == [(module, torch.device("cuda")) for module in moved] + [
+        (module, torch.device("cpu")) for module in reversed(moved)
+    ]
+
+
+def test_layers_that_cannot_be_told_apart():
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match="0 lists of 7 modules"):

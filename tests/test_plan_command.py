@@ -1,15 +1,17 @@
-"""Plans as people meet them: sizes in words, the table, JSON, `dovetail plan`."""
+"""Plans on the command line: sizes as text, the table, JSON, `dovetail plan`."""
 
 import json
 
 import pytest
 import torch
 from helpers import run_python, save_pair
+from transformers import AutoConfig
 
 from dovetail_plugin import machine
 from dovetail_plugin.cli import main
+from dovetail_plugin.planning.device_plan import format_bytes, parse_bytes
 from dovetail_plugin.planning.known_shapes import load_config, shape_config
-from dovetail_plugin.planning.make_plan import format_bytes, make_plan, parse_bytes
+from dovetail_plugin.planning.make_plan import make_plan
 from dovetail_plugin.policy.device_split import DeviceSplitPolicy
 
 pytestmark = pytest.mark.torch_only("plans for targets in torch")
@@ -33,19 +35,34 @@ def plan_for(shape, vram_bytes, **options):
         ("64k", 65536),
         ("2TB", 2 * 10**12),
         (" 100 b ", 100),
-        ("4294967296", 4 * GIB),
+        ("0", 0),
+        ("0GiB", 0),
         (123, 123),
+        (0, 0),
     ],
 )
 def test_parse_bytes(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("value", ["0", 0, -1, "-4GiB", "4x", "GiB", "", "four", "1e9", "0.0GiB", "4GiB4", True, None])
+@pytest.mark.parametrize(
+    "value", [-1, "-4GiB", "4x", "GiB", "", "four", "1e9", "4GiB4", True, None, "6", "6.5", "4294967296"]
+)
 def test_parse_bytes_refuses(value):
-    with pytest.raises(ValueError, match="4GiB") as refused:
+    with pytest.raises(ValueError, match="GiB") as refused:
         parse_bytes(value)
     assert repr(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("size", ["6", "6.5"])
+def test_sizes_without_a_unit_are_refused_with_a_suggestion(size):
+    with pytest.raises(ValueError, match=rf"'{size}' has no unit\. Write {size}GiB"):
+        parse_bytes(size)
+    with pytest.raises(ValueError, match="has no unit"):
+        DeviceSplitPolicy(vram_budget=size)
+    with pytest.raises(ValueError, match="has no unit"):
+        DeviceSplitPolicy(ram_budget=size)
+    assert DeviceSplitPolicy(vram_budget=6).vram_budget_bytes == 6
 
 
 def test_format_bytes():
@@ -105,7 +122,7 @@ def test_command_looks_at_this_machine(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["plan", "--target", "llama-3.1-8b-shape"]) == 0
     said = capsys.readouterr().out
-    assert "--vram not given: torch finds no GPU here" in said and "--ram not given: this machine has 24.00 GiB" in said
+    assert "--vram not given: torch finds no GPU" in said and "--ram not given: this machine has 24.00 GiB" in said
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 4 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2050")
@@ -118,11 +135,14 @@ def test_command_looks_at_this_machine(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vram", "4x"], "'4x' is no size"),
-        (["--ram", "lots"], "'lots' is no size"),
-        (["--draft", "llama-2-7b-shape"], "the config of a llama model, and of no draft"),
-        (["--draft", "draft", "--blocks", "2"], "--blocks says what to plan for without --draft"),
-        (["--blocks", "0"], "num_hidden_layers must be at least 1, got 0"),
+        (["--vram", "4x"], "'4x' is not a valid size"),
+        (["--ram", "lots"], "'lots' is not a valid size"),
+        (["--vram", "6"], "'6' has no unit. Write 6GiB"),
+        (["--ram", "6.5"], "'6.5' has no unit. Write 6.5GiB"),
+        (["--draft", "llama-2-7b-shape"], "the config of a llama model, not of a draft"),
+        (["--draft", "draft", "--blocks", "2"], "--blocks describes the untrained draft"),
+        (["--blocks", "0"], "--blocks must be between 1 and 6, got 0"),
+        (["--blocks", "7"], "--blocks must be between 1 and 6, got 7"),
         (["--target", "not/to/be/found"], "not/to/be/found: no such file or directory"),
     ],
 )
@@ -130,6 +150,48 @@ def test_mistakes(arguments, message, capsys):
     target = [] if "--target" in arguments else ["--target", "llama-2-7b-shape"]
     assert main(["plan", *target, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Fails when a name is looked up."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"the hub was asked for {args}")
+
+    for module in ("known_shapes.AutoConfig.from_pretrained", "draft_config.read_config"):
+        monkeypatch.setattr(f"dovetail_plugin.planning.{module}", refuse)
+
+
+def test_lookup_is_planned_without_the_hub(no_hub, capsys):
+    assert main(["plan", "--target", "llama-2-7b-shape", "--draft", "lookup", *SIZES]) == 0
+    said = capsys.readouterr().out
+    assert "prompt lookup has no weights: the draft takes no VRAM" in said and "draft: blocks" not in said
+    policy = DeviceSplitPolicy(vram_budget="4GiB", ram_budget="32GiB")
+    assert policy.plan("llama-2-7b-shape", "lookup").draft_dtype is None
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("llama-2-7b-shpe", "llama-2-7b-shape"),
+        ("qwen3-8b", "qwen3-8b-shape"),
+        ("Gemma-3-27B-shape", "gemma-3-27b-shape"),
+        ("gpt-oss-20b", "gpt-oss-20b-shape"),
+    ],
+)
+def test_near_misses_of_a_shape_are_named_without_the_hub(no_hub, name, close, capsys):
+    assert main(["plan", "--target", name, *SIZES]) == 2
+    said = capsys.readouterr().err
+    assert f"there is no shape '{name}'. Did you mean {close}" in said
+
+
+@pytest.mark.parametrize(("model_type", "message"), [("t5", "encoder-decoders"), ("qwen2_vl", "cannot load")])
+def test_models_that_cannot_be_planned_for_are_refused_in_one_line(model_type, message, tmp_path, capsys):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    assert main(["plan", "--target", str(tmp_path), *SIZES]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said) < 400
 
 
 def test_help(capsys):

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: what its panels show of hand-made figures, and the sweep of fixed budgets."""
+"""The four panels of a benchmark's picture, drawn from given figures, and the sweep of fixed budgets."""
 
 import sys
 from dataclasses import replace
@@ -47,7 +47,7 @@ ROUNDS = [a_round(3, 2), a_round(1, 2, 0.04, 0.05), a_round(2, 1, 0.03, 0.03), a
 
 
 def panels(result=RESULT, rounds=ROUNDS, tried=SWEEP):
-    """(phases, depths, seconds, budgets) and the picture."""
+    """The panels (phases, depths, seconds, budgets) and the figure."""
     figure = picture(result, rounds, tried)
     return figure.axes[:4], figure
 
@@ -56,23 +56,23 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
-def test_phases():
+def test_phases_are_bars_with_shares():
     (phases, *_), _ = panels()
     assert [bar.get_width() for bar in phases.patches] == [3.0, 0.0, 15.0, 1.5, 0.5]
     assert texts(phases) == ["3.00 ms, 15.0%", "0.00 ms, 0.0%", "15.00 ms, 75.0%", "1.50 ms, 7.5%", "0.50 ms, 2.5%"]
-    assert phases.get_title() == "Where the 20.00 ms of a round go (mean of 4)"
-    assert phases.get_xlabel() == "ms a round"
+    assert phases.get_title() == "Phases of a round of 20.00 ms (mean of 4)"
+    assert phases.get_xlabel() == "ms per round"
 
 
-def test_depths():
-    """Of four rounds three drafted a level and two accepted it; two drafted a second level, one accepted it."""
+def test_acceptance_by_depth():
+    """Of four rounds, three drafted level 1 and two accepted it; two drafted level 2 and one accepted it."""
     (_, depths, *_), _ = panels()
     assert [bar.get_height() for bar in depths.patches] == [0.75, 0.5, 0.5, 0.25]
     assert texts(depths) == ["50%", "25%"]
-    assert depths.get_title() == "Acceptance by depth: 1.75 tokens a round, 1.75 predicted"
+    assert depths.get_title() == "Acceptance by depth: 1.75 tokens per round, 1.75 predicted"
 
 
-def test_seconds():
+def test_predicted_and_measured_seconds():
     (_, _, seconds, _), _ = panels()
     (points,) = seconds.collections
     assert points.get_offsets().tolist() == [
@@ -84,16 +84,16 @@ def test_seconds():
     assert list(line.get_xdata()) == list(line.get_ydata())
 
 
-def test_nothing_predicted():
+def test_fixed_budgets_have_no_predictions():
     rounds = [replace(r, predicted_s=None, predicted_tokens=None) for r in ROUNDS]
     fixed = replace(RESULT, settings=RESULT.settings | {"budget": "8/4/4"})
     (_, depths, seconds, _), _ = panels(fixed, rounds)
-    assert texts(seconds) == ["nothing to predict: 8/4/4 every round"]
+    assert texts(seconds) == ["no predictions: every round used 8/4/4"]
     assert not seconds.collections
-    assert depths.get_title() == "Acceptance by depth: 1.75 tokens a round"
+    assert depths.get_title() == "Acceptance by depth: 1.75 tokens per round"
 
 
-def test_budgets():
+def test_speed_by_budget():
     (*_, budgets), _ = panels()
     lines = {line.get_label(): line for line in budgets.lines}
     assert lines.keys() == {"chains", "trees", "policy: 21.0", "plain: 10.0"}
@@ -102,7 +102,7 @@ def test_budgets():
     assert set(texts(budgets)) == {str(budget) for budget in BUDGETS}
 
 
-def test_title():
+def test_title_names_models_and_marks_simulations():
     _, figure = panels()
     title = figure.get_suptitle()
     assert title == "my-target, bfloat16, draft on cuda:0, plain 10.0, with the draft 20.0 tokens/s: ratio 2.00"
@@ -114,7 +114,7 @@ def test_title():
 
 
 @pytest.mark.parametrize("rounds", [[], ROUNDS[3:], ROUNDS * 30], ids=["none", "one plain", "many"])
-def test_files(tmp_path, rounds):
+def test_writes_each_format(tmp_path, rounds):
     few = Sweep(10.0, "8/4/4", 21.0, {TreeBudget(8, 4, 4): 12.0})
     for name in ("a.png", "b.svg", "c.PDF"):
         draw(tmp_path / name, RESULT, rounds, few)
@@ -123,10 +123,10 @@ def test_files(tmp_path, rounds):
     assert "<svg" in (tmp_path / "b.svg").read_text()
 
 
-def test_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"\.png, \.pdf, \.svg, got 'plot\.bmp'"):
+def test_refuses_before_drawing(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'plot\.bmp' is not a valid plot file.*\.png, \.pdf, \.svg"):
         check_file(tmp_path.relative_to(tmp_path) / "plot.bmp")
-    with pytest.raises(ValueError, match=r"there is no directory .*nowhere' for the plot a\.png"):
+    with pytest.raises(ValueError, match=r"nowhere' is not a directory.*a\.png"):
         check_file(tmp_path / "nowhere" / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'dovetail-plugin\[plot\]'"):
@@ -139,7 +139,7 @@ def test_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def timed(llama, draft, monkeypatch):
-    """A comparison whose runs take no time; what was run, and the speeds to hand out."""
+    """A comparison whose runs are not executed, the list of its calls, and the speeds to return."""
     calls, speeds = [], {}
 
     def run(self, input_ids, *, drafted, number=0, **changes):
@@ -152,7 +152,7 @@ def timed(llama, draft, monkeypatch):
     return Comparison(llama, draft, {}), calls, speeds
 
 
-def test_sweep(timed):
+def test_sweep_takes_medians_and_alternates_the_order(timed):
     comparison, calls, speeds = timed
     comparison.draft.budget = None
     budgets = [TreeBudget(2, 1, 1), TreeBudget(8, 4, 4)]
@@ -167,7 +167,7 @@ def test_sweep(timed):
     assert comparison.pairs == [] and comparison.draft.budget is None
 
 
-def test_sweep_puts_the_budget_back(timed, monkeypatch):
+def test_sweep_restores_the_budget(timed, monkeypatch):
     comparison, _, _ = timed
     own = comparison.draft.budget = TreeBudget(3, 2, 1)
     assert sweep(comparison, [torch.zeros(1, 3)]).own == "3/2/1"
@@ -182,11 +182,11 @@ def test_sweep_puts_the_budget_back(timed, monkeypatch):
     assert comparison.draft.budget is own
 
 
-def test_sweep_of_real_runs(llama):
-    """Every budget is really used, by the draft's own reports."""
+def test_sweep_uses_every_budget(llama):
+    """The reports of the draft show which budget was used."""
     draft = DovetailDraft.for_target(llama)
     draft.budget = TreeBudget(4, 2, 2)
     comparison = Comparison(llama, draft, {"max_new_tokens": 6, "do_sample": False})
     found = sweep(comparison, [torch.tensor([[5, 6, 7]])], [TreeBudget(3, 2, 1), TreeBudget(1, 1, 1)])
-    assert draft.report.nodes_per_round == 1  # of the last one
+    assert draft.report.nodes_per_round == 1  # the last budget
     assert all(speed > 0 for speed in found.as_dict().values())

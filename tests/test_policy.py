@@ -17,7 +17,7 @@ import torch
 from families import prompt, tiny_target
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_drafting import make_draft, text_and_features
+from support.drafts import make_draft, text_and_features
 
 import dovetail_plugin.generation.generate
 import dovetail_plugin.generation.loop

@@ -13,6 +13,8 @@ from transformers import GenerationMixin
 import dovetail_plugin
 from dovetail_plugin import DovetailCandidateGenerator, DovetailDraft, TreeBudget
 
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
 WRAPPED = ("_validate_generation_mode", "_assisted_decoding", "_get_candidate_generator")
 needs_outputs = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.8"), reason="the stock loop hands over features from 5.8 on"

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dovetail_plugin.planning.count_weights import target_sizes
 from dovetail_plugin.planning.known_shapes import SHAPES, load_config, shape_config
+from dovetail_plugin.planning.memory import target_sizes
+from dovetail_plugin.planning.storage import storage_of
 
 pytestmark = pytest.mark.torch_only("configs of targets in torch")
 
@@ -23,12 +24,17 @@ pytestmark = pytest.mark.torch_only("configs of targets in torch")
         ("qwen2.5-32b-shape", 32.8),
         ("qwen3-8b-shape", 8.19),
         ("qwen3-14b-shape", 14.8),
+        ("qwen3-32b-shape", 32.8),
         ("mistral-7b-shape", 7.25),
+        ("mixtral-8x7b-shape", 46.7),
         ("gemma-2-9b-shape", 9.24),
+        ("gemma-3-27b-shape", 27.4),
+        ("gpt-oss-20b-shape", 20.9),
     ],
 )
 def test_shapes_have_the_published_parameters(shape, billions):
-    assert target_sizes(shape_config(shape), "float16").weights_bytes / 2e9 == pytest.approx(billions, rel=0.01)
+    config = shape_config(shape)
+    assert target_sizes(config, storage_of(config, "float16")).weights_bytes / 2e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_every_shape_is_tested():
@@ -45,7 +51,7 @@ def test_load_config(tmp_path):
 
 
 def test_load_config_refuses(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown shape 'gpt-5'.*llama-2-7b-shape"):
+    with pytest.raises(ValueError, match=r"there is no shape 'gpt-5'.*llama-2-7b-shape"):
         shape_config("gpt-5")
     with pytest.raises(ValueError, match=r"not/to/be/found.*local copy.*llama-2-7b-shape"):
         load_config("not/to/be/found")

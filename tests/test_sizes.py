@@ -8,14 +8,14 @@ from families import FULL_ATTENTION, SLIDING, prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import dovetail_plugin.drafts.base
 from dovetail_plugin import DovetailDraft
+from dovetail_plugin.drafts.base import DRAFT_ROWS
 from dovetail_plugin.drafts.cuda_graph_rows import Store, power_of_two
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
-from dovetail_plugin.planning.count_weights import draft_sizes, target_sizes
 from dovetail_plugin.planning.known_shapes import shape_config
-from dovetail_plugin.planning.memory import DRAFT_ROWS, Rows
+from dovetail_plugin.planning.memory import Rows, draft_sizes, target_sizes
+from dovetail_plugin.planning.storage import storage_of
 from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.targets.transformers_model import TorchSession
 from dovetail_plugin.tree import DraftTree
@@ -30,29 +30,33 @@ def name_of(case):
     return "-".join([case[0], *(key for key in case[1] if "window" in key or "tie" in key)])
 
 
+def sizes_as(config, dtype):
+    return target_sizes(config, storage_of(config, dtype))
+
+
 # --- weights -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", EVERY + TIED, ids=name_of)
 def test_weights_are_those_of_the_real_model(case):
     model = tiny_model(case[0], **case[1])
-    sizes = target_sizes(model.config, "float32")
+    sizes = sizes_as(model.config, "float32")
     storages = {t.untyped_storage().data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     assert sizes.weights_bytes == sum(storages.values())
     assert sizes.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    assert sizes.embedding_bytes >= model.get_input_embeddings().weight.nbytes
-    assert (sizes.head_bytes == 0) == sizes.tied
+    assert sizes.weights["embedding"] >= model.get_input_embeddings().weight.nbytes
+    assert (sizes.weights["head"] == 0) == sizes.tied
     assert len(sizes.layers) == model.config.num_hidden_layers
     assert all(layer.weights_bytes == sizes.layers[0].weights_bytes for layer in sizes.layers)
     half = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
     storages = {t.untyped_storage().data_ptr(): t.nbytes for t in (*half.parameters(), *half.buffers())}
-    assert target_sizes(model.config, "bfloat16").weights_bytes == sum(storages.values())
+    assert sizes_as(model.config, "bfloat16").weights_bytes == sum(storages.values())
 
 
 def test_counting_leaves_the_config_alone():
     config = shape_config("llama-3.2-1b-shape")
     before = config.to_json_string()
-    target_sizes(config, "float32")
+    sizes_as(config, "float32")
     assert config.to_json_string() == before
 
 
@@ -61,11 +65,11 @@ def test_quantised_weights():
     config = tiny_model("llama").config
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     norms = 2 * 32 * 2
-    int8, int4 = target_sizes(config, "int8"), target_sizes(config, "int4")
+    int8, int4 = sizes_as(config, "int8"), sizes_as(config, "int4")
     assert int8.layers[0].weights_bytes == sum(out * (inputs + 2) for out, inputs in shapes) + norms
     assert int4.layers[0].weights_bytes == sum(out * (inputs // 2 + 2) for out, inputs in shapes) + norms
-    assert int8.embedding_bytes == int4.embedding_bytes == int8.head_bytes == 97 * (32 + 2)
-    assert int8.number_bytes == 4
+    assert int8.weights["embedding"] == int4.weights["embedding"] == int8.weights["head"] == 97 * (32 + 2)
+    assert int8.storage.run_bytes == 4
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -74,7 +78,7 @@ def test_draft_weights_are_those_of_the_real_draft(llama, blocks):
     fresh = DovetailDraft(draft.config)  # has met no target
     sizes = draft_sizes(draft.config, "float32")
     assert sizes.blocks_bytes == sum(t.nbytes for t in (*fresh.parameters(), *fresh.buffers()))
-    assert sizes.row_bytes * sizes.vocab_size == draft.embed_weight.nbytes
+    assert sizes.row_bytes * sizes.config.vocab_size == draft.embed_weight.nbytes
 
 
 # --- caches ------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ def filled(model, rows, prompt_tokens):
 def test_cache_is_that_of_a_real_target(case, context):
     """Longer and shorter than sliding windows with their slack (24 - 1 + 8 + 256 rows)."""
     model, rows = tiny_model(case[0], **case[1]), Rows(context, 8, context)
-    sizes = target_sizes(model.config, "float32")
+    sizes = sizes_as(model.config, "float32")
     for layer, planned in zip(filled(model, rows, context), sizes.layers, strict=True):
         taken = layer.rows._keys.untyped_storage().nbytes() + layer.rows._values.untyped_storage().nbytes()
         assert planned.kv_bytes(rows, allocated=True) == taken
@@ -114,13 +118,12 @@ def test_cache_of_latent_attention():
     with torch.no_grad():
         model(prompt(10), past_key_values=cache, use_cache=True)
     row_bytes = [(layer.keys.nbytes + layer.values.nbytes) // 10 for layer in cache.layers]
-    assert [layer.kv_row_bytes for layer in target_sizes(model.config, "float32").layers] == row_bytes
+    assert [layer.kv_row_bytes for layer in sizes_as(model.config, "float32").layers] == row_bytes
 
 
 def test_cache_of_a_draft(llama):
     draft = DovetailDraft.for_target(llama, blocks=2)
     sizes, rows = draft_sizes(draft.config, "float32"), Rows(300, 16, 300)
-    assert DRAFT_ROWS == dovetail_plugin.drafts.base.EXTRA_ROWS
     store = Store(draft, power_of_two(rows.context + DRAFT_ROWS))
     assert sizes.kv_bytes(rows, on_gpu=True) == store.kv.nbytes
     drafter = FeatureDrafter(draft, TorchRunner(draft), capacity=rows.context + DRAFT_ROWS, clock=PhaseClock())
@@ -128,17 +131,6 @@ def test_cache_of_a_draft(llama):
     drafter.catch_up()
     touched = sum(own.keys.nbytes + own.values.nbytes for own in drafter.rows.layers)
     assert sizes.kv_bytes(Rows(rows.context - 1, 1, 1), on_gpu=False) == touched
-
-
-def test_buffers_of_graphs(llama):
-    """Of the tensors that graphs read and write; what passes hold besides is only planned on top."""
-    draft = DovetailDraft.for_target(llama)
-    sizes, rows = draft_sizes(draft.config, "float32"), Rows(300, 16, 300)
-    store = Store(draft, power_of_two(rows.context + DRAFT_ROWS))
-    static = sum(t.nbytes for t in vars(store).values() if isinstance(t, torch.Tensor)) - store.kv.nbytes
-    passes = 16 * (draft.config.vocab_size + 3 * draft.config.intermediate_size) * 4
-    workspaces = 2 * 8_519_680
-    assert sizes.graph_bytes(rows) - passes - workspaces == pytest.approx(static, rel=0.02)
 
 
 # --- temporaries -------------------------------------------------------------------------------
@@ -179,7 +171,7 @@ def test_temporaries_of_a_prompt(case, rows_at_once):
     """Attention converts a mask of truth values inside its kernel, where it is not seen here."""
     model = tiny_model(case[0], **WIDE, **case[1])
     rows = Rows(1200, 16, rows_at_once)
-    sizes = target_sizes(model.config, "float32")
+    sizes = sizes_as(model.config, "float32")
     session = TorchSession(
         model, DynamicCache(config=model.config), max_length=1200, max_nodes=16, prefill_chunk=rows_at_once
     )
@@ -193,7 +185,7 @@ def test_temporaries_of_a_prompt(case, rows_at_once):
 
 def test_temporaries_of_a_tree():
     model, rows = tiny_model("llama", **WIDE), Rows(1200, 64, 1200)
-    sizes = target_sizes(model.config, "float32")
+    sizes = sizes_as(model.config, "float32")
     with TorchSession(model, DynamicCache(config=model.config), max_length=1200, max_nodes=64) as target:
         target.prefill(prompt(1200), None)
         with LiveBytes() as live:

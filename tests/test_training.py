@@ -1,4 +1,4 @@
-"""The training loop: it learns, resumes, accumulates and shares work without changing what it learns."""
+"""The training loop learns, and resuming, accumulation and several processes do not change the result."""
 
 import dataclasses
 import json
@@ -7,13 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import byte_target, byte_tokenizer, chat, run_python, write_jsonl
+from helpers import ROOT, byte_target, byte_tokenizer, chat, run_python, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.training import TrainingConfig, train
 from dovetail_plugin.training import loop as loop_module
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 SIZES = dict(steps=6, batch_size=4, max_length=48, warmup_steps=2, rollout=2, held_out=3, eval_every=3, save_every=2)
 
@@ -30,7 +32,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def config(files, tmp_path):
-    """A function from changed fields to a config that trains into this test's directory."""
+    """A function that builds a config with changed fields; its output goes to the directory of the test."""
 
     def build(out="draft", **changes):
         sizes = SIZES | {"save_dtype": "float32"} | changes
@@ -41,7 +43,7 @@ def config(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def reference(files, tmp_path_factory):
-    """Weights and history of a run of 6 steps without anything special."""
+    """Weights and history of an uninterrupted run of 6 steps in one process."""
     out = tmp_path_factory.mktemp("reference")
     train(TrainingConfig(str(files / "target"), (files / "chats.jsonl",), out, **SIZES, save_dtype="float32"))
     return weights(out), history(out)
@@ -61,8 +63,8 @@ def assert_same(got, wanted, **tolerance):
         torch.testing.assert_close(got[name], wanted[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_output_directory(config, files):
-    """What is left behind loads, generates and says how it was made."""
+def test_output_loads_and_records_its_settings(config, files):
+    """The output loads, generates, and records the settings of the run."""
     config = config(steps=2, save_dtype="bfloat16", blocks=2, fusion="concat")
     train(config)
     names = {file.name for file in config.out.iterdir()}
@@ -73,7 +75,7 @@ def test_output_directory(config, files):
     assert record["config"]["target"] == "target"
     assert record["history"]["steps"] == [1, 2]
     assert len(record["history"]["losses"]) == 2
-    assert str(files) not in json.dumps(record)  # where things lay is nobody's business
+    assert str(files) not in json.dumps(record)  # no paths of this machine
     draft = DovetailDraft.from_pretrained(config.out)
     assert (draft.dtype, draft.config.fusion, len(draft.layers)) == (torch.bfloat16, "concat", 2)
     assert draft.config.target_name_or_path == "target"
@@ -85,7 +87,7 @@ def test_output_directory(config, files):
 
 @pytest.fixture
 def fresh_accelerate():
-    """accelerate keeps one precision for each process; forget it before and after a test with another."""
+    """Reset accelerate, which keeps one precision per process, before and after a test that uses another one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -101,7 +103,7 @@ def test_loss_goes_down(config, precision):
     assert 1.0 <= history(config.out)["acceptance"][-1] <= 1.0 + config.rollout
 
 
-def test_same_seed_same_weights(config, reference):
+def test_seed_decides_the_weights(config, reference):
     for out, seed in (("same", 0), ("other", 1)):
         train(config(out, seed=seed))
     assert_same(weights(config("same").out), reference[0], atol=0, rtol=0)
@@ -111,7 +113,7 @@ def test_same_seed_same_weights(config, reference):
 
 @pytest.mark.parametrize("done", [3, 5])
 def test_resume(config, reference, monkeypatch, done):
-    """Interrupted after 3 or 5 steps (the last state is of step 2 or 4) and resumed: as if nothing had happened."""
+    """A run that is interrupted after 3 or 5 steps resumes from step 2 or 4 and ends with the same weights."""
     steps, step = [], loop_module._Run._step
 
     def interrupted(run, number):
@@ -133,13 +135,13 @@ def test_resume(config, reference, monkeypatch, done):
     assert history(config().out)["acceptance"] == pytest.approx(reference[1]["acceptance"], abs=1e-5)
 
 
-def test_resume_with_nothing_to_resume_from(config, reference):
+def test_resume_without_a_state_starts_anew(config, reference):
     train(config(), resume=True)
     assert_same(weights(config().out), reference[0], atol=0, rtol=0)
 
 
 def test_interrupted_save_leaves_the_last_state(config, reference, monkeypatch):
-    """Killed while the second state is written: the first one is still whole."""
+    """A run that is killed while it writes its second state resumes from the first one."""
     saves, save = [], Accelerator.save_state
 
     def killed(self, directory):
@@ -158,26 +160,26 @@ def test_interrupted_save_leaves_the_last_state(config, reference, monkeypatch):
 
 
 @pytest.mark.parametrize(("field", "value"), [("lr", 5e-4), ("blocks", 2), ("steps", 8), ("held_out", 4)])
-def test_resume_with_other_numbers(config, field, value):
+def test_resume_refuses_other_settings(config, field, value):
     train(config())
     with pytest.raises(ValueError, match=f"cannot resume.*{field} was .* and is {value}"):
         train(config(**{field: value}), resume=True)
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"accumulate": 4}], ids=str)
-def test_gradient_accumulation(config, reference, changes):
-    """The parts have different lengths and counts of rows; the step is the same."""
+def test_accumulation_does_not_change_the_result(config, reference, changes):
+    """The parts differ in length and number of rows, and the step is the same."""
     train(config(**changes))
     assert history(config().out)["losses"] == pytest.approx(reference[1]["losses"], abs=1e-5)
     assert_same(weights(config().out), reference[0], atol=1e-4, rtol=1e-4)
 
 
-def test_cached_features(config, reference, tmp_path, monkeypatch):
+def test_cached_features_give_the_same_weights(config, reference, tmp_path, monkeypatch):
     train(config("first", cache_features=tmp_path / "cache"))
     assert_same(weights(config("first").out), reference[0], atol=1e-4, rtol=1e-4)
 
     def never(*_args):
-        raise AssertionError("the target ran although its features were there")
+        raise AssertionError("the target ran although its features were stored")
 
     monkeypatch.setattr(loop_module, "target_features", never)
     monkeypatch.setattr("dovetail_plugin.training.features.target_features", never)
@@ -190,8 +192,9 @@ def test_cached_features(config, reference, tmp_path, monkeypatch):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"accumulate": 3}, r"batch_size \(4\) must be a multiple of accumulate \(3\)"),
-        ({"max_length": 4}, r"max_length \(4\)"),
-        ({"lr": 0.0}, "lr must be above 0"),
+        ({"max_length": 4}, r"max_length \(4\) is too short for 2 rollout passes. Use at least 5"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"clip": float("nan")}, "clip must be above 0, got nan"),
         ({"feature_noise": -0.1}, "feature_noise must be at least 0"),
         ({"fusion": "sum"}, "fusion must be one of dgf, concat, got 'sum'"),
         ({"save_dtype": "bf16"}, "save_dtype must be one of .*bfloat16.*got 'bf16'"),
@@ -199,19 +202,37 @@ def test_cached_features(config, reference, tmp_path, monkeypatch):
         ({"mixed_precision": "fp8"}, "mixed_precision"),
     ],
 )
-def test_bad_numbers(config, changes, match):
+def test_bad_settings_are_refused(config, changes, match):
     with pytest.raises(ValueError, match=match):
         config(**changes)
 
 
-def test_too_little_data(config):
-    with pytest.raises(ValueError, match="16 usable sequences are too few for 14 held-out"):
+def test_too_little_data_is_refused(config):
+    with pytest.raises(ValueError, match="16 usable sequences are too few for 14 held-out sequences"):
         train(config(held_out=14))
 
 
-def test_no_data(config):
+def test_missing_data_is_refused(config):
     with pytest.raises(ValueError, match=r"at least one \.jsonl"):
         dataclasses.replace(config(), data=())
+
+
+def test_every_setting_has_a_description():
+    """The command line and the documentation read it."""
+    for setting in dataclasses.fields(TrainingConfig):
+        text = setting.metadata["help"]
+        assert text and "\n" not in text
+        assert setting.default in setting.metadata.get("choices", (setting.default,))
+
+
+def test_reading_the_settings_needs_no_torch():
+    """`dovetail train --help` lists the settings without loading what trains."""
+    code = (
+        "import sys; sys.path.insert(0, 'dovetail_plugin'); import training.config, training;"
+        "assert not {'torch', 'accelerate', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    done = run_python("-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 LAUNCHERS = {
@@ -221,8 +242,8 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launched(launcher, files, reference, tmp_path):
-    """The command under a launcher; two processes share the steps and end with the weights of one."""
+def test_launchers_give_the_same_weights(launcher, files, reference, tmp_path):
+    """The command runs under a launcher. Two processes share each step and end with the weights of one process."""
     options = {f"--{name.replace('_', '-')}": value for name, value in SIZES.items()}
     train_command = ["train", "--target", files / "target", "--data", files / "chats.jsonl", "--out", "draft"]
     arguments = [*train_command, "--save-dtype", "float32", *(part for pair in options.items() for part in pair)]

@@ -1,4 +1,4 @@
-"""Text to masked sequences and batches; target features computed on the fly and from the cache."""
+"""Text becomes masked sequences and batches; target features are computed directly or read from the cache."""
 
 from itertools import chain
 
@@ -19,7 +19,7 @@ def tokenizer():
 
 
 def split(sequence, tokenizer):
-    """(what was given, what the target writes), as text."""
+    """(text given to the target, text that the target writes)."""
     ids, written = sequence.input_ids, sequence.written
     return tokenizer.decode(ids[~written]), tokenizer.decode(ids[written])
 
@@ -44,7 +44,7 @@ def test_long_rows_are_cut(tokenizer):
 
 
 BAD_ROWS = {
-    "not JSON": "{'text': 1}",
+    "not valid JSON": "{'text': 1}",
     "list": '["text"]',
     "empty object": "{}",
     "completion": '{"prompt": "half a pair"}',
@@ -65,7 +65,7 @@ def test_bad_rows_are_named(tmp_path, named):
     assert named in str(error.value)
 
 
-def test_no_rows(tmp_path):
+def test_empty_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no rows in .*empty\.jsonl"):
         read_jsonl([write_jsonl(tmp_path / "empty.jsonl", [])])
 
@@ -76,7 +76,7 @@ def test_chats_need_a_template():
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_mask_with_and_without_generation_marks(number):
+def test_mask_is_the_same_without_generation_marks(number):
     row = {"messages": chat(number)}
     marked, plain = (encode(row, byte_tokenizer(t), 999) for t in (MARKED_TEMPLATE, PLAIN_TEMPLATE))
     assert torch.equal(marked.input_ids, plain.input_ids)
@@ -85,7 +85,7 @@ def test_mask_with_and_without_generation_marks(number):
 
 
 def test_template_that_rewrites_earlier_turns():
-    """Without its reasoning an earlier turn is another text: the mask stays on what the last turn wrote."""
+    """An earlier turn changes when its reasoning is dropped, so only the last turn stays marked."""
     template = PLAIN_TEMPLATE.replace(
         "<|assistant|>{{ m['content'] }}",
         "<|assistant|>{% if loop.last %}hm... {% endif %}{{ m['content'] }}",
@@ -102,7 +102,7 @@ def test_template_that_rewrites_earlier_turns():
 # --- batches ---------------------------------------------------------------------------------------
 
 
-def test_collate():
+def test_collate_pads_on_the_right():
     sequences = [Sequence(torch.tensor([1, 2, 3]), torch.tensor([False, True, True]))]
     sequences += [Sequence(torch.tensor([4, 5, 6, 7, 8]), torch.ones(5, dtype=torch.bool))]
     batch = collate(sequences, pad_id=9)
@@ -113,7 +113,7 @@ def test_collate():
 
 @pytest.mark.parametrize(("count", "size"), [(40, 4), (43, 4), (1000, 3), (3, 8)])
 def test_batch_order(count, size):
-    """Full batches without repetition, of similar lengths, the same for the same seed and only for it."""
+    """Batches are full, do not repeat sequences, have similar lengths, and depend on the seed."""
     lengths = torch.randint(5, 500, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     order = batch_order(lengths, size, seed=3)
     assert order == batch_order(lengths, size, seed=3)
@@ -126,7 +126,7 @@ def test_batch_order(count, size):
     assert all(len(batch) == size for batch in order)
     assert len(order) == count // size
     spread = sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in order) / len(order)
-    assert spread < 150  # of batches at random: about 250 or more
+    assert spread < 150  # about 250 or more for random batches
 
 
 # --- features --------------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def test_features_are_what_the_head_reads(target, sequences):
         torch.testing.assert_close(target.lm_head(features[row, : len(sequence)]), logits, atol=1e-4, rtol=1e-4)
 
 
-def test_cache_equals_on_the_fly(tmp_path, target, sequences, monkeypatch):
-    """Over several shards, whatever the order and the padding; the second time without running the target."""
+def test_cache_equals_direct_features(tmp_path, target, sequences, monkeypatch):
+    """The cache works over several shards, in any order and padding, and is written only once."""
     monkeypatch.setattr("dovetail_plugin.training.features.SHARD_SEQUENCES", 3)
     FeatureCache(tmp_path / "cache", target, sequences, 0)
     assert len(list((tmp_path / "cache").glob("features-*.safetensors"))) == 3
@@ -168,7 +168,7 @@ def test_cache_equals_on_the_fly(tmp_path, target, sequences, monkeypatch):
         assert not got[row, length:].any()
 
 
-def test_cache_of_something_else(tmp_path, target, sequences):
+def test_cache_of_other_data_is_refused(tmp_path, target, sequences):
     FeatureCache(tmp_path, target, sequences, 0)
     with pytest.raises(ValueError, match="another target"):
         FeatureCache(tmp_path, byte_target(seed=1), sequences, 0)
@@ -187,8 +187,8 @@ def test_interrupted_cache_is_written_again(tmp_path, target, sequences, monkeyp
     assert FeatureCache(tmp_path, target, sequences, 0).load([0]).shape[1] == len(sequences[0])
 
 
-def test_fingerprint(tmp_path, target):
-    """Follows the weights, not the directory they lie in."""
+def test_fingerprint_follows_the_weights(tmp_path, target):
+    """The fingerprint depends on weights and config but not on the directory."""
 
     def loaded_from(name, target):
         target.save_pretrained(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Trees against slow references on random inputs: ancestor masks, growth, selection, budgets."""
+"""Ancestor masks, growth and selection of trees against slow references on random input, and budgets."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_ancestor_mask(parents):
 
 
 def grow_randomly(seed, depth, top_k, vocab, ties):
-    """Levels as a drafter makes them, from random logits; `ties` rounds them so that many scores are equal."""
+    """Levels as a drafter makes them, from random logits. With `ties`, logits are rounded so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
 
     def logits(rows):
@@ -64,10 +64,10 @@ def test_select(seed, depth, top_k, nodes, ties):
     assert tree.parents[0] == -1
     assert tree.tokens[0] == 4
     assert tree.scores[0] == 0
-    assert bool((tree.parents[1:] < torch.arange(1, len(tree))).all())  # every parent is there, and first
+    assert bool((tree.parents[1:] < torch.arange(1, len(tree))).all())  # parents come before their children
     assert tree.depths.tolist() == depths_of(tree.parents.tolist())
     assert len(tree) == 1 + len(reference)
-    # The same scores in all cases; the same nodes too where no two scores are equal.
+    # The scores are always the same; the nodes are the same too if no two scores are equal.
     assert sorted(tree.scores[1:].tolist()) == sorted(score for _, _, score in reference)
     if not ties:
         assert sorted(paths_of(tree)[1:]) == sorted(path for _, path, _ in reference)
@@ -92,7 +92,7 @@ def test_expand_takes_the_likeliest_children(seed, top_k):
 
 
 def test_certain_children_do_not_outrank_their_parents():
-    """Probability 1 along a path gives equal scores; the path must still be kept from the top."""
+    """Probability 1 along a path gives equal scores; parents must still be kept before their children."""
     logits = torch.full((1, 5), -1e4)
     logits[0, 3] = 1e4
     level = expand(torch.zeros(1), logits, torch.tensor([-1]), 2)

@@ -23,7 +23,7 @@ def small(model_type="llama", seed=0, **overrides):
 
 @pytest.mark.parametrize("budget", SHAPES, ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "qwen3"])
-def test_small_models_draft_the_plain_text(model_type, budget, tmp_path):
+def test_text_with_a_small_model_is_the_plain_one(model_type, budget, tmp_path):
     target, draft = tiny_target("llama"), small(model_type, seed=3)
     draft.budget, draft.policy = budget, DeviceSplitPolicy(measured_in=tmp_path)
     for _ in range(2):
@@ -33,11 +33,11 @@ def test_small_models_draft_the_plain_text(model_type, budget, tmp_path):
     assert not draft.report.warnings
 
 
-@pytest.mark.torch_only("the target drafts for itself")
+@pytest.mark.torch_only("the target is its own draft")
 @pytest.mark.parametrize("length", [1, 17])
 @pytest.mark.parametrize("depth", [1, 3, 6])
-def test_a_target_that_drafts_for_itself_is_always_right(depth, length):
-    """Positions, masks and caches of the small model: a wrong one would show as a rejected token."""
+def test_a_target_as_its_own_draft_is_always_accepted(depth, length):
+    """A wrong position, mask or cache row of the small model would show as a rejected token."""
     target = tiny_target("llama")
     draft = SmallModelDraft(tiny_model("llama"))
     draft.budget = TreeBudget(depth + 1, depth, 1)
@@ -80,7 +80,7 @@ def test_turns_and_padding():
     longer = GREEDY | {"attention_mask": torch.cat([mask, torch.ones(1, text.shape[1] - 14, dtype=torch.long)], dim=1)}
     turn = target.generate(text, assistant_model=draft, past_key_values=one.past_key_values, **longer)
     assert torch.equal(turn, target.generate(text, **longer))
-    assert draft.report.acceptance_length > 3  # it drafts for itself, over turns too
+    assert draft.report.acceptance_length > 3  # the target is its own draft, in later turns too
 
 
 def test_small_model_runs_out_of_positions():
@@ -104,7 +104,7 @@ def test_models_that_cannot_draft():
 
 @pytest.mark.torch_only("tokenizers beside checkpoints")
 def test_tokenizers_that_differ(tmp_path):
-    from test_bundled import TARGET
+    from support.bundled import TARGET
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = AutoModelForCausalLM.from_pretrained(TARGET)
@@ -122,7 +122,7 @@ def test_tokenizers_that_differ(tmp_path):
 
 
 def lookup_ref(text: list[int], longest: int, shortest: int) -> dict[int, float]:
-    """Slow: probability of each next token by what followed the longest run that was there before."""
+    """Slow reference: probability of each next token, from what followed the longest earlier match."""
     for length in range(min(longest, len(text)), shortest - 1, -1):
         run = text[-length:]
         followers = [text[i + length] for i in range(len(text) - length) if text[i : i + length] == run]
@@ -170,7 +170,7 @@ def test_lookup_finds_a_repeated_text():
     target, draft = tiny_target("llama"), PromptLookupDraft()
     draft.budget = TreeBudget(8, 7, 1)
     plain = target.generate(prompt(), max_new_tokens=40, min_new_tokens=40, do_sample=False)
-    again = torch.cat([plain, plain[:, :17]], dim=1)  # the model need not go on as before, but lookup proposes it
+    again = torch.cat([plain, plain[:, :17]], dim=1)  # lookup proposes the same continuation again
     drafter = draft.new_drafter(64, PhaseClock())
     drafter.begin(torch.zeros(again.shape[1] - 1, 4), again[0])
     assert drafter.grow(draft.budget).tokens[1:].tolist() == plain[0, 17:24].tolist()

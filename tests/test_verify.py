@@ -1,12 +1,12 @@
-"""Acceptance: the walk against a brute-force search, and why it samples what the published procedure samples."""
+"""Acceptance against a brute-force search, and the published sampling procedure against its distribution."""
 
 import math
 import random
 
 import pytest
-from conftest import random_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trees import random_tree
 
 from dovetail_plugin import TreeBudget
 from dovetail_plugin.verify import Choice, accept, sibling_rejection_ref
@@ -15,7 +15,7 @@ from dovetail_plugin.verify import Choice, accept, sibling_rejection_ref
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 10_000), st.integers(1, 30), st.integers(0, 8))
 def test_accept_finds_the_longest_matching_path(seed, nodes, stop_after):
-    """Against all root-to-node paths: the longest whose tokens the target would have written itself."""
+    """Of all paths from the root, the accepted one is the longest that the target would have written itself."""
     rng = random.Random(seed)
     truth = [rng.randrange(6) for _ in range(9)]
     tree = random_tree(3, truth, TreeBudget(nodes, 5, 4), rng, vocab=12)
@@ -44,7 +44,7 @@ def test_accept_finds_the_longest_matching_path(seed, nodes, stop_after):
     st.data(),
 )
 def test_sibling_rejection_emits_the_targets_distribution(weights, data):
-    """The published procedure, computed exactly, gives p for any children in any order: a plain draw from p."""
+    """The published procedure, computed exactly, emits each token with probability p, for any order of children."""
     probs = [w / sum(weights) for w in weights]
     children = data.draw(st.permutations(range(len(probs))))[: data.draw(st.integers(0, len(probs)))]
     emitted = sibling_rejection_ref(probs, list(children))

@@ -1,7 +1,7 @@
-"""Drafts of this project in vLLM's CPU build: texts, counts against our own chain drafting, sampling, refusals.
+"""Drafts of this project in vLLM's CPU build: texts, acceptance counts, sampling, and bad input.
 
 Runs in the environment of `make test-vllm`. vLLM's counts of drafted and accepted tokens are compared with those of
-our own loop on the same prompts: equal ones mean that features, positions, masks and caches are the same.
+our own loop on the same prompts. Equal counts mean that features, positions, masks and caches are the same.
 """
 
 import gc
@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
+from support.bundled import DRAFT, TARGET
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,8 +45,6 @@ from dovetail_plugin.adapters import vllm as plugin
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 
-PAIR = Path(__file__).parent.parent / "examples" / "tiny_pair"
-TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"
 NEW_TOKENS = 48
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
@@ -73,11 +72,11 @@ def drafts(tmp_path_factory) -> "dict[int, Path]":
 
 
 Draft = tuple[Path, int]
-"""A directory, and how many tokens are drafted."""
+"""Directory of a draft, and number of tokens that it drafts in a round."""
 
 
 def run(draft: "Draft | None", action, dtype: str = "float32", **options):
-    """What `action(llm)` returns, of an engine with the bundled target that nobody else holds and that then ends."""
+    """Return `action(llm)` for a new engine with the bundled target, and end the engine."""
     if draft is not None:
         options["speculative_config"] = {"method": "eagle", "model": str(draft[0]), "num_speculative_tokens": draft[1]}
     usual = dict(enforce_eager=True, max_model_len=512, max_num_seqs=8, disable_log_stats=False)
@@ -110,10 +109,10 @@ def counts_of(llm, tokens: int) -> "dict[str, object]":
 
 
 def our_counts(draft_dir: Path, prompts, tokens: int, dtype: torch.dtype, gaps=None) -> "dict[str, object]":
-    """Of our chains, over as many rounds as the text of NEW_TOKENS takes; vLLM drafts at its end as everywhere.
+    """Counts of our own chains for a text of NEW_TOKENS; near its end they are as long as before, like vLLM's.
 
     Args:
-        gaps: gets, for every step of the draft, how far its best two logits are apart, as a share of the best.
+        gaps: a list that receives, for every step of the draft, the relative difference of its two best logits.
     """
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype)
     draft = DovetailDraft.from_pretrained(draft_dir, dtype=dtype)
@@ -170,9 +169,10 @@ def test_texts_and_counts(blocks, tokens, prompts, plain, drafts):
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_chunked_prefill(blocks, prompts, plain, drafts, monkeypatch):
-    """vLLM 0.32 pairs the last feature of a chunk with the prompt's last token, not with the next one; so do we here.
+    """vLLM 0.32 pairs the last feature of a chunk with the prompt's last token, not with the next one.
 
-    (`prepare_next_token_ids_padded` asks for the token behind all that are known.) It costs some acceptance, no text.
+    (`prepare_next_token_ids_padded` takes the last token that is known.) This lowers acceptance and does not change
+    the text. The counts are compared with those of a drafter that makes the same mistake.
     """
     rows = 32
     assert min(map(len, prompts)) > rows
@@ -191,9 +191,9 @@ def test_chunked_prefill(blocks, prompts, plain, drafts, monkeypatch):
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_bf16(blocks, prompts, plain, drafts):
-    """Kernels of vLLM and torch round differently in bf16: where their texts agree, so do the counts, but for ties.
+    """vLLM and torch round differently in bf16: where their texts agree, the counts do too, except at ties.
 
-    A tie is a step of our draft whose two best tokens are a rounding apart.
+    A tie is a step of our draft whose two best logits are equal up to rounding.
     """
     draft = (drafts[blocks], 3)
     assert greedy(draft, prompts, dtype="bfloat16")[0] == plain["bfloat16"]
@@ -224,14 +224,14 @@ def test_bf16(blocks, prompts, plain, drafts):
 
 
 def test_register_may_run_again():
-    """vLLM calls it in every process, and in some more than once."""
+    """vLLM calls it in every process, in some of them more than once."""
     for _ in range(3):
         plugin.register()
     assert set(plugin.ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
 
 
-def test_processes_of_the_engine_know_drafts(prompts, plain, tmp_path):
-    """As users run it: the engine in a process of its own, which finds the plugin by its entry point."""
+def test_draft_in_the_engines_own_process(prompts, plain, tmp_path):
+    """The engine runs in a separate process, as by default, and finds the plugin by its entry point."""
     script = (
         "import json, sys\n"
         "from vllm import LLM, SamplingParams\n"
@@ -257,7 +257,7 @@ def test_processes_of_the_engine_know_drafts(prompts, plain, tmp_path):
 
 
 def test_serve(prompts, plain, tmp_path):
-    """The server that `vllm serve` starts, asked over HTTP (the command itself wants a package named vllm)."""
+    """The server that `vllm serve` starts, over HTTP. (The command itself requires a package named vllm.)"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -281,7 +281,7 @@ def test_serve(prompts, plain, tmp_path):
 
 
 def ask(port: int, body: "dict[str, object]", server, log: Path) -> "dict":
-    """The server's answer, as soon as it gives one."""
+    """Wait for the server and return its answer."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -303,7 +303,7 @@ def ask(port: int, body: "dict[str, object]", server, log: Path) -> "dict":
 
 
 def exact_probabilities(ids: "list[int]", temperature: float, top_p: float) -> "dict[tuple[int, ...], float]":
-    """Of every continuation of three tokens, by plain passes of the target and transformers' own warpers."""
+    """Probability of every continuation of three tokens, from plain passes and the warpers of transformers."""
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
     warp = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
     continuations: dict[tuple[int, ...], float] = {(): 1.0}
@@ -319,8 +319,8 @@ def exact_probabilities(ids: "list[int]", temperature: float, top_p: float) -> "
     return continuations
 
 
-def test_sampling_is_found_wrong_and_repaired(prompts, monkeypatch, caplog):
-    """The build's fault is seen; with the repair, text is distributed as the target says (the engine is seeded)."""
+def test_faulty_sampling_is_found_and_repaired(prompts, monkeypatch, caplog):
+    """The fault of this build is detected; with the repair, sampled text has the target's distribution."""
     monkeypatch.delenv(plugin.FIX_SAMPLING, raising=False)
     with caplog.at_level(logging.WARNING, logger=plugin.__name__):
         assert not run((DRAFT, 3), lambda _: plugin.sampling_is_right())
@@ -348,7 +348,7 @@ def test_sampling_is_found_wrong_and_repaired(prompts, monkeypatch, caplog):
     assert chisquare(observed, [share * count for share in shares]).pvalue > 1e-3
 
 
-def test_repaired_kernel_is_repeat_interleave():
+def test_repaired_kernel_equals_repeat_interleave():
     values = torch.tensor([0.5, 0.0, 2.0, 3.0])
     ends = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
     output = torch.full((6,), -1.0)
@@ -361,7 +361,7 @@ def test_repaired_kernel_is_repeat_interleave():
 
 
 def refusal(draft: Path) -> str:
-    """What a user reads who gives this draft to vLLM."""
+    """Give this draft to vLLM and return the error message."""
     try:
         run((draft, 3), lambda _: None)
     except ValueError as error:

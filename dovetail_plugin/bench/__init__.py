@@ -1,1 +1,1 @@
-"""Comparisons of plain and drafted generation: running, adding up, plotting, and synthetic acceptance."""
+"""Benchmarks of plain generation against generation with a draft: runs, results, plots, simulated acceptance."""

@@ -1,8 +1,8 @@
-"""Plain `generate` against the same call with a draft: interleaved, both sides counted by the same code.
+"""Compares plain `generate` with the same call with a draft. The two take turns and are counted by the same code.
 
-Enters: a target, a draft, prompts as token ids, options of `generate`. Leaves: a `BenchResult` that prints
-a table and one JSON line. Identity of the texts is checked on the way; a greedy text that differs is looked
-up at its first differing token, where reduced precision may only have broken a tie.
+Takes a target, a draft, prompts as token ids and options of `generate`, and returns a `BenchResult` that prints as a
+table and as one JSON line. The texts of both sides are compared: where greedy texts differ, the target's logits at the
+first different token show whether rounding only broke a tie.
 """
 
 import json
@@ -23,7 +23,13 @@ from .provenance import provenance
 
 @dataclass(frozen=True)
 class Run:
-    """One generation. tokens: new ones. seconds: of the whole call of `generate`, prompt included."""
+    """One generation.
+
+    Attributes:
+        tokens: number of new tokens.
+        seconds: seconds of the whole call of `generate`, prompt included.
+        ids: (1, T) int64, prompt and new tokens.
+    """
 
     tokens: int
     seconds: float
@@ -31,11 +37,12 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
+        """New tokens divided by all seconds."""
         return self.tokens / self.seconds
 
 
 def timed_generate(target: PreTrainedModel, input_ids: Tensor, **options: Any) -> Run:
-    """One call of `target.generate`, timed from outside; used for both sides of every comparison."""
+    """Time one call of `target.generate` from outside. Both sides of every comparison use this function."""
     start_s = time.perf_counter()
     ids = target.generate(input_ids, **options)
     return Run(ids.shape[1] - input_ids.shape[1], time.perf_counter() - start_s, ids)
@@ -43,11 +50,26 @@ def timed_generate(target: PreTrainedModel, input_ids: Tensor, **options: Any) -
 
 @dataclass
 class BenchResult:
-    """Medians over prompts; phases and acceptance over all rounds of all prompts.
+    """Figures of a comparison: medians over prompts; phases and acceptance over all rounds of all prompts.
 
-    ties: greedy texts that differ where the plain run's two best logits were equal up to rounding.
-    differences: texts that differ otherwise; must be 0 when greedy.
-    synthetic_acceptance: rate at which acceptance was simulated; there are no texts to compare then. None: real.
+    Attributes:
+        plain_tokens_per_s: median speed without a draft.
+        draft_tokens_per_s: median speed with the draft.
+        ratio: median over prompts of draft speed divided by plain speed.
+        ratio_quartiles: first and third quartile of these ratios.
+        acceptance_length: mean tokens emitted per round.
+        nodes_per_round: mean nodes verified per round.
+        rounds: number of rounds.
+        phase_ms_per_round: mean milliseconds per round by phase, "other" included.
+        round_ms: mean milliseconds per round.
+        prompts: number of prompts.
+        new_tokens: tokens generated with the draft, over all prompts.
+        identical: number of prompts whose two texts are the same.
+        ties: number of greedy texts that diverge where the plain run's two best logits were equal up to rounding.
+        differences: number of texts that diverge otherwise. Must be 0 in greedy generation.
+        settings: what was measured, for example models, dtype and options.
+        synthetic_acceptance: rate at which acceptance was simulated, in which case there are no texts to compare. None
+            for real acceptance.
     """
 
     plain_tokens_per_s: float
@@ -68,7 +90,7 @@ class BenchResult:
     synthetic_acceptance: float | None = None
 
     def table(self) -> str:
-        """The table that people read."""
+        """The result as a table of several lines."""
         lines = [
             f"{'':24}{'plain':>10}{'draft':>10}{'ratio':>10}",
             f"{'tokens/s (median)':24}{self.plain_tokens_per_s:10.2f}{self.draft_tokens_per_s:10.2f}{self.ratio:10.2f}",
@@ -79,7 +101,7 @@ class BenchResult:
         ]
         for phase, ms in self.phase_ms_per_round.items():
             share = ms / self.round_ms if self.round_ms else 0.0
-            lines.append(f"{'  ' + phase + ', ms a round':24}{ms:20.2f}{share:10.1%}")
+            lines.append(f"{'  ' + phase + ', ms per round':24}{ms:20.2f}{share:10.1%}")
         lines.append(f"{'  round, ms':24}{self.round_ms:20.2f}")
         return "\n".join([*lines, self._about_texts()])
 
@@ -88,24 +110,28 @@ class BenchResult:
             return f"SYNTHETIC: acceptance simulated at {self.synthetic_acceptance:.2f}"
         texts = f"{self.identical} of {self.prompts} identical"
         if self.ties:
-            texts += f", {self.ties} part at a tie of the target"
+            texts += f", {self.ties} diverge at a tie of the target"
         if self.differences:
             texts += f", {self.differences} DIFFER"
         return f"{'texts':24}{texts:>30}"
 
     def json_line(self) -> str:
-        """Everything, with command, versions and machine, on one line."""
+        """All figures with command, versions and machine, as one line of JSON."""
         return json.dumps(asdict(self) | provenance())
 
 
 @dataclass
 class Comparison:
-    """Runs plain and drafted generations side by side and adds them up.
+    """Runs plain and drafted generations in turns and collects their figures.
 
-    Args:
-        target, draft: on their devices.
-        options: of `generate`, for both sides.
-        seed: of each pair of runs when sampling; both sides get the same one.
+    Attributes:
+        target: the target, on its device.
+        draft: a draft for it, on its device.
+        options: keyword arguments of `generate`, for both sides.
+        seed: seed for sampling. Prompt number i uses `seed + i` on both sides.
+        pairs: plain run and drafted run of each prompt.
+        reports: `GenerationReport` of each drafted run.
+        gaps: relative logit gap at the divergence of each pair of different texts, see `top_gap_at_difference`.
     """
 
     target: PreTrainedModel
@@ -114,10 +140,10 @@ class Comparison:
     seed: int = 0
     pairs: list[tuple[Run, Run]] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
-    parted: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
 
     def add(self, input_ids: Tensor) -> None:
-        """One prompt (1, T), both ways; which comes first alternates."""
+        """Run one prompt (1, T) both ways. Which way comes first alternates."""
         order = (False, True) if len(self.pairs) % 2 == 0 else (True, False)
         runs = {}
         for drafted in order:
@@ -127,22 +153,29 @@ class Comparison:
         self._compare_texts(runs[False], runs[True])
 
     def run(self, input_ids: Tensor, *, drafted: bool, number: int = 0, **changes: Any) -> Run:
-        """One generation over a prompt (1, T), not added; its number goes into the seed, `changes` replace options."""
+        """Run one generation without adding it to the result.
+
+        Args:
+            input_ids: (1, T) int64 prompt.
+            drafted: whether to use the draft.
+            number: is added to the seed.
+            changes: replace entries of `options`.
+        """
         torch.manual_seed(self.seed + number)
         extra = {"assistant_model": self.draft} if drafted else {}
         return timed_generate(self.target, input_ids, **(self.options | changes), **extra)
 
     def _compare_texts(self, plain: Run, drafted: Run) -> None:
         if not torch.equal(plain.ids, drafted.ids):
-            self.parted.append(top_gap_at_difference(self.target, plain.ids, drafted.ids))
+            self.gaps.append(top_gap_at_difference(self.target, plain.ids, drafted.ids))
 
     def warm_up(self, input_ids: Tensor) -> None:
-        """One short generation of each kind that is not counted."""
+        """Run one short generation of each kind without adding it to the result."""
         for drafted in (False, True):
             self.run(input_ids, drafted=drafted, max_new_tokens=8)
 
     def result(self, **settings: Any) -> BenchResult:
-        """Medians over what was added so far. `settings` are stored with the numbers."""
+        """The figures of all prompts added so far. `settings` are stored with them."""
         plain = [p.tokens_per_s for p, _ in self.pairs]
         drafted = [d.tokens_per_s for _, d in self.pairs]
         ratios = [d / p for p, d in zip(plain, drafted, strict=True)]
@@ -154,7 +187,7 @@ class Comparison:
             for name in (*PHASES, "other")
         }
         sampling = bool(self.options.get("do_sample"))
-        ties = 0 if sampling else sum(gap <= tie_tolerance(engine_of(self.target).rounding) for gap in self.parted)
+        ties = 0 if sampling else sum(gap <= tie_tolerance(engine_of(self.target).rounding) for gap in self.gaps)
         return BenchResult(
             plain_tokens_per_s=statistics.median(plain),
             draft_tokens_per_s=statistics.median(drafted),
@@ -167,9 +200,9 @@ class Comparison:
             round_ms=sum(phases.values()),
             prompts=len(self.pairs),
             new_tokens=sum(d.tokens for _, d in self.pairs),
-            identical=len(self.pairs) - len(self.parted),
+            identical=len(self.pairs) - len(self.gaps),
             ties=ties,
-            differences=len(self.parted) - ties,
+            differences=len(self.gaps) - ties,
             settings=settings,
         )
 
@@ -177,15 +210,23 @@ class Comparison:
 def tie_tolerance(dtype: torch.dtype) -> float:
     """Largest relative gap of two logits that counts as a tie: a few roundings of the dtype.
 
-    float32 has none: there the texts must be the same.
+    It is 0 for float32, where texts must be identical.
     """
     return 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
 def top_gap_at_difference(target: PreTrainedModel, plain: Tensor, drafted: Tensor) -> float:
-    """Gap between the target's two best logits where two texts (1, T) part, relative to the best one.
+    """Gap between the target's two best logits where two texts diverge, relative to the best logit.
 
-    The logits are those of a plain run over the common text. infinity if one text is a prefix of the other.
+    The logits come from a plain pass over the common text.
+
+    Args:
+        target: of any engine.
+        plain: (1, T) int64 text of the plain run.
+        drafted: (1, T) int64 text of the drafted run.
+
+    Returns:
+        The gap, or infinity if one text is a prefix of the other.
     """
     shared = min(plain.shape[1], drafted.shape[1])
     differs = (plain[0, :shared] != drafted[0, :shared]).nonzero()

@@ -1,4 +1,4 @@
-"""What a result needs beside its numbers: command, versions, revision and machine."""
+"""Provenance of benchmark results: command, code revision, package versions and machine."""
 
 import contextlib
 import platform
@@ -11,25 +11,36 @@ from typing import Any
 from .. import machine
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
-"""Whose versions are kept with results, where they are installed."""
+"""Packages whose versions are stored with results, if they are installed."""
 
 
 def provenance() -> dict[str, Any]:
-    """Command, code version, package versions and machine, for results that are kept."""
+    """Command line (without directories of the program), git revision, package versions and machine."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     program = Path(sys.argv[0]).name.replace("__main__.py", "python -m dovetail_plugin")
     return {
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": " ".join([program, *_without_token(sys.argv[1:])]),
         "git": _git_revision(),
         "versions": versions,
         "machine": machine.describe(),
     }
 
 
+def _without_token(arguments: list[str]) -> list[str]:
+    """The arguments with the access token of --token replaced, so that results can be shared."""
+    shown: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--token="):
+            argument = "--token=..."
+        shown.append("..." if shown and shown[-1] == "--token" else argument)
+    return shown
+
+
 def _git_revision() -> str | None:
+    """Short hash of the checkout, with "+changes" if tracked files of the package differ; None outside git."""
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
         revision = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A causal language model of random weights for a config, quickly."""
+"""Causal language models with random weights, built quickly from a config."""
 
 import copy
 
@@ -13,28 +13,30 @@ from .. import machine
 from ..compat import mark_initialized
 
 BLOCK = (1 << 24) - 3
-"""Random numbers that the weights of a big model repeat; odd, so that equal matrices do not become the same."""
+"""Number of random values that the weights of a large model repeat. Odd, so that matrices of one shape differ."""
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype, *, seed: int = 0) -> PreTrainedModel:
-    """A causal language model of random weights on the CPU, quickly and in `dtype` from the start.
+    """Build a causal language model with random weights on the CPU, in `dtype` from the start.
 
-    Matrices repeat one block of normally distributed numbers; norms, biases, and buffers such as rotary frequencies
-    are what transformers initialises them to.
+    Matrices repeat one block of normally distributed values. Norms, biases, and buffers such as rotary frequencies are
+    initialized by transformers.
 
     Args:
-        config: of a decoder-only model; left as it is.
+        config: of a decoder-only model; it is not changed.
         dtype: of all parameters.
-        seed: of the numbers.
+        seed: of the random values.
 
     Raises:
-        ValueError: this machine has too little memory.
+        ValueError: the weights do not fit into the free memory of this machine.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     needed, free = sum(parameter.nbytes for parameter in model.parameters()), machine.available_bytes()
     if free is not None and needed > free:
-        raise ValueError(f"the weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free.")
+        raise ValueError(
+            f"the weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Use a smaller model or dtype."
+        )
     model.to_empty(device="cpu")
     model.tie_weights()
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]

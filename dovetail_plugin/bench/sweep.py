@@ -1,6 +1,7 @@
-"""What fixed budgets bring beside the draft's own, on the same prompts, interleaved.
+"""Measures fixed budgets and the draft's own budget on the same prompts, in turns.
 
-Enters: a `Comparison` and a few prompts. Leaves: median tokens/s of every budget. Nothing is added to the comparison.
+Takes a `Comparison` and a few prompts and returns the median tokens/s of each budget. The runs are not added to the
+comparison.
 """
 
 import statistics
@@ -15,18 +16,21 @@ from .compare import Comparison
 CHAINS = (TreeBudget(2, 1, 1), TreeBudget(4, 3, 1), TreeBudget(6, 5, 1), TreeBudget(9, 8, 1))
 TREES = (TreeBudget(8, 4, 4), TreeBudget(16, 6, 8), TreeBudget(32, 8, 8))
 BUDGETS = CHAINS + TREES
-"""What is tried unless other budgets are asked for."""
+"""Budgets that `sweep` tries by default."""
 
 PROMPTS = 3
-"""Prompts that are enough for a picture."""
+"""Number of prompts that is enough for a plot."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Medians over prompts, of whole generations.
+    """Median speeds of whole generations, over prompts.
 
-    plain_tokens_per_s: without a draft. own_tokens_per_s: with the draft as it is, whose budget is `own` ("policy",
-    or N/D/K). tokens_per_s: of each fixed budget.
+    Attributes:
+        plain_tokens_per_s: speed without a draft.
+        own: the draft's own budget: "policy", or "nodes/depth/top_k".
+        own_tokens_per_s: speed with the draft's own budget.
+        tokens_per_s: speed of each fixed budget.
     """
 
     plain_tokens_per_s: float
@@ -35,18 +39,21 @@ class Sweep:
     tokens_per_s: dict[TreeBudget, float]
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON: tokens/s by name of budget."""
+        """Tokens/s by the name of the budget, for JSON."""
         named = {str(budget): speed for budget, speed in self.tokens_per_s.items()}
         return {"plain": self.plain_tokens_per_s, **named, self.own: self.own_tokens_per_s}
 
 
 def sweep(comparison: Comparison, prompts: Sequence[Tensor], budgets: Sequence[TreeBudget] = BUDGETS) -> Sweep:
-    """Run every prompt (1, T) plainly, with the draft as it is, and with each budget; the order turns every time.
+    """Run each prompt without a draft, with the draft's own budget, and with each fixed budget.
+
+    The order of the budgets is reversed from prompt to prompt.
+
 
     Args:
-        comparison: warmed up. Its draft's budget is put back at the end.
-        prompts: at least one.
-        budgets: fixed ones to try.
+        comparison: has been warmed up. The budget of its draft is restored at the end.
+        prompts: at least one, each (1, T) int64.
+        budgets: fixed budgets to try.
     """
     draft, own = comparison.draft, comparison.draft.budget
     plain: list[float] = []

@@ -28,10 +28,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..drafts.base import Draft, Judge
+from ..drafts.base import Draft, Drafter, Judge
 from ..drafts.feature_drafter import FeatureDrafter
-from ..drafts.model import DovetailDraft
-from ..drafts.runners import runner_for
 from ..generation.open import Request, open_generation
 from ..generation.text import Text
 from ..policy import DeviceSplitPolicy
@@ -154,20 +152,43 @@ class SyntheticText(Text):
         return torch.tensor([token], device=self.ids.device)
 
 
-class SyntheticDrafter(FeatureDrafter):
-    """A `FeatureDrafter` that shows its trees to a `SyntheticText`."""
+class WatchedDrafter(Drafter):
+    """Another drafter, whose trees a `SyntheticText` is shown.
 
-    text: SyntheticText
+    Args:
+        drafter: does the work.
+        text: is shown the trees.
+    """
+
+    def __init__(self, drafter: Drafter, text: SyntheticText) -> None:
+        self._drafter, self._text = drafter, text
+        self.clock, self.device, self.runs_in_torch = drafter.clock, drafter.device, drafter.runs_in_torch
+
+    def identity(self) -> list[Any] | None:
+        """Return the identity of the drafter that does the work."""
+        return self._drafter.identity()
+
+    def begin(self, features: Tensor, input_ids: Tensor) -> None:
+        """Start the text."""
+        self._drafter.begin(features, input_ids)
+
+    def advance(self, features: Tensor, tokens: Tensor) -> None:
+        """Take note that the text grew."""
+        self._drafter.advance(features, tokens)
+
+    def catch_up(self) -> None:
+        """Run what was handed over."""
+        self._drafter.catch_up()
 
     def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
         """Grow a tree and show it to the text."""
-        tree = super().grow(budget, judge)
-        self.text.watch(tree)
+        tree = self._drafter.grow(budget, judge)
+        self._text.watch(tree)
         return tree
 
 
 class SyntheticDraft(Draft):
-    """A `DovetailDraft` for one synthetic text: all its passes, but other logits.
+    """Another draft with all its passes, but other logits, for one synthetic text.
 
     Args:
         draft: does the work. Its budget and policy are used.
@@ -175,7 +196,7 @@ class SyntheticDraft(Draft):
         rate: see `probabilities`.
     """
 
-    def __init__(self, draft: DovetailDraft, text: SyntheticText, rate: float) -> None:
+    def __init__(self, draft: Draft, text: SyntheticText, rate: float) -> None:
         self._draft, self._text, self._rate = draft, text, rate
         self.budget, self.policy = draft.budget, draft.policy
 
@@ -205,17 +226,24 @@ class SyntheticDraft(Draft):
         """Return the identity of the draft that does the work."""
         return self._draft.identity()
 
-    def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> SyntheticDrafter:
-        """Make a drafter over a `SyntheticRunner`."""
-        plainly = self._draft.runner == "torch"
-        runner = SyntheticRunner(runner_for(self._draft, engine, plainly=plainly), self._rate)
-        drafter = SyntheticDrafter(self._draft, runner, capacity=capacity, clock=clock)
-        drafter.text = self._text
-        return drafter
+    def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> WatchedDrafter:
+        """Make a drafter whose logits are replaced.
+
+        Raises:
+            ValueError: the draft computes no logits.
+        """
+        drafter = self._draft.new_drafter(engine, capacity=capacity, clock=clock)
+        if not isinstance(drafter, FeatureDrafter):
+            raise ValueError(
+                f"acceptance can only be simulated for a draft that computes logits, not for a "
+                f"{type(self._draft).__name__}."
+            )
+        drafter.runner = SyntheticRunner(drafter.runner, self._rate)
+        return WatchedDrafter(drafter, self._text)
 
 
 def synthetic_generate(
-    target: Any, draft: DovetailDraft | None, input_ids: Tensor, *, rate: float, max_new_tokens: int, seed: int = 0
+    target: Any, draft: Draft | None, input_ids: Tensor, *, rate: float, max_new_tokens: int, seed: int = 0
 ) -> Run:
     """Generate as `generate` does with a draft, or plainly without one, but with random tokens.
 
@@ -266,7 +294,6 @@ class SyntheticComparison(Comparison):
 
     def run(self, input_ids: Tensor, *, drafted: bool, number: int = 0, **changes: Any) -> Run:
         """Run one synthetic generation. See `Comparison.run`."""
-        assert isinstance(self.draft, DovetailDraft), "only its passes can run with other logits"
         return synthetic_generate(
             self.target,
             self.draft if drafted else None,

@@ -1,208 +1,277 @@
-"""Arguments and loading that the subcommands share."""
+"""Options that several subcommands share: how they are declared, checked and turned into keyword arguments.
+
+This module imports neither torch nor transformers; `loading.py` loads the models that the options name.
+"""
 
 import argparse
-import sys
+import difflib
+import math
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+MOST_THREADS = 1024
+MOST_NEW_TOKENS = 10_000_000
+"""More than the context of any model; memory for the text is reserved when generation starts."""
 
-from ..drafts import known_pairs
-from ..drafts.base import Draft
-from ..drafts.checkpoints.read import read_config
-from ..drafts.known_pairs import LOOKUP, draft_name_for
-from ..drafts.model import DovetailDraft
-from ..planning.apply import apply_plan
-from ..planning.device_plan import parse_budget
-from ..policy.device_split import DeviceSplitPolicy
-from ..tree import TreeBudget
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+"""Options of `generate` that have no effect on greedy decoding."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help where there are any, examples as they are written."""
+    """Shows defaults where there are any, and a metavar once for all its aliases; keeps the lines of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(
+            super(HelpFormatter, self)._fill_text(paragraph, width, indent)
+            if "\n  " in paragraph or paragraph.startswith("  ")
+            else textwrap.fill(paragraph, width, initial_indent=indent, subsequent_indent=indent)
+            for paragraph in paragraphs
+        )
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
 
-@dataclass(frozen=True)
-class LoadedPair:
-    """A target, in torch or exported, with its tokenizer and draft."""
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake on one line, and takes options by their full names only."""
 
-    target: Any
-    tokenizer: Any
-    draft: Draft
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def refuse(self, argument: str) -> NoReturn:
+        """End with an error about an argument that nothing takes, naming the option that was probably meant."""
+        option = argument.partition("=")[0]
+        if not option.startswith("-"):
+            self.error(f"there is no use for the argument {argument!r}; quote text that contains spaces")
+        known = [name for action in self._actions for name in action.option_strings]
+        meant = difflib.get_close_matches(option.replace("_", "-"), known, n=1)
+        self.error(f"there is no option {option}" + (f"; did you mean {meant[0]}?" if meant else ""))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser, *, draft_required: bool = True) -> None:
-    """--target, --draft and where and how they are loaded."""
+# --- values ------------------------------------------------------------------------------------------
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`, for the `type` of an option."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
+        return value
+
+    return parse
+
+
+def number(least: float, most: float = math.inf, *, excluding_least: bool = False) -> Callable[[str], float]:
+    """A parser of finite numbers from `least` to `most`, for the `type` of an option."""
+    limits = f"between {least:g} and {most:g}" if math.isfinite(most) else f"at least {least:g}"
+    if excluding_least:
+        limits = f"above {least:g}" + (f" and at most {most:g}" if math.isfinite(most) else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or not least <= value <= most or (excluding_least and value == least):
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
+        return value
+
+    return parse
+
+
+def model_name(text: str) -> str:
+    """A directory or hub id; refuses an empty one, which is what an unset shell variable gives."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a directory or a hub id")
+    return text
+
+
+def size(text: str) -> str:
+    """An amount of memory, left as it is for `parse_bytes`, which names the remedy; 0 stands for no GPU."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a size such as 4GiB")
+    return text
+
+
+# --- options -----------------------------------------------------------------------------------------
+
+
+def add_target_argument(parser: Any, help: str = "the target model: its directory or hub id", **options: Any) -> None:
+    """Declare --target with the aliases that other programs use."""
+    parser.add_argument("--target", "--model", "-m", type=model_name, metavar="DIR_OR_ID", help=help, **options)
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --target, --draft, and where and how both are loaded."""
     group = parser.add_argument_group("models")
     targets = group.add_mutually_exclusive_group(required=True)
-    targets.add_argument("--target", metavar="DIR_OR_ID", help="the model that talks, on the CPU")
+    add_target_argument(targets)
     targets.add_argument(
-        "--target-ir", metavar="DIR_OR_ID", help="the same, exported to OpenVINO or ONNX (`dovetail export`)"
+        "--target-ir",
+        type=model_name,
+        metavar="DIR_OR_ID",
+        help="the target model, exported to OpenVINO or ONNX (see `dovetail export`)",
     )
     group.add_argument(
         "--draft",
-        required=draft_required,
+        "--draft-model",
+        "--assistant-model",
+        "-md",
+        type=model_name,
         metavar="DIR_OR_ID",
-        help="its draft: Dovetail's, the paper's, EAGLE-1 to 3, speculators', a small model of the same tokenizer, or "
-        "the word lookup; default, where it may be left out: the one that is known for the target, else lookup",
+        help="the draft: one of Dovetail's, the Dovetail paper's, an EAGLE-1, 2 or 3 head, a speculators eagle3 "
+        "checkpoint, a small model with the target's tokenizer, or `lookup`, which copies from the text; default: the "
+        "draft that is known for the target, otherwise lookup",
     )
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of both models (of the draft, with --target-ir); auto: as stored",
+        choices=["auto", *FLOAT_DTYPES],
+        help="data type of both models (with --target-ir, of the draft); auto keeps the one that is stored",
     )
     group.add_argument(
-        "--draft-device", default="auto", help="cuda, cuda:1, cpu; auto: the GPU if there is one, else the CPU"
+        "--draft-device",
+        default="auto",
+        metavar="DEVICE",
+        help="cuda, cuda:1 or cpu; auto takes the GPU if there is one, otherwise the CPU",
     )
     group.add_argument(
         "--vram",
-        default=None,
+        type=size,
         metavar="SIZE",
-        help="place both models by a plan for this much GPU memory, e.g. 4GiB (see `dovetail plan`); what the draft "
-        "leaves free holds layers of the target",
+        help="place both models by a plan for this much GPU memory, for example 4GiB (see `dovetail plan`); memory "
+        "that the draft does not need holds layers of the target",
     )
-    group.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's")
+    group.add_argument(
+        "--threads",
+        "-t",
+        type=whole_number(1, MOST_THREADS),
+        metavar="N",
+        help="number of CPU threads; default: torch's choice",
+    )
+    group = add_hub_arguments(parser, revisions={"--revision": "target", "--draft-revision": "draft"})
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser, revisions: dict[str, str]) -> Any:
+    """Declare the options that say how models are fetched from the hub, and return their group.
+
+    Args:
+        revisions: option -> the model whose branch, tag or commit it names.
+    """
+    group = parser.add_argument_group("hub")
+    for option, model in revisions.items():
+        group.add_argument(option, metavar="REV", help=f"branch, tag or commit of the {model}; default: main")
+    group.add_argument(
+        "--token", metavar="TOKEN", help="access token; prefer the environment variable HF_TOKEN, which `ps` hides"
+    )
+    group.add_argument("--cache-dir", metavar="DIR", help="directory for downloads; default: the hub's own cache")
+    return group
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """--nodes, --depth, --top-k: a draft budget instead of the policy's."""
-    default = TreeBudget()
+    """Declare the size of draft trees, which replaces the policy's choice."""
     group = parser.add_argument_group(
-        "draft budget",
-        "By default every round drafts what pays on this machine. With one of these, all rounds draft the same.",
+        "draft tree",
+        "By default every round drafts as much as pays off on this machine. If one of these options is given, all "
+        "rounds draft the same.",
     )
-    for option, value, text in (
-        ("--nodes", default.nodes, "rows the target verifies in a round, the last token included"),
-        ("--depth", default.depth, "levels of the draft tree"),
-        ("--top-k", default.top_k, "nodes grown further on a level; 1 drafts a chain"),
+    for options, dest, most, text in (
+        (
+            ("--tree-nodes", "--nodes"),
+            "tree_nodes",
+            1024,
+            "tokens that the target verifies in a round; 16 if only others are given",
+        ),
+        (("--tree-depth", "--depth"), "tree_depth", 128, "levels of the draft tree; 6 if only others are given"),
+        (
+            ("--tree-top-k",),
+            "tree_top_k",
+            128,
+            "nodes that are extended on each level; 1 drafts a chain; 8 if only others are given",
+        ),
     ):
-        group.add_argument(option, type=int, default=None, help=f"{text} ({value} where another one is given)")
+        group.add_argument(*options, dest=dest, type=whole_number(1, most), metavar="N", help=text)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `generate` that people change most."""
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most")
-    group.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
-    group.add_argument("--temperature", type=float, default=1.0, help="with --do-sample")
-    group.add_argument("--top-p", type=float, default=1.0, help="with --do-sample")
-    group.add_argument("--seed", type=int, default=0, help="with --do-sample; both sides use the same")
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `generate` that people change most."""
+    group = parser.add_argument_group(
+        "generation",
+        "Decoding is greedy unless --do-sample is given, whatever the model's generation_config.json says. With "
+        "--do-sample, options that are not given keep the values of that file, as in transformers. Options that act "
+        "on sampling only are refused without --do-sample.",
+    )
+    add = group.add_argument
+    add(
+        "--max-new-tokens",
+        "--n-predict",
+        "-n",
+        type=whole_number(1, MOST_NEW_TOKENS),
+        default=128,
+        metavar="N",
+        help="largest number of tokens to generate",
+    )
+    add("--do-sample", action="store_true", help="sample instead of taking the most likely token")
+    positive = number(0, excluding_least=True)
+    add("--temperature", "--temp", type=positive, metavar="T", help="divides the logits before sampling")
+    add("--top-k", type=whole_number(0), metavar="N", help="sample from the N most likely tokens; 0 turns this off")
+    add("--top-p", type=number(0, 1), metavar="P", help="sample from the most likely tokens that add up to P")
+    add("--min-p", type=number(0, 1), metavar="P", help="drop tokens below P times the best token's probability")
+    add("--repetition-penalty", type=positive, metavar="X", help="above 1 avoids repetition; acts without sampling too")
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0, metavar="N", help="seed for sampling")
 
 
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `generate` from `add_sampling_arguments`."""
-    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
-    if args.do_sample:
-        options |= {"temperature": args.temperature, "top_p": args.top_p}
-    return options
-
-
-def check_model(option: str, name: str, read: Callable[[str], Any] = AutoConfig.from_pretrained) -> Any:
-    """The config of a model that is about to be loaded.
-
-    Args:
-        read: reads it; drafts of other projects have configs that transformers takes for whole models.
+    """Keyword arguments for `generate`: those of `add_generation_arguments` that were given.
 
     Raises:
-        ValueError: there is no such model; says which option named it.
+        ValueError: an option of sampling was given without --do-sample.
     """
-    try:
-        return read(name)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        raise ValueError(f"{option} {name}: no such directory, and no hub model of that name within reach.") from error
+    names = (*SAMPLING_ONLY, "repetition_penalty")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in SAMPLING_ONLY:
+        if name in given and not args.do_sample:
+            option = f"--{name.replace('_', '-')}"
+            tree = " The width of the draft tree is --tree-top-k." if name == "top_k" else ""
+            raise ValueError(f"{option} has an effect on sampling only; add --do-sample or leave it out.{tree}")
+    return {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample} | given
 
 
-def load_pair(args: argparse.Namespace) -> LoadedPair:
-    """Load target, tokenizer and draft as `add_pair_arguments` says, with the budget asked for.
+def hub_options(args: argparse.Namespace, revision: str | None) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained` that say how a model is fetched: those that were given."""
+    options = {"revision": revision, "token": args.token, "cache_dir": args.cache_dir}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_writable(option: str, file: Path) -> None:
+    """Refuse an output file that cannot be written, before long work.
 
     Raises:
-        ValueError: a model is not there, --draft is no draft, or the device is missing.
+        ValueError: it is a directory, or there is no directory to put it in.
     """
-    name = check_target(args)
-    draft = load_draft(args)
-    target = load_target(args)
-    set_budget(draft, args)
-    if args.vram is not None:
-        place_by_plan(args, target, draft)
-    return LoadedPair(target, AutoTokenizer.from_pretrained(name), draft)
-
-
-def place_by_plan(args: argparse.Namespace, target: Any, draft: Draft) -> None:
-    """Carry out the plan for `--vram`, and say what it is.
-
-    Raises:
-        ValueError: the size is none, the models do not fit it, or there is no GPU.
-    """
-    if not isinstance(draft, DovetailDraft):
-        raise ValueError(f"--vram plans for drafts that read features, not for a {type(draft).__name__}.")
-    if args.draft_device != "auto":
-        raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
-    if parse_budget(args.vram) and not torch.cuda.is_available():
-        raise ValueError(f"--vram {args.vram}: torch finds no CUDA device; give 0, or plan with `dovetail plan`.")
-    draft.policy = DeviceSplitPolicy(vram_budget=args.vram)
-    weights = {} if args.target_ir is None else {"dtype": "int8"}  # an exported target is not split, whatever it is
-    plan = draft.policy.plan(target.config, draft.config, **weights)
-    apply_plan(plan, target, draft)
-    print(plan.table(), file=sys.stderr)
-
-
-def check_target(args: argparse.Namespace) -> str:
-    """The target's name, under --target or --target-ir.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    name = args.target or args.target_ir
-    check_model("--target" if args.target else "--target-ir", name)
-    return name
-
-
-def load_target(args: argparse.Namespace) -> Any:
-    """The target, in torch or exported."""
-    if args.target_ir:
-        from dovetail_plugin.adapters import load_exported
-
-        return load_exported(args.target_ir, threads=args.threads)
-    return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype)
-
-
-def load_draft(args: argparse.Namespace) -> Draft:
-    """The draft that was named, or the one that is known for the target; says on stderr which that is.
-
-    Raises:
-        ValueError: --draft is not there or is none, or the device is missing.
-    """
-    check_device(args)
-    options = {"dtype": args.dtype, "device_map": args.draft_device}
-    if args.draft is not None:
-        if args.draft != LOOKUP:
-            check_model("--draft", args.draft, read_config)
-        return known_pairs.load_draft(args.draft, **options)
-    name, why = draft_name_for(AutoConfig.from_pretrained(args.target or args.target_ir))
-    print(f"--draft not given: taking {name} ({why})", file=sys.stderr)
-    try:
-        return known_pairs.load_draft(name, **options)
-    except OSError as error:
-        print(f"{name} cannot be loaded, looking up the text instead: {error}", file=sys.stderr)
-        return known_pairs.load_draft(LOOKUP)
-
-
-def check_device(args: argparse.Namespace) -> None:
-    """Refuse a --draft-device that is not there, with ValueError."""
-    if args.draft_device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
-
-
-def set_budget(draft: Draft, args: argparse.Namespace) -> None:
-    """Fix the draft's budget if a part of it was given."""
-    given = {name: getattr(args, name) for name in ("nodes", "depth", "top_k") if getattr(args, name) is not None}
-    draft.budget = TreeBudget(**given) if given else None
+    if file.is_dir():
+        raise ValueError(f"{option} {file} is a directory; name a file.")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no directory {str(file.parent)!r}; create it first.")

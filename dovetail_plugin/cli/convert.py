@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..drafts.convert import FORMATS, write_draft
-from ..drafts.model import DovetailDraft
-from .common import HelpFormatter
+from .common import FLOAT_DTYPES, HelpFormatter, add_hub_arguments, hub_options, model_name
 
+FORMATS = ("dovetail", "eagle3", "speculators", "vllm")
 EPILOG = """\
 examples:
   dovetail convert yuhuili/EAGLE3-LLaMA3.1-Instruct-8B my-draft --to dovetail
@@ -21,25 +20,31 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the subcommand."""
     parser = commands.add_parser(
         "convert",
-        help="write a draft in another project's format",
-        description="Read a draft of any known format and write it in another one.",
+        usage="dovetail convert SRC DST --to FORMAT [options]",
+        description="Read a draft in any format that Dovetail knows and write it in another one.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="directory or hub id of the draft")
-    parser.add_argument("destination", metavar="DST", type=Path, help="directory for the result")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format of the result")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="as stored")
+    add = parser.add_argument
+    add("source", metavar="SRC", type=model_name, help="directory or hub id of the draft")
+    add("destination", metavar="DST", type=Path, help="directory for the result")
+    add("--to", required=True, choices=FORMATS, help="format of the result")
+    add("--dtype", default="auto", choices=["auto", *FLOAT_DTYPES], help="data type of the result; auto keeps it")
+    add_hub_arguments(parser, revisions={"--revision": "draft"})
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert.
+    """Convert the draft.
 
     Raises:
-        ValueError: the source is no draft, or the format cannot hold it. OSError: see `write_draft`.
+        ValueError: the source is not a draft, or the format cannot hold it.
+        OSError: see `write_draft`.
     """
-    draft = DovetailDraft.from_pretrained(args.source, dtype=args.dtype)
+    from ..drafts.convert import write_draft
+    from ..drafts.model import DovetailDraft
+
+    draft = DovetailDraft.from_pretrained(args.source, dtype=args.dtype, **hub_options(args, args.revision))
     write_draft(draft, args.destination, args.to)
     print(f"{args.source} ({draft.config.fusion}) written to {args.destination} as {args.to}")
     return 0

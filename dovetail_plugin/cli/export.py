@@ -5,14 +5,16 @@ import importlib.util
 import subprocess
 import sys
 
-from .common import HelpFormatter, check_model
+from .common import HelpFormatter, add_target_argument
 
 EPILOG = """\
 examples:
   dovetail export --target DIR --to openvino --weights int8 --out DIR-int8
+  dovetail export --target DIR --to openvino --weights int4 --out DIR-int4 -- --group-size 64 --trust-remote-code
   dovetail generate --target-ir DIR-int8 --draft DRAFT --prompt "How much is 17 times 3?"
 
-optimum writes the files, and its versions are particular (docs/adapters.md has install lines that work).
+Options after -- are passed on to optimum, which writes the files; `optimum-cli export openvino --help` lists them.
+Only some versions of optimum work together with each version of transformers; docs/adapters.md has install lines.
 """
 TASK = "text-generation-with-past"
 NEEDS = {"openvino": ("optimum.intel", "optimum-intel"), "onnx": ("optimum.exporters.onnx", "optimum-onnx")}
@@ -24,42 +26,49 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Declare the subcommand."""
     parser = commands.add_parser(
         "export",
-        help="export a target to OpenVINO or ONNX",
-        description="Export a model with optimum, so that a faster CPU engine verifies its drafts.",
+        usage="dovetail export --target DIR_OR_ID --to {openvino,onnx} --out DIR [options] [-- OPTIONS OF OPTIMUM]",
+        description="Export a target with optimum, so that a faster CPU engine verifies the drafts.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--target", required=True, metavar="DIR_OR_ID", help="the model to export")
-    parser.add_argument("--to", required=True, choices=sorted(NEEDS), help="the format")
+    add_target_argument(parser, required=True, help="the model to export: its directory or hub id")
+    parser.add_argument("--to", required=True, choices=sorted(NEEDS), help="format of the result")
     parser.add_argument(
         "--weights",
-        default=None,
         choices=WEIGHTS["openvino"],
-        help="how weights are stored; default: int8 for openvino, fp32 for onnx, which has no other",
+        help="how weights are stored; default: int8 for openvino, and fp32 for onnx, which has no other",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets the graph, config and tokenizer")
-    parser.set_defaults(run=run)
+    parser.add_argument("--out", "-o", required=True, metavar="DIR", help="directory for graph, config and tokenizer")
+    parser.set_defaults(run=run, passes_on=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, then run optimum's command; returns its exit status.
+    """Check the request, then run optimum's command; returns its exit status.
 
     Raises:
-        ValueError: no such model, or the format does not store such weights.
+        ValueError: there is no such model, or the format does not store such weights.
         ImportError: the exporter is not installed.
     """
     weights = args.weights or DEFAULT_WEIGHTS[args.to]
     if weights not in WEIGHTS[args.to]:
         raise ValueError(f"--weights {weights} does not go with --to {args.to}; use {', '.join(WEIGHTS[args.to])}.")
-    check_model("--target", args.target)
+    from ..drafts.checkpoints.read import read_config
+    from .loading import check_model
+
+    check_model("--target", args.target, read_config)  # optimum reads the rest, by the options that it is given
     module, package = NEEDS[args.to]
     if not _is_there(module):
         raise ImportError(f"--to {args.to} needs {package}, which is not installed; see docs/adapters.md.")
+    return subprocess.run(optimum_command(args, weights), check=False).returncode
+
+
+def optimum_command(args: argparse.Namespace, weights: str) -> list[str]:
+    """The command line of optimum for an export."""
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", args.to, "--model", args.target]
     command += ["--task", TASK]
     if args.to == "openvino":
         command += ["--weight-format", weights]
-    return subprocess.run([*command, args.out], check=False).returncode
+    return [*command, *args.passed_on, args.out]
 
 
 def _is_there(module: str) -> bool:

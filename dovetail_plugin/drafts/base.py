@@ -19,8 +19,8 @@ from ..report import GenerationReport, PhaseClock
 from ..targets.base import Engine, TargetModel
 from ..tree import DraftTree, TreeBudget
 
-EXTRA_ROWS = 1024
-"""Rows that a drafter's storage makes room for beyond the prompt; it doubles when they are used up."""
+DRAFT_ROWS = 1024
+"""Rows that a draft's cache has room for beyond the prompt. The cache doubles when they are used up."""
 
 Value = TypeVar("Value")
 
@@ -162,6 +162,7 @@ class Draft(ABC):
         verification: `"tree"` (Dovetail's loop inside `generate`) or `"stock"` (transformers' assisted loop, which
             verifies chains; transformers 5.8 or later).
         supports_stock_loop: whether `verification="stock"` is possible.
+        supports_placement: whether a plan can say where the draft's parts go; see `planning.apply_plan`.
     """
 
     budget: Setting[TreeBudget | None] = Setting(None, _check_budget)
@@ -169,6 +170,7 @@ class Draft(ABC):
     verification: Setting[Literal["tree", "stock"]] = Setting("tree", _check_verification)
     report: GenerationReport | None = None
     supports_stock_loop: ClassVar[bool] = False
+    supports_placement: ClassVar[bool] = False
 
     _attached_to: "weakref.ref[TargetModel] | None" = None
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from ..targets.config_sizes import sizes_of
 from .calibration import BINS
 
 # Fields are named as in Llama's config and in the reference checkpoints, so that vLLM and other tools that read
@@ -164,26 +165,20 @@ class DovetailConfig(PretrainedConfig):
             overrides: fields of `DovetailConfig` that replace those of the target.
 
         Raises:
-            ValueError: the target's config lacks a hidden size, a vocabulary or attention heads.
+            ValueError: a size is missing in the target's config, see `sizes_of`.
         """
-        text = config.get_text_config(decoder=True)
-        missing = [n for n in ("hidden_size", "vocab_size", "num_attention_heads") if getattr(text, n, None) is None]
-        if missing:
-            raise ValueError(
-                f"{type(text).__name__} has no {', '.join(missing)}: a draft needs a decoder-only language model."
-            )
-        heads = text.num_attention_heads
+        sizes, text = sizes_of(config), config.get_text_config(decoder=True)
         fields: dict[str, Any] = dict(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
             num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            rms_norm_eps=_norm_eps(text),
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            rms_norm_eps=sizes.norm_eps,
             rope_parameters=_rope_parameters(text),
-            max_position_embeddings=getattr(text, "max_position_embeddings", None) or 2048,
+            max_position_embeddings=sizes.positions or 2048,
             fusion=fusion,
             logit_softcap=getattr(text, "final_logit_softcapping", None),
             logit_scale=_logit_scale(text),
@@ -198,13 +193,6 @@ class DovetailConfig(PretrainedConfig):
 def _public_name(name: str) -> str | None:
     """Return a hub id unchanged, and only the last part of a local path, because paths differ between machines."""
     return Path(name).resolve().name if name and Path(name).is_dir() else name or None
-
-
-def _norm_eps(config: PretrainedConfig) -> float:
-    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return 1e-6
 
 
 def _logit_scale(config: PretrainedConfig) -> float:

@@ -73,6 +73,7 @@ class DovetailDraft(DraftNetwork, Draft):
     draft_vocab_size: Setting[int | None] = Setting(None, _check_draft_vocab_size, after="_attach_again")
 
     supports_stock_loop = True
+    supports_placement = True
 
     # --- the target's tables -------------------------------------------------------------------
 

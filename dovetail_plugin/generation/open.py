@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..drafts.base import EXTRA_ROWS, Draft, Drafter
+from ..drafts.base import DRAFT_ROWS, Draft, Drafter
 from ..machine import thread_count
 from ..policy import DeviceSplitPolicy, records
 from ..policy.cost import Shape
 from ..policy.rounds import PLAIN, FixedRounds, Rounds
 from ..report import GenerationReport
 from ..targets.base import Engine
+from ..targets.config_sizes import sizes_of
 from .loop import Decoder
 from .text import Text
 
@@ -112,7 +113,7 @@ def _drafter_for(draft: Draft, engine: Engine, request: Request, report: Generat
     if turn is not None and followed and draft.can_resume(turn.drafter, engine):
         turn.drafter.clock = report.clock
         return turn.drafter
-    return draft.new_drafter(engine, capacity=request.text.length + EXTRA_ROWS, clock=report.clock)
+    return draft.new_drafter(engine, capacity=request.text.length + DRAFT_ROWS, clock=report.clock)
 
 
 def rounds_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, temperature: float) -> Rounds:
@@ -136,11 +137,9 @@ def rounds_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, tempe
 
 def _shape(engine: Engine) -> Shape | None:
     """Return the sizes that say what context costs; None for a model whose config does not give them."""
-    config = engine.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
+    try:
+        sizes = sizes_of(engine.config)
+    except ValueError:
         return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = config.num_hidden_layers
-    return Shape(engine.num_parameters(), 2 * layers * kv_heads * head_dim, layers * heads * head_dim)
+    kv_numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+    return Shape(engine.num_parameters(), kv_numbers, sizes.layers * sizes.heads * sizes.head_dim)

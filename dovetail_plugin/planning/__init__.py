@@ -1,1 +1,1 @@
-"""What fits where, from configs alone, before anything is loaded; `apply` then puts a loaded pair there."""
+"""Plans what fits where, from configs alone, before anything is loaded; `apply` puts a loaded pair there."""

@@ -1,8 +1,8 @@
-"""Who gets the GPU: the draft with as much of the target's tables as fits, then the target's last layers.
+"""Assigns the GPU's memory: to the draft, to as much of the target's tables as fits, then to the target's last layers.
 
-Enters: a request and the target's sizes. Leaves: a `DraftPlace`, the layers that follow it, and their parts in bytes.
-The draft's needs are what `graph_runner.py` and `DovetailDraft.attach` take with `embedding_device` and
-`draft_vocab_size` set as said here; layers are those that `placement.place_layers` takes. `plan.py` puts it together.
+Input: a `Request` and the target's sizes. Output: a `DraftPlace`, the layers that follow it, and the parts of both in
+bytes. The draft needs what `drafts/cuda_graphs.py` and `DovetailDraft.attach` allocate; layers are those that
+`place_layers` takes. `make_plan.py` puts the plan together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,39 +11,72 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from ..drafts.config import DovetailConfig
-from .count_weights import QUANTISED, draft_sizes
 from .device_plan import MIB, Device, Part, format_bytes
-from .memory import DraftSizes, Rows, TargetSizes
+from .memory import DraftSizes, Rows, TargetSizes, draft_sizes
+from .storage import FLOAT_DTYPES, Storage
 
-CUDA_CONTEXT_BYTES = 300 * MIB
-"""What the driver takes for a process before torch allocates anything: context, loaded kernels, captured graphs."""
+MARGIN_FIXED_BYTES, MARGIN_SHARE = 420 * MIB, 0.03
+"""A plan leaves this much of each device free beside the parts that it counts: a fixed size and a share of them.
 
-VRAM_MARGIN = 0.05
-"""Of the GPU: blocks that torch's allocator holds without using them, and whatever else uses a display's GPU."""
+The fixed size is the program. Python, torch and transformers hold 390 to 440 MiB of RAM after a first generation; the
+context of a GPU's driver with its kernels, workspaces and captured graphs takes about as much VRAM. The share is for
+blocks that allocators hold without using them. 3 % keeps the total within 5 % of what pairs of 1 to 5 GiB take.
+"""
 
 SMALLEST_HEAD = 4096
-"""Tokens of the smallest cut head: with fewer, most drafts would end at a token that is not among them."""
+"""Tokens of the smallest cut head. With fewer, most drafts would end at a token that is not among them."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """`make_plan`'s arguments, checked."""
+    """The arguments of `make_plan`, checked.
+
+    Attributes:
+        target: config of the target.
+        draft: config of the draft; None for prompt lookup, which has no weights.
+        storage: how the target's weights are stored.
+        draft_dtype: dtype of the draft.
+        vram_bytes: of the GPU, 0 without one.
+        rows: of the generation.
+        gpu_supports_bf16: whether the GPU computes in bfloat16.
+    """
 
     target: PretrainedConfig
-    draft: DovetailConfig
-    vram_bytes: int
-    dtype: str
+    draft: DovetailConfig | None
+    storage: Storage
     draft_dtype: str
+    vram_bytes: int
     rows: Rows
     gpu_supports_bf16: bool
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that the draft reads (F)."""
+        return 0 if self.draft is None else self.draft.feature_size
+
+    @property
+    def usable_vram_bytes(self) -> int:
+        """VRAM for parts, without the margin."""
+        return max(int((self.vram_bytes - MARGIN_FIXED_BYTES) / (1 + MARGIN_SHARE)), 0)
 
 
 @dataclass(frozen=True)
 class DraftPlace:
-    """Where a draft goes. parts: of it. temporaries_bytes: of its passes. room_bytes: what it leaves of the GPU."""
+    """Where a draft goes.
+
+    Attributes:
+        device: of its blocks.
+        dtype: of its blocks there; None for prompt lookup.
+        embedding_device: where rows of the embedding table are gathered.
+        vocab_size: rows of a cut head; None for all.
+        parts: what the draft takes.
+        temporaries_bytes: of its passes.
+        room_bytes: VRAM that it leaves for parts of the target.
+        notes: decisions in words.
+    """
 
     device: Device
-    dtype: str
+    dtype: str | None
     embedding_device: Device
     vocab_size: int | None
     parts: list[Part]
@@ -52,51 +85,69 @@ class DraftPlace:
     notes: list[str]
 
 
-def reserve(vram_bytes: int) -> Part:
-    """What is left alone of a GPU that is used."""
-    size = CUDA_CONTEXT_BYTES + int(VRAM_MARGIN * vram_bytes)
-    return Part("reserve", size, "gpu", f"CUDA's own, and {VRAM_MARGIN:.0%} as a margin")
+def total_bytes(parts: Sequence[Part]) -> int:
+    """Bytes of these parts together."""
+    return sum(part.bytes for part in parts)
+
+
+def margin(parts: Sequence[Part], device: Device) -> Part:
+    """The margin beside these parts, all on one device."""
+    size = MARGIN_FIXED_BYTES + int(MARGIN_SHARE * total_bytes(parts))
+    what = "driver and kernels" if device == "gpu" else "Python, torch and transformers"
+    note = f"{format_bytes(MARGIN_FIXED_BYTES)} for {what}, {MARGIN_SHARE:.0%} for allocators"
+    return Part("margin", size, device, note)
 
 
 def place_draft(request: Request, target: TargetSizes) -> DraftPlace:
-    """On the GPU with as much of its tables as fits, else on the CPU."""
+    """Place the draft on the GPU with as much of its tables as fits, else on the CPU."""
+    if request.draft is None:
+        note = "prompt lookup has no weights: the draft takes no VRAM"
+        return DraftPlace("cpu", None, "cpu", None, [], 0, request.usable_vram_bytes, [note])
     if not request.vram_bytes:
-        return _draft_on_cpu(request, target, "there is no GPU: the draft shares the CPU with the target")
+        return _draft_on_cpu(request, request.draft, target, "there is no GPU: the draft runs on the CPU")
     dtype, notes = request.draft_dtype, []
     if dtype == "bfloat16" and not request.gpu_supports_bf16:
         dtype = "float16"
-        notes.append("this GPU does not compute in bfloat16: the draft goes there in float16")
+        notes.append("this GPU does not compute in bfloat16: the draft runs in float16")
     draft, rows = draft_sizes(request.draft, dtype), request.rows
     own = [
         Part("draft: blocks", draft.blocks_bytes, "gpu", dtype),
         Part("draft: KV cache", draft.kv_bytes(rows, on_gpu=True), "gpu", "a power of two of rows"),
         Part("draft: temporaries", draft.pass_bytes(rows), "gpu", f"a prompt of {rows.context} tokens at once"),
-        Part("draft: CUDA graphs", draft.graph_bytes(rows), "gpu", "inputs, outputs, workspaces"),
     ]
-    room = request.vram_bytes - reserve(request.vram_bytes).bytes - sum(part.bytes for part in own)
+    room = request.usable_vram_bytes - total_bytes(own)
     choices = list(_tables(target, draft))
     for tables in choices:
         if tables.bytes > room:
             continue
         notes += _table_notes(tables, choices[0], draft, target, room)
         parts = [own[0], *tables.parts, *own[1:]]
-        if tables.embedding_device == "cpu" and target.dtype in QUANTISED:
-            parts.append(_table_copy(target))
-        left = room - tables.bytes
-        temporaries = draft.pass_bytes(rows)
-        return DraftPlace("gpu", dtype, tables.embedding_device, tables.vocab_size, parts, temporaries, left, notes)
-    least = (sum(part.bytes for part in own) + choices[-1].bytes + CUDA_CONTEXT_BYTES) / (1 - VRAM_MARGIN)
-    return _draft_on_cpu(
-        request,
-        target,
-        f"the draft stays on the CPU: it needs {format_bytes(int(least))} of VRAM at least, with its smallest head and "
-        f"the reserve, and there are {format_bytes(request.vram_bytes)}; a shorter context takes less",
+        if tables.embedding_device == "cpu" and target.storage.exported:
+            size = target.vocab_size * target.widths.hidden * 4
+            note = "a float32 copy: the exported table has fewer bits"
+            parts.append(Part("draft: embedding", size, "cpu", note))
+        return DraftPlace(
+            device="gpu",
+            dtype=dtype,
+            embedding_device=tables.embedding_device,
+            vocab_size=tables.vocab_size,
+            parts=parts,
+            temporaries_bytes=draft.pass_bytes(rows),
+            room_bytes=room - tables.bytes,
+            notes=notes,
+        )
+    least = [*own, *choices[-1].parts]
+    needed = format_bytes(total_bytes([*least, margin(least, "gpu")]))
+    why = (
+        f"the draft runs on the CPU: it needs at least {needed} of VRAM, with its smallest head and the margin, and "
+        f"there are {format_bytes(request.vram_bytes)}; a shorter context needs less"
     )
+    return _draft_on_cpu(request, request.draft, target, why)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """What of the target's tables a draft keeps on the GPU. vocab_size: rows of a cut head; None is all."""
+    """The target's tables that a draft keeps on the GPU; `vocab_size` is that of a cut head, None for all."""
 
     vocab_size: int | None
     embedding_device: Device
@@ -104,24 +155,24 @@ class _Tables:
 
     @property
     def bytes(self) -> int:
-        """Of all parts."""
-        return sum(part.bytes for part in self.parts)
+        """Bytes of all parts."""
+        return total_bytes(self.parts)
 
 
 def _tables(target: TargetSizes, draft: DraftSizes) -> Iterator[_Tables]:
-    """From all of the tables to the smallest cut head."""
-    whole, bias = draft.vocab_size, draft.number_bytes if target.head_bias else 0
+    """Choices, from all of the tables to the smallest cut head."""
+    whole, bias = draft.config.vocab_size, draft.number_bytes if target.head_bias else 0
     embedding = Part("draft: embedding", whole * draft.row_bytes, "gpu")
-    if draft.own_head:  # in its weights already, and cut as it was trained
-        yield _Tables(None, "gpu", [] if draft.own_embedding else [embedding])
-        if not draft.own_embedding:
+    if draft.own_head:  # among its weights, and cut as it was trained
+        yield _Tables(None, "gpu", [] if draft.config.own_embedding else [embedding])
+        if not draft.config.own_embedding:
             yield _Tables(None, "cpu", [])
         return
+    note = "one table with the embedding" if target.tied else f"all {whole} tokens"
+    head = Part("draft: head", whole * (draft.row_bytes + bias), "gpu", note)
     if target.tied:
-        head = Part("draft: head", whole * (draft.row_bytes + bias), "gpu", "one table with the embedding")
         yield _Tables(None, "gpu", [head])
     else:
-        head = Part("draft: head", whole * (draft.row_bytes + bias), "gpu", f"all {whole} tokens")
         yield _Tables(None, "gpu", [head, embedding])
         yield _Tables(None, "cpu", [head])
     tokens = 2 ** ((whole - 1).bit_length() - 1)  # the largest power of two below the vocabulary
@@ -131,94 +182,83 @@ def _tables(target: TargetSizes, draft: DraftSizes) -> Iterator[_Tables]:
         tokens //= 2
 
 
-def _table_notes(
-    tables: _Tables, all_tables: _Tables, draft: DraftSizes, target: TargetSizes, room_bytes: int
-) -> list[str]:
+def _table_notes(tables: _Tables, everything: _Tables, draft: DraftSizes, target: TargetSizes, room: int) -> list[str]:
     if tables.embedding_device == "gpu":
         return []
-    table_bytes = draft.vocab_size * draft.row_bytes
     if tables.vocab_size is None:
-        missing = format_bytes(all_tables.bytes - room_bytes)
+        missing = format_bytes(everything.bytes - room)
         return [f"rows of the embedding table are gathered on the CPU: beside the head it would need {missing} more"]
     what = "the table of embedding and head" if target.tied else "the head"
     return [
         f"the draft proposes only its {tables.vocab_size} most frequent tokens: {what} takes "
-        f"{format_bytes(table_bytes)} and {format_bytes(room_bytes)} are free; the text stays the same, but fewer "
-        "drafted tokens may be accepted",
+        f"{format_bytes(draft.config.vocab_size * draft.row_bytes)} and {format_bytes(room)} are free; the text stays "
+        "the same, but fewer drafted tokens may be accepted",
         "rows of the embedding table are gathered on the CPU",
     ]
 
 
-def _table_copy(target: TargetSizes) -> Part:
-    """The adapters give tables of exported targets as float32 copies."""
-    size = target.vocab_size * target.widths.hidden * 4
-    return Part("draft: embedding", size, "cpu", "a float32 copy: the exported table has fewer bits")
-
-
-def _draft_on_cpu(request: Request, target: TargetSizes, why: str) -> DraftPlace:
-    draft = draft_sizes(request.draft, request.draft_dtype)
+def _draft_on_cpu(request: Request, config: DovetailConfig, target: TargetSizes, why: str) -> DraftPlace:
+    draft, dtype = draft_sizes(config, request.draft_dtype), request.draft_dtype
     parts = [
-        Part("draft: blocks", draft.blocks_bytes, "cpu", request.draft_dtype),
+        Part("draft: blocks", draft.blocks_bytes, "cpu", dtype),
         Part("draft: KV cache", draft.kv_bytes(request.rows, on_gpu=False), "cpu"),
     ]
-    if request.draft_dtype != target.dtype:
-        tables = (not draft.own_embedding) + (not draft.own_head and not target.tied)
-        copies = tables * draft.vocab_size * draft.row_bytes
-        parts.append(Part("draft: embedding and head", copies, "cpu", f"the target's in {request.draft_dtype}"))
-    if target.dtype in QUANTISED:
-        head_rows = 0 if draft.own_head else draft.vocab_size
+    if target.storage.exported or FLOAT_DTYPES[dtype] != target.storage.dtype:
+        tables = (not config.own_embedding) + (not draft.own_head and not target.tied)
+        copies = tables * config.vocab_size * draft.row_bytes
+        parts.append(Part("draft: embedding and head", copies, "cpu", f"the target's in {dtype}"))
+    if target.storage.exported:
+        head_rows = 0 if draft.own_head else config.vocab_size
         numbers = draft.blocks_bytes // draft.number_bytes + head_rows * target.widths.hidden
         parts.append(Part("draft: blocks and head again", numbers, "cpu", "in int8, as OpenVINO runs a draft"))
-    temporaries = draft.pass_bytes(request.rows)
-    return DraftPlace("cpu", request.draft_dtype, "cpu", None, parts, temporaries, 0, [why])
+    return DraftPlace("cpu", dtype, "cpu", None, parts, draft.pass_bytes(request.rows), 0, [why])
 
 
 def layers_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace) -> tuple[tuple[int, ...], list[str]]:
-    """The target's last layers, as many as the draft leaves room for, and why there are no more."""
-    if draft.device == "cpu":
+    """Choose the target's last layers, as many as the draft leaves room for; says why there are no more."""
+    if not draft.room_bytes:
         return (), []
-    room = f"{format_bytes(draft.room_bytes)} of VRAM stay free"
-    if target.dtype in QUANTISED:
-        return (), [f"{room}: layers of an {target.dtype} target are another engine's and stay on the CPU"]
-    if target.dtype == "bfloat16" and not request.gpu_supports_bf16:
+    room, storage = f"{format_bytes(draft.room_bytes)} of VRAM stay free", target.storage
+    if storage.exported:
+        return (), [f"{room}: layers of an {storage.name} target belong to another engine and stay on the CPU"]
+    if storage.matrices is not None:
+        return (), [f"{room}: layers quantized by {storage.name} stay on the CPU"]
+    if storage.name == "bfloat16" and not request.gpu_supports_bf16:
         return (), [f"{room}: layers in bfloat16 stay on the CPU, this GPU does not compute in it"]
     if not any(isinstance(kind, int) for kind in target.modules.values()):
         return (), [f"{room}: the target's decoder layers cannot be told apart, so they stay on the CPU"]
-    left = draft.room_bytes - sum(part.bytes for part in target_on_gpu(request, target, draft, ()))
-    count = 0
+    left, count = draft.room_bytes - total_bytes(target_on_gpu(request, target, draft, ())), 0
     for layer in reversed(target.layers):
         left -= layer.weights_bytes + layer.kv_bytes(request.rows, allocated=True)
         if left < 0:
             break
         count += 1
-    layers = tuple(range(len(target.layers) - count, len(target.layers)))
-    if not layers:
+    if not count:
         return (), [f"{room}, less than a layer of the target with its cache and temporaries takes"]
-    note = f"{count} of the target's {len(target.layers)} layers, the last ones, go to the GPU beside the draft"
+    note = f"the last {count} of the target's {len(target.layers)} layers go to the GPU"
     if count == len(target.layers):
         note += "; a GPU this large may run the whole target faster by itself"
-    return layers, [note]
+    return tuple(range(len(target.layers) - count, len(target.layers))), [note]
 
 
 def layer_span(layers: Sequence[int]) -> str:
-    """Neighbouring layers in words."""
+    """Name a range of layers, for example "layers 20-31"."""
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
 
 
 def target_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace, layers: tuple[int, ...]) -> list[Part]:
-    """Of the target on the GPU: these layers, and what goes with them whatever their number."""
-    rows, stream_bytes = request.rows, target.widths.hidden * target.number_bytes
-    crossing = rows.prefill * stream_bytes  # the hidden states as they came from the CPU
+    """Parts of the target on the GPU: these layers, and what goes with them whatever their number."""
+    rows = request.rows
+    crossing = rows.prefill * target.widths.hidden * target.storage.run_bytes  # hidden states, as the CPU sent them
     temporaries = max(target.prefill_bytes(rows), target.score_bytes(rows)) + crossing - draft.temporaries_bytes
     parts = [
-        Part("target: final norm", target.norm_bytes, "gpu"),
-        Part("target: features", target.features_bytes(rows, request.draft.feature_size), "gpu", "of the whole prompt"),
+        Part("target: final norm", target.weights["final norm"], "gpu"),
+        Part("target: features", target.features_bytes(rows, request.feature_size), "gpu", "of the whole prompt"),
         Part("target: temporaries", max(temporaries, 0), "gpu", "beyond the draft's, which come later"),
     ]
     if layers:
-        name = layer_span(layers)
-        kept = [target.layers[index] for index in layers]
+        name, kept = layer_span(layers), [target.layers[index] for index in layers]
         kv_bytes = sum(layer.kv_bytes(rows, allocated=True) for layer in kept)
-        parts.append(Part(f"target: {name}", sum(layer.weights_bytes for layer in kept), "gpu", target.dtype))
+        parts.append(Part(f"target: {name}", sum(layer.weights_bytes for layer in kept), "gpu", target.storage.name))
         parts.append(Part(f"target: KV cache of {name}", kv_bytes, "gpu", f"{rows.context} tokens and a tree"))
     return parts

@@ -1,42 +1,45 @@
-"""`DevicePlan`: which part of a pair goes where and what it takes, as numbers and as text; sizes in words and back.
+"""`DevicePlan`: which part of a pair goes where and how many bytes it takes; sizes as text and back.
 
-Enters: what `plan.make_plan` decided. Leaves: totals, a table, JSON. This module decides nothing and needs no torch.
+Input: what `make_plan` decided. Output: totals, a table, JSON. The module decides nothing and does not need torch.
 """
 
 import re
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 Device = Literal["cpu", "gpu"]
 
 MIB, GIB = 2**20, 2**30
 
-UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 UNITS |= {f"{unit}b": 10 ** (3 * power) for power, unit in enumerate("kmgt", start=1)}
 UNITS |= {f"{unit}ib": 2 ** (10 * power) for power, unit in enumerate("kmgt", start=1)}
 
 
 def parse_bytes(value: str | int) -> int:
-    """A number of bytes: 4294967296, "4GiB" or "4g" (2**30 each), "4GB" (10**9), "512MiB", "1.5 GiB".
+    """Read a size: an int is a number of bytes; text needs a unit, or is "0".
+
+    "4GiB" and "4g" are 4 * 2**30 bytes, "4GB" is 4 * 10**9; "512MiB", "1.5 GiB" and "100b" work, too.
 
     Raises:
-        ValueError: zero, negative or not a size.
+        ValueError: the size is negative, has no unit, or cannot be read.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(value).lower())
-    if isinstance(value, bool) or found is None or found.group(2) not in UNITS:
-        size = 0
-    else:
-        size = int(float(found.group(1)) * UNITS[found.group(2)])
-    if size < 1:
-        raise ValueError(
-            f"{value!r} is no size: give bytes as a whole number, or a number above 0 with a unit, e.g. 4GiB or 4g "
-            "(2**30 bytes each), 4GB (10**9), 512MiB."
-        )
-    return size
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.lower())
+    if found is not None:
+        number, unit = Fraction(found.group(1)), found.group(2)
+        if unit in UNITS or (not unit and not number):
+            return int(number * UNITS.get(unit, 1))
+        if not unit:
+            raise ValueError(f"{value!r} has no unit. Write {text}GiB, {text}MiB or {text}b.")
+    raise ValueError(f"{value!r} is not a valid size. Use a number with a unit, for example 4GiB, 4g, 4GB or 512MiB.")
 
 
 def format_bytes(size_bytes: int) -> str:
-    """In the largest of GiB, MiB and KiB that it fills."""
+    """Write a size in the largest of GiB, MiB and KiB that it fills."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
         if abs(size_bytes) >= unit:
             return f"{size_bytes / unit:.{2 if unit == GIB else 1}f} {name}"
@@ -45,7 +48,14 @@ def format_bytes(size_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory. bytes: at its peak."""
+    """Something that takes memory.
+
+    Attributes:
+        name: of the part, for example "draft: blocks".
+        bytes: at its peak.
+        device: where it is.
+        note: for people; can be empty.
+    """
 
     name: str
     bytes: int
@@ -55,26 +65,29 @@ class Part:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What goes where.
+    """Where the parts of a pair go.
 
     Attributes:
-        parts: with their bytes, on both devices.
-        vram_budget_bytes: of the GPU; 0 without one. ram_budget_bytes: of the machine; None is no limit.
-        draft_device: "gpu" or "cpu". draft_dtype, target_dtype: as stored there.
+        parts: on both devices, with their bytes.
+        vram_budget_bytes: of the GPU; 0 without one.
+        ram_budget_bytes: of the machine; None for no limit.
+        draft_device: where the draft's blocks are.
+        draft_dtype: of the draft; None for prompt lookup, which has no weights.
+        target_dtype: of the target, or how it is quantized.
         embedding_device: where the draft gathers rows of the embedding table.
-        draft_vocab_size: tokens that a cut head of the draft proposes; None is all.
-        gpu_layers: indices of the target's layers on the GPU, for `placement.place_layers`; always its last ones.
-        device_map: module names to "cpu" or 0 in accelerate's form, None if all of the target is on the CPU. Do not
+        draft_vocab_size: tokens that a cut head of the draft proposes; None for all.
+        gpu_layers: indices of the target's layers on the GPU, for `place_layers`; always its last ones.
+        device_map: module names to "cpu" or 0 in accelerate's form; None if all of the target is on the CPU. Do not
             load with it: `from_pretrained` reads "cpu" beside a GPU as "copy the weights to the GPU in every pass".
             `accelerate.dispatch_model(model, device_map, main_device="cpu")` computes there.
-        notes: what was decided and why, in sentences.
+        notes: decisions and their reasons, in sentences.
     """
 
     parts: tuple[Part, ...]
     vram_budget_bytes: int
     ram_budget_bytes: int | None
     draft_device: Device
-    draft_dtype: str
+    draft_dtype: str | None
     target_dtype: str
     embedding_device: Device
     draft_vocab_size: int | None
@@ -83,16 +96,16 @@ class DevicePlan:
     notes: list[str]
 
     def needed_bytes(self, device: Device) -> int:
-        """Of all parts on a device."""
+        """Bytes of all parts on a device."""
         return sum(part.bytes for part in self.parts if part.device == device)
 
     def left_bytes(self, device: Device) -> int | None:
-        """Of a device's budget; None if there is no limit."""
+        """Bytes of a device's budget that stay free; None if there is no limit."""
         budget = self.vram_budget_bytes if device == "gpu" else self.ram_budget_bytes
         return None if budget is None else budget - self.needed_bytes(device)
 
     def table(self) -> str:
-        """The plan as text: parts, then totals and what is left, then the notes."""
+        """Return the plan as text: parts, totals with what is left, notes."""
         width = max(len(part.name) for part in self.parts) + 2
         lines = []
         devices: tuple[Device, ...] = ("gpu", "cpu")
@@ -112,7 +125,7 @@ class DevicePlan:
         return f"of {format_bytes(self.needed_bytes(device) + left)}, {format_bytes(left)} left"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with totals and what is left."""
+        """Return the plan for JSON, with totals and what is left."""
         totals = {
             "vram_needed_bytes": self.needed_bytes("gpu"),
             "vram_left_bytes": self.left_bytes("gpu"),
@@ -120,12 +133,3 @@ class DevicePlan:
             "ram_left_bytes": self.left_bytes("cpu"),
         }
         return asdict(self) | totals
-
-
-def parse_budget(budget: str | int) -> int:
-    """Bytes, as `parse_bytes`; 0 is a budget, too.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    return 0 if str(budget).strip() == "0" else parse_bytes(budget)

@@ -1,8 +1,9 @@
-"""The `DovetailConfig` of a draft of any format from its config.json alone, for plans made before a download.
+"""Reads the config of a draft of any format from its config.json alone, for plans made before a download.
 
-Enters: a name. Leaves: a config. Formats are told by tensor names (`formats.py`), of which a config says enough but in
-two points: the paper's drafts look like EAGLE's, whose fusion is smaller by two matrices of the hidden size, and it is
-not said whether an EAGLE-3 draft brings an embedding table. Where the directory holds the weights, they are looked at.
+Input: a name. Output: a `DovetailConfig`. Formats are detected by tensor names (`drafts/checkpoints/read.py`). A config
+says enough about them except in two points: the paper's drafts look like EAGLE's, whose fusion is smaller by two
+matrices of the hidden size, and it does not say whether an EAGLE-3 draft has its own embedding table. If the directory
+holds the weights, they are read as well.
 """
 
 from pathlib import Path
@@ -17,10 +18,11 @@ from .known_shapes import SHAPES
 
 
 def load_draft_config(name: str) -> DovetailConfig:
-    """The config of a draft: a directory, a config.json or a hub id, of any format that `formats.py` reads.
+    """Read the config of a draft of any known format from a directory, a config.json or a hub id.
 
     Raises:
-        OSError: there is no such thing. ValueError: it is the config of no draft.
+        OSError: nothing has that name.
+        ValueError: it is not the config of a draft.
     """
     if name in SHAPES:
         return config_alone(name, SHAPES[name])
@@ -33,10 +35,10 @@ def load_draft_config(name: str) -> DovetailConfig:
 
 
 def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
-    """Our config of a published draft's, as if the tensors that such drafts usually have were there.
+    """Translate the config of a published draft, assuming the tensors that drafts of its format usually have.
 
     Raises:
-        ValueError: it is the config of no draft.
+        ValueError: it is not the config of a draft.
     """
     layout = config.get("transformer_layer_config") or config
     size = config.get("draft_vocab_size") or layout.get("draft_vocab_size")
@@ -52,7 +54,7 @@ def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
         return translate(name, config, {"fc.weight": one, "layers.0.mlp.down_proj.weight": one} | bias).config
     raise UnknownFormat(
         config,
-        f"{name}: the config of a {config.get('model_type')} model, and of no draft. Looked for model_type dovetail, "
+        f"{name} is the config of a {config.get('model_type')} model, not of a draft. Looked for model_type dovetail, "
         "transformer_layer_config (speculators), draft_vocab_size (EAGLE-3), num_hidden_layers 1 (EAGLE-1, EAGLE-2, "
         "the Dovetail paper).",
     )

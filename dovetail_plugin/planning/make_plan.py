@@ -1,9 +1,8 @@
-"""Where every part of a pair goes, decided before anything is loaded.
+"""Makes a `DevicePlan`: where every part of a pair goes, decided from configs before anything is loaded.
 
-Enters: two configs and how much memory the GPU and the machine have. Leaves: a `DevicePlan`: bytes of every part and
-its place, what is left, what was decided and why; or a refusal that says what would help. Parts claim the GPU in the
-order of what a byte brings there (`claims.py`): the draft's blocks, its head, its embedding table, then the target's
-last layers. Nothing here loads, moves or measures anything; sizes come from `counting.py` and `sizes.py`.
+Input: two configs and the memory of the GPU and of the machine. Output: the plan, or a ValueError that says what would
+help. Parts claim the GPU in the order of what a byte brings there (`allocate.py`): the draft's blocks, its head, its
+embedding table, then the target's last layers. Nothing here loads, moves or measures anything.
 """
 
 from dataclasses import replace
@@ -12,28 +11,20 @@ from transformers import PretrainedConfig
 
 from ..drafts.compatibility import check_fits
 from ..drafts.config import DovetailConfig
-from .allocate import DraftPlace, Request, layer_span, layers_on_gpu, place_draft, reserve, target_on_gpu
-from .count_weights import FLOAT_DTYPES, QUANTISED, target_sizes
-from .device_plan import MIB, DevicePlan, Part, format_bytes, parse_bytes
-from .memory import Rows, TargetSizes
+from ..drafts.known_pairs import LOOKUP
+from ..targets.config_sizes import sizes_of
+from .allocate import DraftPlace, Request, layer_span, layers_on_gpu, margin, place_draft, target_on_gpu
+from .device_plan import DevicePlan, Part, format_bytes
+from .memory import Rows, TargetSizes, target_sizes
+from .storage import EXPORTED, FLOAT_DTYPES, storage_of, stored_dtype
 
-__all__ = ["DevicePlan", "Part", "format_bytes", "make_plan", "parse_bytes"]
-
-PROGRAM_BYTES = 420 * MIB
-"""Python, torch and transformers themselves after a first generation; 395 to 440 MiB measured with torch for CPUs."""
-
-HELD_SHARE, MOST_HELD_BYTES = 2, 192 * MIB
-"""Freed blocks below 32 MiB that malloc keeps, in multiples of a prompt pass's temporaries, and at most; larger ones go
-back to the system by themselves. Measured with glibc 2.36, whose aligned blocks do not fit the holes that their like
-left. MALLOC_TRIM_THRESHOLD_=131072 in the environment makes it give them back, for some time."""
-
-SMALLER = {"float32": ("bfloat16", "int8", "int4"), "bfloat16": QUANTISED, "float16": QUANTISED, "int8": ("int4",)}
-"""Types that take fewer bytes than another."""
+SMALLER = {"float32": ("bfloat16", *EXPORTED), "bfloat16": EXPORTED, "float16": EXPORTED, "int8": ("int4",)}
+"""Types whose weights take fewer bytes than another's."""
 
 
 def make_plan(
     target_config: PretrainedConfig,
-    draft_config: PretrainedConfig | None,
+    draft_config: PretrainedConfig | str | None,
     *,
     vram_bytes: int | None,
     ram_bytes: int | None = None,
@@ -48,163 +39,154 @@ def make_plan(
 
     Args:
         target_config: of a decoder-only model.
-        draft_config: of its draft; None plans for an untrained one of one block.
-        vram_bytes: of the GPU; None or 0 without one.
-        ram_bytes: of the machine; None sets no limit.
-        dtype: of the target: "float32", "bfloat16", "float16", or "int8", "int4" for an exported one (see
-            `counting.QUANTISED`); None or "auto" is the config's.
-        draft_dtype: one of the first three; "auto" is the draft config's, else the target's.
+        draft_config: of its draft; "lookup" plans for prompt lookup, None for an untrained draft of one block.
+        vram_bytes: memory of the GPU; None or 0 without one.
+        ram_bytes: memory of the machine; None sets no limit.
+        dtype: of the target: "float32", "bfloat16", "float16", or "int8", "int4" for an exported one; None or "auto"
+            takes what the config says, quantization included (see `storage_of`).
+        draft_dtype: "float32", "bfloat16" or "float16"; "auto" takes the draft config's, else the target's.
         context: tokens of prompt and answer to make room for; cut to the target's positions.
         max_nodes: rows of the largest tree (N).
         prefill_rows: prompt rows in one pass of the target (`prefill_chunk_size` of `generate`); None runs the whole
             prompt at once, as `generate` does.
-        gpu_supports_bf16: False for GPUs before Ampere: the draft is planned in float16 there.
+        gpu_supports_bf16: False for GPUs before Ampere; the draft is planned in float16 there.
 
     Raises:
         ValueError: the target does not fit `ram_bytes`, with what would help; the configs do not fit each other or
-            cannot be drafted for; an option is no number or type that there is.
+            cannot be drafted for; an option is out of range.
     """
-    for name, value in (("context", context), ("max_nodes", max_nodes), ("prefill_rows", prefill_rows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    for name, value in (("vram_bytes", vram_bytes), ("ram_bytes", ram_bytes)):
-        if value is not None and value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")
-    if target_config.is_encoder_decoder:
-        raise ValueError(f"{target_config.model_type} models are encoder-decoders; a target must be decoder-only.")
-    text = target_config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None) or context
+    for name, count in (("context", context), ("max_nodes", max_nodes), ("prefill_rows", prefill_rows)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    for name, size in (("vram_bytes", vram_bytes), ("ram_bytes", ram_bytes)):
+        if size is not None and size < 0:
+            raise ValueError(f"{name} must not be negative, got {size}.")
+    positions = sizes_of(target_config).positions or context
     rows = Rows(min(context, positions), max_nodes, min(prefill_rows or context, context, positions))
     draft = _draft_config(target_config, draft_config)
-    stored = _named(getattr(text, "dtype", None)) or "float32"
-    target_dtype = _dtype("dtype", dtype, (*FLOAT_DTYPES, *QUANTISED)) or stored
-    own = _dtype("draft_dtype", draft_dtype, tuple(FLOAT_DTYPES)) or _named(draft.dtype)
-    own = own or (target_dtype if target_dtype in FLOAT_DTYPES else stored)
-    request = Request(target_config, draft, vram_bytes or 0, target_dtype, own, rows, gpu_supports_bf16)
-    plan = _plan(request, ram_bytes)
-    if ram_bytes is not None and plan.needed_bytes("cpu") > ram_bytes:
-        raise ValueError(_refusal(request, plan, ram_bytes))
+    storage = storage_of(target_config, dtype)
+    plan = _plan(
+        Request(
+            target=target_config,
+            draft=draft,
+            storage=storage,
+            draft_dtype=_draft_dtype(draft_dtype, draft, target_config, dtype),
+            vram_bytes=vram_bytes or 0,
+            rows=rows,
+            gpu_supports_bf16=gpu_supports_bf16,
+        ),
+        ram_bytes,
+    )
     if positions < context:
         plan.notes.append(f"the context is cut to the target's {positions} positions")
+    if storage.matrices is not None and not storage.exported:
+        plan.notes.append(
+            f"the target's weights are counted as stored, {storage.name}; where transformers unpacks them to "
+            "compute, plan with the dtype that they get (--dtype bfloat16)"
+        )
     return plan
 
 
-def _dtype(name: str, asked: str | None, known: tuple[str, ...]) -> str | None:
-    """The type asked for; None if that is left open."""
-    if asked in (None, "auto"):
-        return None
-    if asked not in known:
-        raise ValueError(f"{name} must be auto, {', '.join(known)}, got {asked!r}.")
-    return asked
-
-
-def _named(dtype: object) -> str | None:
-    """The name of a config's type, which is a string, a torch type or None; None if nothing is stored in it."""
-    name = str(dtype).removeprefix("torch.")
-    return name if name in FLOAT_DTYPES else None
-
-
-def _draft_config(target: PretrainedConfig, draft: PretrainedConfig | None) -> DovetailConfig:
+def _draft_config(target: PretrainedConfig, draft: PretrainedConfig | str | None) -> DovetailConfig | None:
     if draft is None:
         return DovetailConfig.for_target(target)
+    if draft == LOOKUP:
+        return None
     if not isinstance(draft, DovetailConfig):
+        kind = f"the name {draft!r}" if isinstance(draft, str) else f"the config of a {draft.model_type} model"
         raise ValueError(
-            f"the draft's config is that of a {draft.model_type} model, not of a Dovetail draft; "
-            "`draft_configs.load_draft_config` reads those of published drafts."
+            f"the draft is {kind}, not the config of a Dovetail draft. `draft_config.load_draft_config` reads the "
+            "configs of published drafts."
         )
     check_fits(draft, target)
     return draft
 
 
+def _draft_dtype(asked: str, draft: DovetailConfig | None, target: PretrainedConfig, target_dtype: str | None) -> str:
+    if asked != "auto":
+        if asked not in FLOAT_DTYPES:
+            raise ValueError(f"draft_dtype must be auto, {', '.join(FLOAT_DTYPES)}, got {asked!r}.")
+        return asked
+    stored = None if draft is None else stored_dtype(draft)
+    return stored or (target_dtype if target_dtype in FLOAT_DTYPES else None) or stored_dtype(target) or "float32"
+
+
 def _plan(request: Request, ram_bytes: int | None) -> DevicePlan:
-    target = target_sizes(request.target, request.dtype)
+    """Plan, and refuse a target that does not fit `ram_bytes`."""
+    target = target_sizes(request.target, request.storage)
     draft = place_draft(request, target)
     layers, layer_notes = layers_on_gpu(request, target, draft)
-    parts = list(draft.parts)
-    if layers:
-        parts += target_on_gpu(request, target, draft, layers)
-    if draft.device == "gpu":
-        parts.append(reserve(request.vram_bytes))
-    parts += _cpu_parts(request, target, draft, layers)
+    parts = [*draft.parts, *(target_on_gpu(request, target, draft, layers) if layers else [])]
+    on_gpu = [part for part in parts if part.device == "gpu" and part.bytes]
+    on_cpu = [part for part in parts if part.device == "cpu"] + _target_on_cpu(request, target, draft, layers)
+    on_cpu = [part for part in on_cpu if part.bytes]
     moved = {*layers, "norm"} if layers else set()
-    return DevicePlan(
-        parts=tuple(parts),
+    plan = DevicePlan(
+        parts=(*on_gpu, *([margin(on_gpu, "gpu")] if on_gpu else []), *on_cpu, margin(on_cpu, "cpu")),
         vram_budget_bytes=request.vram_bytes,
         ram_budget_bytes=ram_bytes,
         draft_device=draft.device,
         draft_dtype=draft.dtype,
-        target_dtype=request.dtype,
+        target_dtype=request.storage.name,
         embedding_device=draft.embedding_device,
         draft_vocab_size=draft.vocab_size,
         gpu_layers=layers,
         device_map={name: 0 if kind in moved else "cpu" for name, kind in target.modules.items()} if layers else None,
         notes=[*draft.notes, *layer_notes],
     )
+    if ram_bytes is not None and plan.needed_bytes("cpu") > ram_bytes:
+        raise ValueError(_refusal(request, plan, ram_bytes))
+    return plan
 
 
-def _cpu_parts(request: Request, target: TargetSizes, draft: DraftPlace, layers: tuple[int, ...]) -> list[Part]:
-    """Of the target on the CPU, and what is there whatever the pair."""
+def _target_on_cpu(request: Request, target: TargetSizes, draft: DraftPlace, layers: tuple[int, ...]) -> list[Part]:
     rows, count = request.rows, len(target.layers) - len(layers)
     kept = target.layers[:count]
-    weights_bytes = sum(layer.weights_bytes for layer in kept)
     kv_bytes = sum(layer.kv_bytes(rows, allocated=False) for layer in kept)
-    features_bytes = 0 if layers else target.features_bytes(rows, request.draft.feature_size)
-    temporaries_bytes = _temporaries_bytes(request, target, draft, features_bytes)
-    held_bytes = min(HELD_SHARE * target.prefill_bytes(rows), MOST_HELD_BYTES)
+    copied_bytes = target.features_bytes(rows, request.feature_size)
+    features_bytes = 0 if layers else copied_bytes
+    # The largest temporaries: in the prompt's pass, in the draft's pass over its features, or in a tree. Features of
+    # a prompt that runs at once exist only when the temporaries of its pass are gone.
+    prefill_bytes = target.prefill_bytes(rows) - (features_bytes if rows.prefill == rows.context else 0)
+    handed_over_bytes = draft.temporaries_bytes if draft.device == "cpu" else copied_bytes
+    temporaries_bytes = max(prefill_bytes, handed_over_bytes, target.score_bytes(rows))
+    layers_bytes = sum(layer.weights_bytes for layer in kept)
+    weights = target.weights
     parts = [
-        Part("program", PROGRAM_BYTES, "cpu", "Python, torch, transformers"),
-        Part("target: embedding", target.embedding_bytes, "cpu", "and head, one table" if target.tied else ""),
-        Part(f"target: {layer_span(range(count)) if count else ''}", weights_bytes, "cpu", request.dtype),
-        Part("target: final norm", 0 if layers else target.norm_bytes, "cpu"),
-        Part("target: head", target.head_bytes, "cpu"),
-        Part("target: rest", target.rest_bytes, "cpu", "positions, frequencies"),
+        Part("target: embedding", weights["embedding"], "cpu", "and head, one table" if target.tied else ""),
+        Part(f"target: {layer_span(range(count)) if count else ''}", layers_bytes, "cpu", target.storage.name),
+        Part("target: final norm", 0 if layers else weights["final norm"], "cpu"),
+        Part("target: head", weights["head"], "cpu"),
+        Part("target: rest", weights["rest"], "cpu", "everything outside the decoder layers"),
         Part("target: KV cache", kv_bytes, "cpu", f"{rows.context} tokens and a tree of {rows.nodes}"),
         Part("target: features", features_bytes, "cpu", "of the whole prompt"),
         Part("temporaries", temporaries_bytes, "cpu", f"{rows.prefill} rows of the prompt in one pass"),
-        Part("held by malloc", held_bytes, "cpu", "freed, but not given back"),
     ]
-    later_bytes = kv_bytes + features_bytes + temporaries_bytes
-    if target.dtype in QUANTISED:
+    if target.storage.exported and request.draft is not None:
         tables_bytes = (1 if target.tied else 2) * target.vocab_size * target.widths.hidden * 4
-        parts.append(
-            Part(
-                "draft: tables while it attaches",
-                max(tables_bytes - later_bytes, 0),
-                "cpu",
-                "in float32, beyond caches and temporaries, which come later",
-            )
-        )
-    return [part for part in parts if part.bytes]
-
-
-def _temporaries_bytes(request: Request, target: TargetSizes, draft: DraftPlace, features_bytes: int) -> int:
-    """The largest that come and go on the CPU: in the prompt's pass, in the draft's pass over its features, in a tree.
-
-    Features of a prompt that is run at once exist only when the temporaries of its pass are gone.
-    """
-    rows = request.rows
-    prefill = target.prefill_bytes(rows) - (features_bytes if rows.prefill == rows.context else 0)
-    copied_bytes = target.features_bytes(rows, request.draft.feature_size)
-    handed_over = draft.temporaries_bytes if draft.device == "cpu" else copied_bytes
-    return max(prefill, handed_over, target.score_bytes(rows))
+        beyond_bytes = max(tables_bytes - kv_bytes - features_bytes - temporaries_bytes, 0)
+        note = "in float32, beyond caches and temporaries, which come later"
+        parts.append(Part("draft: tables while it attaches", beyond_bytes, "cpu", note))
+    return parts
 
 
 def _refusal(request: Request, plan: DevicePlan, ram_bytes: int) -> str:
-    """Why the target does not fit, and which changes would make it fit."""
-    needs = {part.name: part.bytes for part in plan.parts if part.device == "cpu"}
-    largest = sorted(needs, key=needs.__getitem__, reverse=True)[:3]
-    smaller = SMALLER.get(request.dtype, ())
-    remedies = [(f"{dtype} weights", replace(request, dtype=dtype)) for dtype in smaller]
+    """Say why the target does not fit and which changes would make it fit."""
+    largest = sorted((part for part in plan.parts if part.device == "cpu"), key=lambda part: -part.bytes)[:3]
+    remedies = [
+        (f"{name} weights", replace(request, storage=storage_of(request.target, name)))
+        for name in SMALLER.get(request.storage.name, ())
+    ]
     shorter = max(request.rows.context // 4, 1)
     rows = replace(request.rows, context=shorter, prefill=min(request.rows.prefill, shorter))
     remedies.append((f"a context of {shorter}", replace(request, rows=rows)))
-    told = [(what, _plan(other, None).needed_bytes("cpu")) for what, other in remedies]
-    helps = [f"{what} would need {format_bytes(size)}" for what, size in told if size <= ram_bytes]
+    needs = [(what, _plan(other, None).needed_bytes("cpu")) for what, other in remedies]
+    helps = [f"{what} would need {format_bytes(size)}" for what, size in needs if size <= ram_bytes]
     if not helps:
-        least, size = min(told, key=lambda pair: pair[1])
-        helps = [f"even {least} would need {format_bytes(size)}: this machine needs more memory or a smaller target"]
+        what, size = min(needs, key=lambda pair: pair[1])
+        helps = [f"even {what} would need {format_bytes(size)}: use a machine with more memory or a smaller target"]
     return (
         f"the target does not fit: it needs {format_bytes(plan.needed_bytes('cpu'))} of RAM ("
-        + ", ".join(f"{name} {format_bytes(needs[name])}" for name in largest)
+        + ", ".join(f"{part.name} {format_bytes(part.bytes)}" for part in largest)
         + f", ...) and there are {format_bytes(ram_bytes)}. What would help: {'; '.join(helps)}."
     )

@@ -1,28 +1,46 @@
-"""Bytes of the parts of a target and its draft as functions of a generation's rows: plain numbers and formulas.
+"""Bytes of a target and of a draft, from their configs.
 
-Enters: widths and counted weights (`counting.py` makes both from configs), the rows of a generation. Leaves: bytes of
-caches and temporaries. Keys and values are what `cache.py` and `graph_rows.py` allocate; temporaries of a pass are a
-formula (`Widths.pass_bytes`) that benchmarks/plan_accuracy.py measures. This module decides nothing and runs nothing.
+Input: a config, how its weights are stored, and the rows of a generation. Output: `TargetSizes` and `DraftSizes`.
+Weights are counted on a model without memory (device "meta"), so they are exact for every architecture that
+transformers builds. Caches follow `cache.py` and `drafts/cuda_graph_rows.py`. Temporaries of a pass are a formula,
+which benchmarks/plan_accuracy.py checks. The module decides nothing.
 """
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from ..cache import SLIDING_SLACK_ROWS
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from ..cache import SLIDING_SLACK_ROWS, refuse_reason
+from ..compat import DynamicCache, cache_argument, keeps_recurrent_state, layers_for
+from ..drafts.base import DRAFT_ROWS
+from ..drafts.config import DovetailConfig
 from ..drafts.cuda_graph_rows import MAX_STATIC_ROWS, MIN_COLUMNS, power_of_two
-
-DRAFT_ROWS = 1024
-"""Rows that the draft's cache makes room for beyond the prompt (`generation.DRAFT_ROWS`)."""
-
-CUBLAS_BYTES = 2 * 8_519_680
-"""cuBLAS's workspaces, 8.1 MiB for each stream: torch's own, and the one that captures graphs. (Hopper: 32 MiB.)"""
+from ..drafts.model import DovetailDraft
+from ..targets.config_sizes import sizes_of
+from ..targets.layers_on_gpu import final_norm, parts_of
+from ..targets.transformers_model import decoder_layers
+from .storage import FLOAT_DTYPES, Storage
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Of a generation. context: tokens of prompt and answer. nodes: of the largest tree (N).
+    """Rows of a generation.
 
-    prefill: prompt rows that the target runs in one pass; at most `context`.
+    Attributes:
+        context: tokens of prompt and answer.
+        nodes: of the largest tree (N).
+        prefill: prompt rows that the target runs in one pass, at most `context`.
     """
 
     context: int
@@ -32,17 +50,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer. kv_row_bytes: keys and values of a row; 0 if it reads another layer's. window: in rows."""
+    """One decoder layer.
+
+    Attributes:
+        weights_bytes: of its weights as they are stored.
+        kv_row_bytes: keys and values of one row; 0 if it reads another layer's.
+        window: rows that its attention sees; None for all.
+    """
 
     weights_bytes: int
     kv_row_bytes: int
     window: int | None
 
     def kv_bytes(self, rows: Rows, *, allocated: bool) -> int:
-        """Of its cache: buffers as `cache.borrow` allocates them, or what of them is ever touched.
-
-        On a CPU only touched pages take memory; on a GPU all of a buffer does.
-        """
+        """Bytes of its cache: all of the buffers (on a GPU), or only the pages that are ever written (on a CPU)."""
         full = rows.context + rows.nodes
         if self.window is None:
             return full * self.kv_row_bytes
@@ -52,12 +73,21 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Widths:
-    """Numbers of a row inside a decoder layer: the stream, the MLP, all query heads, all key and value heads."""
+    """Numbers of one row inside a decoder layer: the residual stream, the MLP, all queries, all keys and values."""
 
     hidden: int
     inner: int
     query: int
     key_value: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Widths":
+        """Experts count as one MLP, as wide as those that a token visits together."""
+        sizes, text = sizes_of(config), config.get_text_config(decoder=True)
+        query_dim = max(getattr(text, "qk_head_dim", None) or 0, sizes.head_dim)
+        expert = getattr(text, "moe_intermediate_size", None) or sizes.intermediate_size
+        inner = max(sizes.intermediate_size, (getattr(text, "num_experts_per_tok", None) or 0) * expert)
+        return cls(sizes.hidden_size, inner, sizes.heads * query_dim, 2 * sizes.kv_heads * sizes.head_dim)
 
     def pass_bytes(self, rows: int, number_bytes: int) -> int:
         """Peak of temporaries while a decoder layer runs `rows` rows, numbers of `number_bytes`.
@@ -70,7 +100,7 @@ class Widths:
         return rows * number_bytes * (4 * self.hidden + inside)
 
     def masked_pass_bytes(self, rows: int, keys: int, number_bytes: int, *, additive: bool) -> int:
-        """The same with a mask over `keys` rows of the cache, additive or of truth values, which attention converts.
+        """The same with a mask over `keys` rows of the cache, additive or boolean (which attention converts).
 
         With a mask, transformers' attention repeats grouped keys and values to all query heads, layer by layer.
         """
@@ -83,95 +113,175 @@ class Widths:
 
 @dataclass(frozen=True)
 class TargetSizes:
-    """A target stored as `dtype`.
+    """A target.
 
-    head_bytes: without a weight that is tied to the embedding. rest_bytes: all else (position tables, rotary
-    frequencies). number_bytes: of an activation and of a number in the cache.
-    head_bias: whether the head has one. modules: name -> "rest" or the number of a decoder layer, "norm" for the
-    final one; the names cover the model and none lies within another.
+    Attributes:
+        storage: how its weights are stored.
+        weights: bytes outside the decoder layers: "embedding", "head" (without a tied table), "final norm", "rest".
+        layers: the decoder layers; empty if they cannot be told apart.
+        tied: whether head and embedding are one table.
+        head_bias: whether the head has a bias.
+        vocab_size: rows of the tables (V).
+        widths: of a decoder layer.
+        modules: see `parts_of`.
     """
 
-    dtype: str
-    embedding_bytes: int
+    storage: Storage
+    weights: dict[str, int]
     layers: tuple[LayerSizes, ...]
-    norm_bytes: int
-    head_bytes: int
-    rest_bytes: int
     tied: bool
     head_bias: bool
     vocab_size: int
-    number_bytes: int
     widths: Widths
     modules: dict[str, int | str]
 
     @property
     def weights_bytes(self) -> int:
-        """Of all weights and buffers."""
-        layers = sum(layer.weights_bytes for layer in self.layers)
-        return self.embedding_bytes + layers + self.norm_bytes + self.head_bytes + self.rest_bytes
+        """Bytes of all weights and buffers."""
+        return sum(self.weights.values()) + sum(layer.weights_bytes for layer in self.layers)
 
     def features_bytes(self, rows: Rows, width: int) -> int:
-        """Of the prompt's features of `width` numbers, which live as long as the generation."""
-        return rows.context * width * self.number_bytes
+        """Bytes of the prompt's features of `width` numbers, which live as long as the generation."""
+        return rows.context * width * self.storage.run_bytes
 
     def prefill_bytes(self, rows: Rows) -> int:
-        """Temporaries of one pass over prompt rows, features aside. Only a whole prompt in full view needs no mask."""
+        """Temporaries of one pass over prompt rows, without features. A whole prompt in full view needs no mask."""
         if rows.prefill == rows.context and all((layer.window or math.inf) >= rows.context for layer in self.layers):
-            return self.widths.pass_bytes(rows.prefill, self.number_bytes)
+            return self.widths.pass_bytes(rows.prefill, self.storage.run_bytes)
         seen = (rows.context if layer.window is None else layer.window - 1 + rows.prefill for layer in self.layers)
-        keys = min(max(seen), rows.context)
-        return self.widths.masked_pass_bytes(rows.prefill, keys, self.number_bytes, additive=False)
+        keys = min(max(seen, default=rows.context), rows.context)
+        return self.widths.masked_pass_bytes(rows.prefill, keys, self.storage.run_bytes, additive=False)
 
     def score_bytes(self, rows: Rows) -> int:
-        """Temporaries of one pass over a tree, its logits in float32 included."""
-        keys, logits = rows.context + rows.nodes, rows.nodes * self.vocab_size * 4
-        return self.widths.masked_pass_bytes(rows.nodes, keys, self.number_bytes, additive=True) + logits
+        """Temporaries of one pass over a tree, with its logits in float32."""
+        keys, logits_bytes = rows.context + rows.nodes, rows.nodes * self.vocab_size * 4
+        return self.widths.masked_pass_bytes(rows.nodes, keys, self.storage.run_bytes, additive=True) + logits_bytes
 
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """A draft whose numbers take `number_bytes`.
+    """A draft that reads features.
 
-    blocks_bytes: all of its own weights. kv_row_bytes: of all blocks. vocab_size: rows of its target's tables.
-    own_head: rows of a head of its own, or None. own_embedding: whether it has a table of its own. features: width of
-    the target's features that it reads.
+    Attributes:
+        config: of the draft.
+        number_bytes: bytes of a number in its dtype.
+        blocks_bytes: of all its own weights.
+        own_head: rows of its own head, or None.
     """
 
-    blocks_bytes: int
-    kv_row_bytes: int
+    config: DovetailConfig
     number_bytes: int
-    vocab_size: int
+    blocks_bytes: int
     own_head: int | None
-    own_embedding: bool
-    features: int
-    widths: Widths
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of a block."""
+        return Widths.of(self.config)
 
     @property
     def row_bytes(self) -> int:
-        """Of a row of a table in the draft's type."""
-        return self.widths.hidden * self.number_bytes
+        """Bytes of a row of a table in the draft's dtype."""
+        return self.config.hidden_size * self.number_bytes
 
     def kv_bytes(self, rows: Rows, *, on_gpu: bool) -> int:
-        """Of its cache: on a GPU a power of two of rows (`graph_rows.Store`), on a CPU the touched ones."""
-        if on_gpu:
-            return self.kv_row_bytes * self._capacity(rows)
-        return self.kv_row_bytes * (rows.context + rows.nodes)
+        """Bytes of its cache: a power of two of rows on a GPU, the rows in use on a CPU."""
+        kept = self._capacity(rows) if on_gpu else rows.context + rows.nodes
+        return self.config.num_hidden_layers * self.widths.key_value * self.number_bytes * kept
+
+    def pass_bytes(self, rows: Rows) -> int:
+        """Temporaries of its pass over the whole prompt, and logits over one level of a tree."""
+        fusion = (6 * self.widths.hidden + self.config.feature_size) * rows.context * self.number_bytes
+        logits = MAX_STATIC_ROWS * self._logits * (self.number_bytes + 8)  # and log-probabilities in float32, twice
+        return max(self.widths.pass_bytes(rows.context, self.number_bytes), fusion) + logits
 
     @property
     def _logits(self) -> int:
-        return self.own_head or self.vocab_size
+        return self.own_head or self.config.vocab_size
 
     def _capacity(self, rows: Rows) -> int:
         return power_of_two(max(rows.context + DRAFT_ROWS, MIN_COLUMNS))
 
-    def pass_bytes(self, rows: Rows) -> int:
-        """Temporaries over the whole prompt, which the draft reads at once; or of logits over one level of a tree."""
-        fusion = (6 * self.widths.hidden + self.features) * rows.context * self.number_bytes
-        logits = MAX_STATIC_ROWS * self._logits * (self.number_bytes + 8)  # and log-probabilities in fp32, twice
-        return max(self.widths.pass_bytes(rows.context, self.number_bytes), fusion) + logits
 
-    def graph_bytes(self, rows: Rows) -> int:
-        """What CUDA graphs read, write and hold, as `graph_runner.py` says, with cuBLAS's workspaces."""
-        numbers = self._logits + 3 * self.widths.hidden + self._capacity(rows)
-        numbers += self._logits + 3 * self.widths.inner
-        return MAX_STATIC_ROWS * numbers * self.number_bytes + 8 * self._capacity(rows) + CUBLAS_BYTES
+def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
+    """Count a target.
+
+    Raises:
+        ValueError: the config is that of a model that cannot be a target (encoder-decoder, recurrent, no text model).
+    """
+    model = _on_meta(config, storage.dtype)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        layers, norm = list(decoder_layers(model)), final_norm(model)
+    except ValueError:  # the layers cannot be told apart: their weights count as rest, and none can be moved
+        layers, norm = [], None
+    in_layers = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    stored = {
+        id(tensor): storage.bytes_of(name, tensor, in_layer=id(tensor) in in_layers)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+    def take(module: nn.Module) -> int:  # each tensor counts where it is met first
+        return sum(stored.pop(id(tensor), 0) for tensor in (*module.parameters(), *module.buffers()))
+
+    weights = {"embedding": take(embedding), "head": take(head), "final norm": take(norm) if norm is not None else 0}
+    layer_bytes = [take(layer) for layer in layers]
+    weights["rest"] = take(model)
+    return TargetSizes(
+        storage=storage,
+        weights=weights,
+        layers=tuple(_layer_sizes(model, layer_bytes, storage.run_bytes)),
+        tied=head.weight is embedding.weight,
+        head_bias=getattr(head, "bias", None) is not None,
+        vocab_size=sizes_of(config).vocab_size,
+        widths=Widths.of(config),
+        modules=parts_of(model, layers, norm),
+    )
+
+
+def draft_sizes(config: DovetailConfig, dtype: str) -> DraftSizes:
+    """Count a `DovetailDraft` in `dtype`, one of `FLOAT_DTYPES`, without the target's tables."""
+    with torch.device("meta"):
+        draft = DovetailDraft(copy.deepcopy(config))
+    number_bytes = FLOAT_DTYPES[dtype].itemsize
+    blocks_bytes = sum(p.numel() for p in draft.parameters()) * number_bytes + sum(b.nbytes for b in draft.buffers())
+    return DraftSizes(config, number_bytes, blocks_bytes, None if draft.head_weight is None else len(draft.head_weight))
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    name = config.name_or_path or type(config).__name__
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name} is a {config.model_type} model, which AutoModelForCausalLM cannot load. Plans are made for models "
+            "that it loads; give the text model's config if the checkpoint has one."
+        )
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the shapes are those of the unpacked weights
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    reason = refuse_reason(layers_for(config.get_text_config(decoder=True)))
+    if keeps_recurrent_state(model) or reason:
+        reason = reason or "it keeps a recurrent state"
+        raise ValueError(f"{name} cannot take back rejected tokens: {reason}. There is nothing to plan with a draft.")
+    return model
+
+
+def _layer_sizes(model: PreTrainedModel, weights_bytes: list[int], number_bytes: int) -> Iterator[LayerSizes]:
+    """Sizes of every layer. Keys and values are counted as the model itself writes them for one token.
+
+    The numbers that latent attention keeps differ between versions of transformers and between layers. The last
+    layers may have no cache, because they read the rows of earlier ones.
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            # Some kernels have no other dtype on meta.
+            ids = torch.zeros(1, 1, dtype=torch.int64)
+            model.to(torch.bfloat16)(ids, use_cache=True, **{cache_argument(model): cache})
+        numbers = [0 if kept.keys is None else kept.keys.numel() + kept.values.numel() for kept in cache.layers]
+    except RuntimeError:  # some models look at values, which do not exist on meta
+        numbers = [Widths.of(model.config).key_value] * len(cache.layers)
+    windows = [getattr(kept, "sliding_window", None) for kept in cache.layers]
+    for layer_bytes, row, window in zip_longest(weights_bytes, numbers, windows):
+        yield LayerSizes(layer_bytes or 0, number_bytes * (row or 0), window)

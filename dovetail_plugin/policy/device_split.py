@@ -14,7 +14,9 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from .. import machine
-from ..planning.device_plan import DevicePlan, parse_budget
+from ..drafts.known_pairs import LOOKUP
+from ..planning.device_plan import DevicePlan, parse_bytes
+from ..planning.draft_config import load_draft_config
 from ..planning.known_shapes import load_config
 from ..planning.make_plan import make_plan
 from ..tree import TreeBudget
@@ -66,8 +68,8 @@ class DeviceSplitPolicy:
             raise ValueError(
                 f'threads must be "auto" or "keep", got {threads!r}; use torch.set_num_threads for others.'
             )
-        self.vram_budget_bytes = machine.free_vram_bytes() if vram_budget is None else parse_budget(vram_budget)
-        self.ram_budget_bytes = machine.memory_bytes() if ram_budget is None else parse_budget(ram_budget)
+        self.vram_budget_bytes = machine.free_vram_bytes() if vram_budget is None else parse_bytes(vram_budget)
+        self.ram_budget_bytes = machine.memory_bytes() if ram_budget is None else parse_bytes(ram_budget)
         self.limits, self.threads = limits, threads
         self.measured_in = Path(measured_in) if measured_in is not None else records.default_directory()
         self.costs: dict[str, CostModel] = {}
@@ -88,14 +90,15 @@ class DeviceSplitPolicy:
         """What goes where, within this policy's budgets, from configs alone: nothing is loaded.
 
         Args:
-            target, draft: configs, or what `shapes.load_config` takes: ids, directories, names of known shapes; no
-                draft plans for an untrained one of one block.
-            options: `dtype`, `draft_dtype`, `context` and others of `plan.make_plan`.
+            target: a config, or what `load_config` takes: an id, a directory, the name of a known shape.
+            draft: a config, what `load_draft_config` takes, or "lookup"; None plans for an untrained one of one block.
+            options: `dtype`, `draft_dtype`, `context` and others of `make_plan`.
 
         Raises:
-            ValueError: the target does not fit, with what would help; see `plan.make_plan`.
+            ValueError: the target does not fit, with what would help; see `make_plan`.
         """
-        target, draft = (load_config(name) if isinstance(name, str) else name for name in (target, draft))
+        target = load_config(target) if isinstance(target, str) else target
+        draft = load_draft_config(draft) if isinstance(draft, str) and draft != LOOKUP else draft
         options.setdefault("gpu_supports_bf16", machine.gpu_supports_bf16())
         options.setdefault("max_nodes", self.limits.nodes)
         return make_plan(target, draft, vram_bytes=self.vram_budget_bytes, ram_bytes=self.ram_budget_bytes, **options)

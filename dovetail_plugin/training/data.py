@@ -1,11 +1,11 @@
-"""Text to training sequences: JSON lines in, token ids with an assistant-only mask out.
+"""Turns text into training sequences: reads JSON lines and returns token ids with a mask.
 
 A line is one of
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
     {"prompt": ..., "completion": ...}
     {"text": ...}
-The mask marks the tokens that the target itself would have written: assistant turns, completions, or all
-of a plain text. Knows nothing of models.
+The mask marks the tokens that the target itself would write: assistant turns, completions, or all of a plain text.
+This module does not use models.
 """
 
 import json
@@ -20,7 +20,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequence:
-    """input_ids: (T,) int64. written: (T,) bool, True where the target writes the token."""
+    """One tokenized row.
+
+    Attributes:
+        input_ids: (T,) int64.
+        written: (T,) bool, True for tokens that the target writes.
+    """
 
     input_ids: Tensor
     written: Tensor
@@ -31,7 +36,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences side by side, padded on the right: input_ids (B, T) int64, written (B, T) bool, lengths (B,)."""
+    """Several sequences, padded on the right.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        written: (B, T) bool, True for tokens that the target writes, False for padding.
+        lengths: (B,) int64, tokens of each sequence without padding.
+    """
 
     input_ids: Tensor
     written: Tensor
@@ -39,11 +50,11 @@ class Batch:
 
 
 def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """All rows of the files, in order.
+    """Read all rows of the files, in order. Blank lines are skipped.
 
     Raises:
-        ValueError: a line is no JSON object, has none of the known fields or one of another type; names file
-            and line.
+        ValueError: a line is not a JSON object with known fields of the right type (the message names file and line),
+            or the files have no rows.
     """
     rows = []
     for file in files:
@@ -54,18 +65,18 @@ def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number}: not JSON ({error}).") from error
+                    raise ValueError(f"{file}, line {number}: not valid JSON ({error}).") from error
                 problem = _problem(row)
                 if problem:
                     raise ValueError(f"{file}, line {number}: {problem}.")
                 rows.append(row)
     if not rows:
-        raise ValueError(f"no rows in {', '.join(str(f) for f in files)}.")
+        raise ValueError(f"no rows in {', '.join(str(f) for f in files)}. Add at least one line.")
     return rows
 
 
 def _problem(row: Any) -> str | None:
-    """What is wrong with a row, or None."""
+    """Describe what is wrong with a row; None for a valid row."""
     if isinstance(row, dict) and "messages" in row:
         messages = row["messages"]
         good = isinstance(messages, list) and all(
@@ -74,7 +85,7 @@ def _problem(row: Any) -> str | None:
         )
         if good and any(m["role"] == "assistant" for m in messages):
             return None
-        return '"messages" must be a list of {"role": text, "content": text}, one of them by the assistant'
+        return '"messages" must be a list of {"role": text, "content": text} with at least one message of the assistant'
     for fields in (("text",), ("prompt", "completion")):
         if isinstance(row, dict) and row.keys() >= set(fields):
             wrong = [f'"{name}" must be text' for name in fields if not isinstance(row[name], str)]
@@ -84,7 +95,11 @@ def _problem(row: Any) -> str | None:
 
 
 def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
-    """Tokenize one row, cut to `max_length` tokens."""
+    """Tokenize one row and cut it to `max_length` tokens.
+
+    Raises:
+        ValueError: the row has messages and the tokenizer does not have a chat template.
+    """
     if "messages" in row:
         ids, written = _encode_chat(row["messages"], tokenizer)
     elif "text" in row:
@@ -100,10 +115,14 @@ def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
 
 
 def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids and mask of a chat; templates without generation marks are masked by growing prefixes."""
+    """Ids and mask of a chat.
+
+    A template with generation marks gives the mask itself. Otherwise growing prefixes of the chat are encoded, and the
+    tokens that an assistant's message adds are marked.
+    """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template, so rows with messages cannot be used; give prompt and completion."
+            "rows with messages need a chat template, and the tokenizer has none. Use prompt and completion instead."
         )
     if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
         out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -121,17 +140,17 @@ def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[i
 
 
 def _extended(ids: list[int], written: list[int], longer: list[int], mark: int) -> tuple[list[int], list[int]]:
-    """`longer` with the mask of `ids` as far as the two agree, and `mark` from there on.
+    """Extend the mask of `ids` to `longer`: the old mask as far as the two agree, and `mark` after that.
 
-    They may part before the end of `ids`: a merge over the boundary, or a template that says earlier turns
-    differently once they are past (without their reasoning, say).
+    They can diverge before the end of `ids`, if tokens merge across the boundary or if the template renders earlier
+    turns differently later on (for example without their reasoning).
     """
     same = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer)))
     return list(longer), written[:same] + [mark] * (len(longer) - same)
 
 
 def collate(sequences: list[Sequence], pad_id: int) -> Batch:
-    """Pad on the right to the longest sequence."""
+    """Put sequences into one batch, padded on the right with `pad_id` to the longest of them."""
     pad = torch.nn.utils.rnn.pad_sequence
     return Batch(
         pad([s.input_ids for s in sequences], batch_first=True, padding_value=pad_id),
@@ -141,10 +160,18 @@ def collate(sequences: list[Sequence], pad_id: int) -> Batch:
 
 
 def batch_order(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
-    """One epoch of batches of sequence numbers, shuffled, each of sequences of similar length.
+    """The batches of one epoch in random order, each with sequences of similar length.
 
-    Sequences are shuffled, sorted by length within pools of 50 batches and cut; the same seed gives the
-    same order, which is what makes a run resumable by its step number alone.
+    Sequences are shuffled, sorted by length within pools of 50 batches, and cut into batches. The order depends only
+    on the arguments, so a run can be resumed from its step number alone.
+
+    Args:
+        lengths: tokens of each sequence.
+        batch_size: sequences per batch. Incomplete batches are dropped, unless all are incomplete.
+        seed: of the order.
+
+    Returns:
+        Batches of sequence numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()

@@ -1,6 +1,6 @@
-"""Features of the frozen target: computed on the fly, or once into safetensors shards.
+"""Features of the frozen target, computed during training or once into safetensors shards.
 
-Enters: token ids. Leaves: the last hidden state after the final norm, (B, T, H). The head is not run.
+Takes token ids and returns the last hidden state after the final norm, (B, T, H). The head is not run.
 """
 
 import hashlib
@@ -17,20 +17,30 @@ from transformers import PreTrainedModel
 from .data import Batch, Sequence, collate
 
 SHARD_SEQUENCES = 512
+"""Sequences in one file of the cache."""
 
 
 @torch.no_grad()
 def target_features(target: PreTrainedModel, batch: Batch) -> Tensor:
-    """(B, T, H) in the target's dtype, on its device. Padding on the right needs no mask: it comes last."""
+    """Run the target over a batch.
+
+    Padding is on the right, so it does not need a mask: in a causal model no real token attends to it.
+
+    Returns:
+        (B, T, H) float, in the target's dtype, on its device.
+    """
     output = target.base_model(input_ids=batch.input_ids.to(target.device), use_cache=False)
     return output.last_hidden_state
 
 
 class FeatureCache:
-    """Target features of numbered sequences in safetensors shards, written at the first run.
+    """Target features of numbered sequences, stored in safetensors shards on first use.
 
     Args:
-        directory: holds `features-*.safetensors` and `index.json`; one directory for one target and data.
+        directory: holds `features-*.safetensors` and `index.json`. It belongs to one target and one set of sequences.
+        target: computes the features if the directory has none yet.
+        sequences: all sequences; their positions are their numbers.
+        pad_id: token id for padding.
 
     Raises:
         ValueError: the directory was written for other sequences or another target.
@@ -46,8 +56,8 @@ class FeatureCache:
             index.write_text(json.dumps(key))
         elif json.loads(index.read_text()) != key:
             raise ValueError(
-                f"{directory} holds features of another target, other data or another max_length; "
-                "delete it or name another directory."
+                f"{directory} holds features of another target, other data or another max_length. "
+                "Delete it or use another directory."
             )
 
     def _write(self, target: PreTrainedModel, sequences: list[Sequence], pad_id: int) -> None:
@@ -61,7 +71,11 @@ class FeatureCache:
         return self.directory / f"features-{number // SHARD_SEQUENCES:05d}.safetensors"
 
     def load(self, numbers: list[int]) -> Tensor:
-        """(B, T, H) of these sequences, padded with zeros on the right."""
+        """Read the features of these sequences.
+
+        Returns:
+            (B, T, H) float, in the target's dtype, on the CPU, padded with zeros on the right.
+        """
         rows = []
         for number in numbers:
             with safe_open(self._shard(number), framework="pt") as shard:
@@ -70,7 +84,7 @@ class FeatureCache:
 
 
 def fingerprint(target: PreTrainedModel) -> str:
-    """Sixteen hex digits of the target's config and some of its weights, whatever directory it came from."""
+    """Hash of the target's config and some of its weights, as 16 hex digits. It does not depend on the directory."""
     hashed = hashlib.sha256(json.dumps(target.config.to_diff_dict(), sort_keys=True, default=str).encode())
     for _, parameter in sorted(target.named_parameters()):
         hashed.update(str(tuple(parameter.shape)).encode())
@@ -79,7 +93,7 @@ def fingerprint(target: PreTrainedModel) -> str:
 
 
 def digest(sequences: list[Sequence]) -> str:
-    """Sixteen hex digits of the tokens of these sequences, where each ends, and who wrote them."""
+    """Hash of the tokens, lengths and masks of these sequences, as 16 hex digits."""
     hashed = hashlib.sha256()
     for sequence in sequences:
         hashed.update(len(sequence).to_bytes(8, "little"))

@@ -1,9 +1,8 @@
-"""The training loop: a frozen target, a draft, accelerate for devices, precision and several processes.
+"""The training loop: a frozen target, a draft, and accelerate for devices, precision and several processes.
 
-Enters: a `TrainingConfig`. Leaves: a draft checkpoint that `DovetailDraft.from_pretrained` loads, with
-`training.json` (config and history) and `loss.png` beside it. A run that was interrupted continues from
-its last saved state and ends with the same weights as one that was not: order and noise depend on the
-seed and the step alone.
+Takes a `TrainingConfig` and writes a draft checkpoint that `DovetailDraft.from_pretrained` loads, with `training.json`
+(config and history) and `loss.png` beside it. An interrupted run continues from its last saved state and ends with the
+same weights as a run without interruption, because order and noise depend only on the seed and the step.
 """
 
 import json
@@ -34,14 +33,22 @@ from .features import FeatureCache, digest, fingerprint, target_features
 from .losses import Losses, count_rows, draft_losses, expected_acceptance_length
 
 STATE = "resume"
+"""Directory in the output directory that holds the state to resume from."""
+
 MAY_CHANGE = ("target", "data", "out", "eval_every", "save_every", "save_dtype", "cache_features")
-"""Fields of the config that a resumed run need not share with the interrupted one; text and target are compared
-by content."""
+"""Config fields that may differ in a resumed run. Data and target are compared by content instead."""
 
 
 @dataclass
 class History:
-    """What the progress bar showed, step by step; stored with the checkpoint and plotted."""
+    """Losses and estimates of a run. They are stored with the checkpoint and plotted.
+
+    Attributes:
+        steps: numbers of the steps, from 1.
+        losses: training loss of each step.
+        eval_steps: steps after which acceptance was estimated.
+        acceptance: estimated acceptance length of each of these steps.
+    """
 
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -50,7 +57,7 @@ class History:
 
 
 class DraftWithLosses(nn.Module):
-    """The draft with its losses as `forward`: what accelerate wraps, so that processes share gradients."""
+    """The draft with its losses as `forward`. accelerate wraps this module, so that processes share gradients."""
 
     def __init__(self, draft: DovetailDraft) -> None:
         super().__init__()
@@ -64,13 +71,16 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
     """Train a draft and save it to `config.out`.
 
     Args:
-        config: all numbers of the run.
-        resume: continue from the state in `config.out`, if there is one.
+        config: settings of the run.
+        resume: continue from the state in `config.out` if there is one.
+
+    Returns:
+        The trained draft, in `config.save_dtype`.
 
     Raises:
-        ValueError: data, target or an earlier state do not fit the config.
+        ValueError: the data, the target or the saved state do not fit the config.
     """
-    # The buffers are the target's tables: they never change, so there is nothing to broadcast.
+    # The buffers are the target's embedding and head. They never change, so they need not be broadcast.
     constant_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -80,7 +90,7 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
     parts = config.accumulate * accelerator.num_processes
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size ({config.batch_size}) must be a multiple of accumulate times processes "
+            f"batch_size ({config.batch_size}) must be a multiple of accumulate times the number of processes "
             f"({config.accumulate} x {accelerator.num_processes})."
         )
     torch.manual_seed(config.seed)
@@ -103,21 +113,28 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
 
 
 def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
+    """Usable sequences of the data and the token id for padding.
+
+    A sequence is usable if it has at least one row in every pass and a token that the target writes.
+
+    Raises:
+        ValueError: there are too few of them.
+    """
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     rows = read_jsonl(config.data)
     sequences = [encode(row, tokenizer, config.max_length) for row in tqdm(rows, desc="tokenizing", unit="row")]
     sequences = [s for s in sequences if len(s) >= config.rollout + 3 and bool(s.written.any())]
     if len(sequences) < config.held_out + config.batch_size:
         raise ValueError(
-            f"{len(sequences)} usable sequences are too few for {config.held_out} held-out ones and a batch of "
-            f"{config.batch_size}; give more data or smaller numbers."
+            f"{len(sequences)} usable sequences are too few for {config.held_out} held-out sequences and a batch of "
+            f"{config.batch_size}. Add data, or reduce held_out or batch_size."
         )
     return sequences, tokenizer.pad_token_id or 0
 
 
 @dataclass
 class _Run:
-    """The parts of one run, and one method for each thing that happens in it."""
+    """The state of one run, with a method for each of its tasks."""
 
     config: TrainingConfig
     accelerator: Accelerator
@@ -132,15 +149,15 @@ class _Run:
 
     def __post_init__(self) -> None:
         directory = self.config.cache_features
-        with self.accelerator.main_process_first():  # the others find the shards written
+        with self.accelerator.main_process_first():  # the other processes read what it wrote
             self.cache = FeatureCache(directory, self.target, self.sequences, self.pad_id) if directory else None
-        # The last sequences are held out; everything before them is trained on.
+        # The last sequences are held out. All sequences before them are used for training.
         self.train_count = len(self.sequences) - self.config.held_out
         self._lengths = [len(s) for s in self.sequences[: self.train_count]]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def train(self, first: int) -> None:
-        """Steps `first` .. `config.steps` - 1."""
+        """Run the steps `first` .. `config.steps` - 1."""
         config = self.config
         progress = tqdm(
             range(first, config.steps),
@@ -163,9 +180,10 @@ class _Run:
                 self.save_state(step + 1)
 
     def _step(self, step: int) -> float:
+        """Run one optimizer step; returns its loss."""
         self.model.train()
         numbers = self._batch_numbers(step)
-        # However the step is cut, a row weighs the same. Processes average their gradients.
+        # Each row has the same weight, however the step is cut. Processes average their gradients.
         processes = self.accelerator.num_processes
         row_counts = count_rows([self.sequences[n] for n in numbers], self.config.rollout) / processes
         own = numbers[self.accelerator.process_index :: processes]
@@ -183,7 +201,7 @@ class _Run:
         return float(self.accelerator.reduce(total, "mean"))
 
     def _batch_numbers(self, step: int) -> list[int]:
-        """The sequences of a step, of all processes; depends on seed and step only."""
+        """Numbers of the sequences of a step, over all processes. They depend only on seed and step."""
         per_epoch = max(self.train_count // self.config.batch_size, 1)
         epoch, place = divmod(step, per_epoch)
         if self._epoch[0] != epoch:
@@ -209,7 +227,7 @@ class _Run:
         return features, Batch(batch.input_ids.to(device), batch.written.to(device), batch.lengths.to(device))
 
     def _noise(self, features: Tensor, numbers: list[int], step: int) -> Tensor:
-        """(B, T, H) uniform, in units of each row's RMS; depends on seed, step and sequence only."""
+        """Uniform noise (B, T, H), scaled by the RMS of each row. It depends only on seed, step and sequence."""
         noise = torch.zeros(features.shape)
         for row, number in enumerate(numbers):
             seed = (self.config.seed * 1_000_003 + step) * 1_000_003 + number
@@ -220,7 +238,7 @@ class _Run:
 
     @torch.no_grad()
     def held_out_acceptance(self) -> float:
-        """Expected acceptance length of greedy chains as deep as the rollout, on the held-out sequences."""
+        """Expected acceptance length of greedy chains of `rollout` tokens on the held-out sequences."""
         self.draft.eval()
         numbers = range(self.train_count, len(self.sequences))
         row_counts = count_rows([self.sequences[n] for n in numbers], self.config.rollout)
@@ -233,7 +251,7 @@ class _Run:
         return expected_acceptance_length(agreement / row_counts.clamp(min=1))
 
     def calibration(self) -> dict[str, list[float]]:
-        """Of the held-out sequences, as deep as the rollout."""
+        """Acceptance rates of the held-out sequences to a depth of `rollout`; see `Calibration.rates`."""
         self.draft.eval()
         calibration = Calibration()
         for number in range(self.train_count, len(self.sequences)):
@@ -242,13 +260,13 @@ class _Run:
         return calibration.rates()
 
     def _key(self) -> dict[str, Any]:
-        """What a resumed run must share with the interrupted one to end as if it had not been interrupted."""
+        """Values that must be equal in a resumed run, so that it ends like an uninterrupted one."""
         numbers = {k: v for k, v in asdict(self.config).items() if k not in MAY_CHANGE}
         trained_on = self.sequences[: self.train_count]
         return numbers | {"target": fingerprint(self.target), "sequences": digest(trained_on)}
 
     def save_state(self, step: int) -> None:
-        """Everything needed to continue after `step` steps. Replaces the last state when it is complete."""
+        """Save the state after `step` steps. It replaces the previous state once it is complete."""
         directory, unfinished = self.config.out / STATE, self.config.out / f"{STATE}.unfinished"
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
@@ -259,10 +277,13 @@ class _Run:
             unfinished.rename(directory)
 
     def load_state(self) -> int:
-        """Restore the last saved state; returns the number of steps done, 0 if there is none.
+        """Restore the last saved state.
+
+        Returns:
+            The number of steps that are done, 0 if there is no state.
 
         Raises:
-            ValueError: the state is of a run with other numbers, data or another target.
+            ValueError: the state belongs to a run with other settings, other data or another target.
         """
         directory = self.config.out / STATE
         if not directory.exists():
@@ -272,7 +293,7 @@ class _Run:
         changed = [f"{k} was {saved.get(k)} and is {key[k]}" for k in key if saved.get(k) != key[k]]
         if changed:
             raise ValueError(
-                f"cannot resume from {directory}: {', '.join(changed)}. Give the same values, or start anew "
+                f"cannot resume from {directory}: {', '.join(changed)}. Use the same values, or start again "
                 "without --resume."
             )
         self.accelerator.load_state(str(directory))
@@ -281,7 +302,7 @@ class _Run:
 
 
 def token_order(sequences: list[Sequence], vocab_size: int) -> np.ndarray:
-    """(V,) int32 token ids, the most frequent of these sequences first; for drafts with a cut head."""
+    """Token ids by descending frequency in these sequences, for drafts with a reduced head: (V,) int32."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for sequence in sequences:
         counts += torch.bincount(sequence.input_ids, minlength=vocab_size)
@@ -289,6 +310,7 @@ def token_order(sequences: list[Sequence], vocab_size: int) -> np.ndarray:
 
 
 def _save(config: TrainingConfig, draft: DovetailDraft, history: History, order: np.ndarray) -> None:
+    """Write the draft, its token order, the tokenizer, config, history and loss plot to `config.out`."""
     dtype = getattr(torch, config.save_dtype)
     draft.to(dtype).save_pretrained(config.out)
     np.save(config.out / TOKEN_ORDER, order, allow_pickle=False)
@@ -300,11 +322,11 @@ def _save(config: TrainingConfig, draft: DovetailDraft, history: History, order:
 
 
 def plot_history(history: History, file: Path) -> None:
-    """Loss and held-out acceptance over steps, as a PNG; skipped with a note if matplotlib is missing."""
+    """Plot loss and held-out acceptance over steps as a PNG. Without matplotlib only a note is printed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        tqdm.write("no loss plot: install matplotlib (pip install 'dovetail-plugin[train]')")
+        tqdm.write("The loss plot was skipped. To get one, install matplotlib: pip install 'dovetail-plugin[train]'")
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

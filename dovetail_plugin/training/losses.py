@@ -1,4 +1,4 @@
-"""Losses of one batch: what the draft predicts against what the target really had.
+"""Losses of one batch: the features that the draft predicts against the features of the target.
 
 Alignment, for a sequence x_0 .. x_{T-1} with target features f_0 .. f_{T-1}:
 
@@ -6,11 +6,11 @@ Alignment, for a sequence x_0 .. x_{T-1} with target features f_0 .. f_{T-1}:
     feature in     f_0      f_1            f_{T-3}
     token in       x_1      x_2            x_{T-2}
     target out     f_1      f_2            f_{T-2}
-    counts if the target wrote x_2, x_3, ..., x_{T-1}   (the token that f_1, f_2, ... decide)
+    counts if the target wrote x_2, x_3, ..., x_{T-1}   (the token that f_1, f_2, ... predict)
 
-The first pass reads true features. In pass s > 1 row p reads the prediction that pass s - 1 made at row
-p - 1, and attends true rows up to p - s + 1 and predicted rows after that: exactly what a node at depth
-s - 1 of a tree sees (HASS, Zhang et al. 2024; EAGLE-3's training-time test).
+The first pass reads true features. In pass s > 1, row p reads the prediction that pass s - 1 made at row p - 1, and
+attends to true rows up to p - s + 1 and to predicted rows after that. This is exactly what a node at depth s - 1 of a
+tree sees (HASS, Zhang et al. 2024; training-time test of EAGLE-3).
 """
 
 from collections.abc import Iterator
@@ -26,10 +26,12 @@ from .data import Batch, Sequence
 
 @dataclass(frozen=True)
 class Losses:
-    """feature, token: () means of SmoothL1 and soft cross-entropy over the counted rows of each pass, averaged.
+    """Losses of a batch. If the batch is a part of a step, the losses of all parts add up to those of the step.
 
-    agreement: (passes,) share of counted rows whose likeliest token is the target's.
-    Where the batch is a part of a step, the parts' losses add up to those of the step.
+    Attributes:
+        feature: () float, SmoothL1 loss: mean over the counted rows of each pass, averaged over passes.
+        token: () float, soft cross-entropy, averaged in the same way.
+        agreement: (passes,) float, share of counted rows whose likeliest token is the target's likeliest token.
     """
 
     feature: Tensor
@@ -38,48 +40,64 @@ class Losses:
 
 
 class GrowingRows:
-    """`KVRows` for training: concatenates instead of writing in place, so gradients flow."""
+    """Key/value rows for training. Rows are concatenated instead of written in place, so that gradients flow."""
 
     def __init__(self) -> None:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows: keys and values (B, K, T, head_dim)."""
         self._keys.append(keys)
         self._values.append(values)
 
     @property
     def keys(self) -> Tensor:
+        """(B, K, all rows, head_dim)."""
         return torch.cat(self._keys, dim=2)
 
     @property
     def values(self) -> Tensor:
+        """(B, K, all rows, head_dim)."""
         return torch.cat(self._values, dim=2)
 
 
 def rollout_mask(length: int, passes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What rows of the last pass see: (length, passes * length) additive.
+    """Attention mask of the last pass.
 
-    Row p of pass s sees true rows 0 .. p - s + 1, then of pass r = 2 .. s the row p - s + r.
+    Row p of pass s sees true rows 0 .. p - s + 1, and row p - s + r of each pass r = 2 .. s.
+
+    Args:
+        length: rows of each pass.
+        passes: number of the last pass.
+        dtype: of the mask.
+        device: of the mask.
+
+    Returns:
+        (length, passes * length), 0 for rows that are seen and -inf for the others.
     """
     rows = torch.arange(length, device=device)
     behind = rows[:, None] - rows[None]
     blocks = [behind >= passes - 1] + [behind == passes - r for r in range(2, passes + 1)]
     seen = torch.cat(blocks, dim=1)
-    seen[:, 0] |= ~seen.any(1)  # rows before the pass can start see something, and are never counted
+    seen[:, 0] |= ~seen.any(1)  # rows before the start of the pass are never counted but must see something
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def count_rows(sequences: list[Sequence], passes: int) -> Tensor:
-    """(passes,) float32: rows that count in each pass over all of these sequences."""
+    """Number of counted rows of each pass over all of these sequences: (passes,) float32."""
     return torch.tensor([float(sum(int(s.written[p + 1 :].sum()) for s in sequences)) for p in range(1, passes + 1)])
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over a batch; R = T - 2 rows, aligned as in the module docstring.
+    """One pass over a batch. It has R = T - 2 rows, aligned as in the module docstring.
 
-    number: from 1. predicted: (B, R, H). logits: (B, R, V) of the draft. counted: (B, R) bool.
+    Attributes:
+        number: number of the pass, from 1.
+        predicted: (B, R, H) float, predicted features.
+        logits: (B, R, V) float32 logits of the draft.
+        counted: (B, R) bool, rows that count in losses.
     """
 
     number: int
@@ -91,7 +109,7 @@ class Pass:
 def roll_out(
     draft: DovetailDraft, features: Tensor, batch: Batch, *, passes: int, noise: Tensor | None = None
 ) -> Iterator[Pass]:
-    """Run the draft `passes` times over a batch; arguments as `draft_losses`."""
+    """Run the draft `passes` times over a batch; see `draft_losses` for the arguments."""
     inputs = features if noise is None else features + noise
     inputs, tokens = inputs[:, :-2], batch.input_ids[:, 1:-1]
     rows = torch.arange(tokens.shape[1], device=tokens.device)
@@ -102,7 +120,7 @@ def roll_out(
         mask = None if number == 1 else rollout_mask(len(rows), number, inputs.dtype, inputs.device)
         predicted = draft.step(inputs, tokens, rope, caches, mask)  # type: ignore[arg-type]
         yield Pass(number, predicted, draft.head(predicted).float(), counted & (rows >= number - 1))
-        # Pass s + 1 reads at row p what pass s predicted at row p - 1; row 0 has nothing before it.
+        # Row p of the next pass reads what this pass predicted at row p - 1. Row 0 has no row before it.
         inputs = torch.cat([inputs[:, :1], predicted[:, :-1]], dim=1)
 
 
@@ -115,15 +133,16 @@ def draft_losses(
     noise: Tensor | None = None,
     row_counts: Tensor | None = None,
 ) -> Losses:
-    """Run the draft `passes` times over a batch.
+    """Run the draft `passes` times over a batch and compute its losses.
 
     Args:
-        features: (B, T, H) of the target, on the draft's device.
+        draft: attached to the target.
+        features: (B, T, H) float features of the target, on the draft's device.
         batch: tokens and mask, on the same device.
-        passes: see the module docstring; at least 1.
-        noise: (B, T, H) added to the features that the first pass reads, or None.
-        row_counts: (passes,) from `count_rows` of the whole step that this batch is a part of; None if it
-            is no part of anything.
+        passes: number of passes, at least 1; see the module docstring.
+        noise: (B, T, H) float, added to the features that the first pass reads. None adds nothing.
+        row_counts: (passes,) float from `count_rows` of the whole step, if this batch is a part of a step. None if the
+            batch stands alone.
     """
     wanted = features[:, 1:-1]
     with torch.no_grad():
@@ -143,5 +162,9 @@ def draft_losses(
 
 
 def expected_acceptance_length(agreement: Tensor) -> float:
-    """Tokens a verification of a greedy chain would give: 1 + a_1 + a_1 a_2 + ... for agreements a (passes,)."""
+    """Expected tokens per round of a greedy chain: 1 + a_1 + a_1 a_2 + ...
+
+    Args:
+        agreement: (passes,) float, the agreements a_1, a_2, ...
+    """
     return 1.0 + float(agreement.double().cumprod(0).sum())

@@ -1,0 +1,178 @@
+"""Loads the models that the options of `common.py` name, and refuses what cannot be loaded before long work."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from ..drafts import known_pairs
+from ..drafts.base import Draft
+from ..drafts.checkpoints.read import read_config
+from ..drafts.config import DovetailConfig
+from ..drafts.known_pairs import LOOKUP, draft_name_for
+from ..drafts.model import DovetailDraft
+from ..planning.apply import apply_plan
+from ..planning.device_plan import parse_bytes
+from ..policy.device_split import DeviceSplitPolicy
+from ..tree import TreeBudget
+from .common import hub_options
+
+
+@dataclass(frozen=True)
+class LoadedPair:
+    """A target, in torch or exported, with its tokenizer (None for random weights) and draft."""
+
+    target: Any
+    tokenizer: Any
+    draft: Draft
+
+
+def load_pair(args: argparse.Namespace) -> LoadedPair:
+    """Load target, tokenizer and draft with the tree budget and the placement that were asked for.
+
+    Raises:
+        ValueError: a model does not exist, --target or --draft is something else, or the device is missing.
+    """
+    config = check_target(args)
+    draft = load_draft(args, config)
+    target = load_target(args)
+    prepare_draft(args, target, draft)
+    return LoadedPair(target, load_tokenizer(args), draft)
+
+
+def check_model(option: str, name: str, read: Callable[..., Any] = AutoConfig.from_pretrained, **options: Any) -> Any:
+    """Read the config of a model that is about to be loaded.
+
+    Args:
+        option: the option that named it, for messages.
+        read: reads the config. Drafts of other projects have configs that transformers takes for whole models.
+        options: for `read`.
+
+    Raises:
+        ValueError: there is no such model, or its config cannot be read.
+    """
+    if Path(name).is_file():
+        raise ValueError(f"{option} {name} is a file; give the directory of the model.")
+    try:
+        return read(name, **options)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise ValueError(f"{option} {name}: {error}") from error
+        raise ValueError(f"{option} {name}: no such directory, and no hub model of that name within reach.") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {name}: {error}") from error
+
+
+def check_target(args: argparse.Namespace) -> PretrainedConfig:
+    """Read the config of --target or --target-ir.
+
+    Raises:
+        ValueError: there is no such model, or it is a draft.
+    """
+    option, name = ("--target", args.target) if args.target else ("--target-ir", args.target_ir)
+    config = check_model(option, name, **_target_source(args))
+    if _is_draft(config):
+        raise ValueError(f"{option} {name} is a draft, not a target. Check that {option} and --draft are not swapped.")
+    return config
+
+
+def _target_source(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the target comes from. Its Python code runs only if that was allowed; transformers would ask on stdin."""
+    return hub_options(args, args.revision) | {"trust_remote_code": args.trust_remote_code}
+
+
+def _is_draft(config: PretrainedConfig) -> bool:
+    if isinstance(config, DovetailConfig) or hasattr(config, "speculators_model_type"):
+        return True
+    return any("eagle" in name.lower() for name in config.architectures or [])
+
+
+def load_target(args: argparse.Namespace) -> Any:
+    """Load the target, in torch or exported."""
+    if args.target_ir:
+        from dovetail_plugin.adapters import load_exported
+
+        return load_exported(args.target_ir, threads=args.threads, **hub_options(args, args.revision))
+    return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, **_target_source(args))
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """Load the target's tokenizer, from the same revision."""
+    return AutoTokenizer.from_pretrained(args.target or args.target_ir, **_target_source(args))
+
+
+def load_draft(args: argparse.Namespace, target_config: PretrainedConfig) -> Draft:
+    """Load --draft, or the draft that is known for the target; says on stderr which that is.
+
+    Raises:
+        ValueError: --draft does not exist or is not a draft, or the device is missing.
+    """
+    check_device(args)
+    hub = hub_options(args, args.draft_revision)
+    options = hub | {
+        "dtype": args.dtype,
+        "device_map": args.draft_device,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if args.draft is not None:
+        if args.draft != LOOKUP:
+            check_model("--draft", args.draft, read_config, **hub)
+        return known_pairs.load_draft(args.draft, **options)
+    name, why = draft_name_for(target_config)
+    print(f"--draft not given: taking {name} ({why})", file=sys.stderr)
+    try:
+        return known_pairs.load_draft(name, **options)
+    except OSError as error:
+        print(f"{name} cannot be loaded, looking up the text instead: {error}", file=sys.stderr)
+        return known_pairs.load_draft(LOOKUP)
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Refuse a --draft-device that does not exist.
+
+    Raises:
+        ValueError: torch finds no such device.
+    """
+    if args.draft_device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
+    if args.draft_device != "auto":
+        try:
+            torch.device(args.draft_device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--draft-device {args.draft_device!r} is not a device; give cuda, cuda:1, cpu or auto."
+            ) from error
+
+
+def prepare_draft(args: argparse.Namespace, target: Any, draft: Draft) -> None:
+    """Give the draft the tree budget of --tree-nodes, --tree-depth and --tree-top-k, and place both by --vram."""
+    given = {name: getattr(args, f"tree_{name}") for name in ("nodes", "depth", "top_k")}
+    given = {name: value for name, value in given.items() if value is not None}
+    draft.budget = TreeBudget(**given) if given else None
+    if args.vram is not None:
+        place_by_plan(args, target, draft)
+
+
+def place_by_plan(args: argparse.Namespace, target: Any, draft: Draft) -> None:
+    """Place both models by the plan for --vram, and print the plan on stderr.
+
+    Raises:
+        ValueError: the size is not valid, the models do not fit it, or there is no GPU.
+    """
+    if not draft.supports_placement:
+        raise ValueError(f"--vram plans for drafts that read features, not for a {type(draft).__name__}.")
+    if args.draft_device != "auto":
+        raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
+    if parse_bytes(args.vram) and not torch.cuda.is_available():
+        raise ValueError(f"--vram {args.vram}: torch finds no CUDA device; give 0, or plan with `dovetail plan`.")
+    draft.policy = DeviceSplitPolicy(vram_budget=args.vram)
+    weights = {} if args.target_ir is None else {"dtype": "int8"}  # an exported target is not split, whatever it is
+    placed = cast(DovetailDraft, draft)  # as `supports_placement` says
+    plan = draft.policy.plan(target.config, placed.config, **weights)
+    apply_plan(plan, target, placed)
+    print(plan.table(), file=sys.stderr)

@@ -1,0 +1,9 @@
+"""Comparing directories before and after a test."""
+
+import hashlib
+from pathlib import Path
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file, by its name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}

@@ -1,0 +1,166 @@
+"""Every script in benchmarks/ runs at its smallest size, prints a table and stores one JSON line with provenance.
+
+The command line of `inflate.py`, which measures nothing, is tested in test_inflate.py.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+
+import engines
+import pytest
+from helpers import ROOT, run_python
+from transformers import AutoModelForCausalLM
+
+BENCHMARKS = ROOT / "benchmarks"
+PAIR = ROOT / "examples" / "tiny_pair"
+TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"
+SMALLEST_SHAPE = "256,640,16"  # the shape of the bundled pair itself
+ONE_SHORT_TEXT = ["--count", "1", "--new-tokens", "4"]
+
+sys.path.insert(0, str(BENCHMARKS))
+import common  # noqa: E402
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def run_script(name, *arguments, directory):
+    """Run a script; returns [what it printed, each result that it stored]."""
+    kept, out = contents(BENCHMARKS / "results"), directory / "out.jsonl"
+    done = run_python(BENCHMARKS / name, *arguments, "--out", out, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert contents(BENCHMARKS / "results") == kept
+    results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    for result in results:
+        assert result["command"].startswith(f"{name} ")
+        assert result.keys() >= {"git", "versions", "machine"}
+        assert json.dumps(result) in done.stdout
+    return [done.stdout, *results]
+
+
+def torch_only(function):
+    return pytest.mark.torch_only("the script runs targets in torch")(function)
+
+
+@torch_only
+def test_run(tmp_path):
+    printed, bundled, inflated = run_script(
+        "run.py", "--dtype", "float32", "--shape", SMALLEST_SHAPE, *ONE_SHORT_TEXT, directory=tmp_path
+    )
+    assert "bundled pair, float32, budget policy" in printed and "tokens/s (median)" in printed
+    assert f"inflated pair, {SMALLEST_SHAPE}, bfloat16, budget policy" in printed
+    assert (bundled["prompts"], bundled["new_tokens"], bundled["identical"]) == (1, 4, 1)
+    assert (inflated["prompts"], inflated["new_tokens"], inflated["differences"]) == (1, 4, 0)
+
+
+def test_engines(tmp_path):
+    """Torch is compared with the engine under test."""
+    options = ["--target", TARGET, "--draft", DRAFT, *ONE_SHORT_TEXT, "--repeats", "1"]
+    names = {"torch, dovetail"}
+    if not engines.is_current("torch"):
+        exported = engines.current().exporter.path(AutoModelForCausalLM.from_pretrained(TARGET, dtype="float32"))
+        options += ["--engine", f"exported={exported},budget=4/3/1"]
+        names.add("exported")
+    printed, result = run_script("engines.py", *options, directory=tmp_path)
+    assert "| ms per pass, 128 tokens of context | N=1 " in printed and "| torch, dovetail | policy |" in printed
+    assert result["pass_ms"].keys() == names | {"torch"}
+    assert result["texts"].keys() == names
+    assert all(text["identical"] + text["ties"] == 1 for text in result["texts"].values())
+
+
+@torch_only
+def test_heterogeneous(tmp_path):
+    options = ["--shape", SMALLEST_SHAPE, "--dtype", "float32", "--prompts", "1", "--new-tokens", "4"]
+    printed, result = run_script("heterogeneous.py", *options, directory=tmp_path)
+    assert "verify N nodes, ms: 1: " in printed and "4 of 16 target layers moved" in printed
+    sides = [result["sides"][name] for name in ("policy", "7/4/10", "16/7/10", "60/7/10")]
+    assert all(side["identical"] == 1 for side in (*sides, result["offload"]["policy"]))
+    assert result["left_out"] == []
+
+
+@torch_only
+def test_memory(tmp_path):
+    options = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1"]
+    printed, result = run_script("memory.py", *options, directory=tmp_path)
+    assert "peak, with the draft" in printed
+    assert result["peaks_mib"].keys() == {"plain", "draft"}
+    assert result["target_cache_mib"] == 2 * 4 * 12 * 16 * 2 * 64 / 2**20
+
+
+@torch_only
+def test_policy(tmp_path):
+    options = ["--grid-prompts", "1", "--prompts", "1", "--finalists", "1", "--useless-prompts", "1"]
+    printed, result = run_script("policy.py", *options, "--new-tokens", "4", directory=tmp_path)
+    assert "policy to the best static budget" in printed
+    assert result["free"]["tokens_per_s"].keys() == {"policy", result["free"]["best"]}
+    assert result["useless"]["ratio"] > 0
+
+
+@torch_only
+def test_plan_accuracy(tmp_path):
+    (tmp_path / "pair").mkdir()
+    for name, stored in (("target", TARGET), ("draft", DRAFT)):
+        (tmp_path / "pair" / name).symlink_to(stored)
+    options = ["--pair", tmp_path / "pair", "--dtype", "float32", "--vram", "0"]
+    options += ["--prompt-tokens", "8", "--new-tokens", "4"]
+    printed, result = run_script("plan_accuracy.py", *options, directory=tmp_path)
+    assert "planned" in printed and "tensors: target weights" in printed
+    errors = {row["what"]: row["error"] for row in result["plan_accuracy"][0]["rows"]}
+    assert errors["tensors: target weights"] == 0.0
+    assert errors["tensors: target KV cache"] == 0.0
+
+
+def test_every_script_is_tested():
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common"}
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert scripts <= tested | {"inflate"}
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (common.positive, "0", "'0' is not a valid count. Use an integer of at least 1"),
+        (common.positive, "few", "'few' is not a valid count"),
+        (common.parse_shape, "3b", "'3b' is not a valid shape. Use 500m, 1b"),
+        (common.parse_budget, "8/4", "8/4"),
+        (common.output_file, "nowhere/out.jsonl", "'nowhere' is not a directory. Create it first"),
+    ],
+)
+def test_bad_arguments_are_refused(read, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        read(text)
+
+
+def test_good_arguments():
+    assert common.positive("3") == 3
+    assert common.parse_shape("1024,2816,24") == "1024,2816,24"
+    assert common.parse_budget("policy") is None
+    assert str(common.parse_budget("8/4/3")) == "8/4/3"
+    assert common.output_file("out.jsonl").name == "out.jsonl"
+
+
+@pytest.fixture(scope="module")
+def parse_engine():
+    """The function of benchmarks/engines.py, whose name a module of the tests has too."""
+    spec = importlib.util.spec_from_file_location("benchmark_of_engines", BENCHMARKS / "engines.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module.parse_engine
+
+
+def test_engine_settings(parse_engine):
+    name, settings = parse_engine("openvino int8=some/dir,budget=8/4/3,group=32")
+    assert (name, settings) == ("openvino int8", {"dir": "some/dir", "budget": "8/4/3", "group": "32"})
+
+
+@pytest.mark.parametrize("text", ["openvino", "openvino=", "openvino=dir,group", "openvino=dir,budget=8/4"])
+def test_bad_engines_are_refused(parse_engine, text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_engine(text)
