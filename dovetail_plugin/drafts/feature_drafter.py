@@ -24,7 +24,7 @@ from .base import Drafter, DraftError, Judge
 
 
 class DraftModel(Protocol):
-    """What a `FeatureDrafter` needs of a draft besides a runner.
+    """The part of a draft that a `FeatureDrafter` uses besides a runner.
 
     Attributes:
         token_ids: (v,) int64 tokens that the logits belong to; None is the whole vocabulary.
@@ -58,7 +58,7 @@ class ChainDrafter(Drafter):
 
 
 def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Drop the padding of a prompt, which the target ran along, from what `Drafter.begin` gets.
+    """Remove padding, which the target has run too, from the arguments of `Drafter.begin`.
 
     Args:
         features: (n, F) of the last n tokens before the newest one.
@@ -120,7 +120,7 @@ class FeatureDrafter(ChainDrafter):
         return (type(own), own.device, own.dtype) == (type(runner), runner.device, runner.dtype)
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """Start a text, or go on behind the rows of an earlier turn. See `Drafter.begin`."""
+        """Start a text, or continue after the rows of an earlier turn. See `Drafter.begin`."""
         self.advance(features, input_ids[1:])
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:

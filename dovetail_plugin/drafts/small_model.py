@@ -106,7 +106,7 @@ class SmallModelDrafter(FeatureDrafter):
     """`FeatureDrafter` that reads tokens alone. The first token is run as well, although no feature belongs to it."""
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """Start a text with all its tokens, or go on with a turn. See `Drafter.begin`."""
+        """Start a text with all its tokens, or continue with a turn. See `Drafter.begin`."""
         first = not self.committed and not self._pending
         self.advance(features, input_ids if first else input_ids[1:])
 

@@ -1,6 +1,6 @@
-"""Opens a generation: puts engine, session, drafter and budgets together for the loop.
+"""Opens a generation: creates session, drafter and budgets for the loop.
 
-`generate` with a draft, plain generation on engines that bring no loop, and synthetic runs all come through here.
+`generate` with a draft, plain generation on engines without their own loop, and synthetic runs all use this module.
 """
 
 from collections.abc import Iterator

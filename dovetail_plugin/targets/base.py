@@ -51,7 +51,7 @@ class TextCache(Protocol):
 
 
 class TargetModel(Protocol):
-    """What Dovetail asks of a model that generates: transformers' own ones and stored ones have it."""
+    """A model that can generate with a draft: one of transformers' own or a stored one."""
 
     config: PretrainedConfig
 
@@ -93,7 +93,7 @@ class TargetSession(Protocol):
 
 
 class Engine(Protocol):
-    """One model and what it takes to draft for it.
+    """Runs one model, and provides what drafts need of it.
 
     Attributes:
         config: the model's config.
