@@ -66,7 +66,7 @@ class Drafter(ABC):
         """Return a tree below the last token, on the CPU, as large as the budget allows or as the judge selects.
 
         Raises:
-            Exception: any exception stops drafting for this text; generation goes on plainly.
+            Exception: any exception stops drafting for this text, and generation continues without a draft.
         """
 
     @abstractmethod

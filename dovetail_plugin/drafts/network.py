@@ -221,7 +221,7 @@ class DraftNetwork(PreTrainedModel):
         """
         if features is None or input_ids is None:
             raise ValueError(
-                "a DovetailDraft needs `features` of its target beside `input_ids`; it cannot generate alone. "
+                "a DovetailDraft needs `features` of its target in addition to `input_ids`; it cannot generate alone. "
                 "Use target.generate(..., assistant_model=draft)."
             )
         if features.shape[:2] != input_ids.shape or features.shape[-1] != self.config.feature_size:

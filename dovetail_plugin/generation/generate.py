@@ -1,7 +1,7 @@
 """One call of `generate` with a draft: checks, the request, and the result in transformers' form.
 
-`GenerationMixin.generate` hands over what it prepared; `hf.py` decides when that happens. `open.py` prepares the
-generation and `loop.py` runs it.
+`hf.py` passes calls of `GenerationMixin.generate` on to this module, with everything that `generate` has prepared.
+`open.py` prepares the generation and `loop.py` runs it.
 """
 
 from typing import Any

@@ -78,7 +78,7 @@ class TargetSession(Protocol):
     max_length: int | None
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """Run the prompt (1, T) behind the rows that the cache holds already.
+        """Run the prompt (1, T) after the rows that are in the cache already.
 
         Args:
             input_ids: (1, T) int64 rows to run.
@@ -140,7 +140,7 @@ class Engine(Protocol):
         model_kwargs: dict[str, Any] | None = None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> AbstractContextManager[TargetSession]:
-        """Open a session for one generation behind the rows of `cache`.
+        """Open a session for one generation that continues the rows of `cache`.
 
         Args:
             cache: from `cache`.
