@@ -1,9 +1,9 @@
-"""Preallocated key/value storage: rows are appended, a path of them is kept, the rest is dropped, in place.
+"""Preallocated key/value storage. Rows are appended, accepted rows are kept and the others are dropped, in place.
 
-Enters: keys and values of new rows. Leaves: views over all rows so far, never copies. `KVRows` is the
-storage of one attention layer; `borrow` puts it under the layers of a transformers cache for the length
-of one generation and gives stock layers back afterwards, so users only ever see transformers' own classes.
-This module knows nothing of trees beyond "a path of the rows appended last".
+`KVRows` stores the rows of one attention layer. It takes keys and values of new rows and returns views over all rows,
+without copies. `borrow` puts such storage under a transformers cache for one generation and restores transformers' own
+layers afterwards, so users see transformers' classes only. This module does not know trees, only the path of rows to
+keep.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,30 +16,39 @@ from torch import Tensor
 from .compat import Cache, DynamicLayer, DynamicSlidingWindowLayer, stock_layer, stock_sliding_layer
 
 SLIDING_SLACK_ROWS = 256
-"""Rows a sliding layer may hold beyond its window and tree before the window is moved to the front."""
+"""Rows of a sliding layer beyond its window and one tree. When they are used up, the window moves to the front."""
 
 
 class AttentionRows(Protocol):
-    """Where an attention layer puts new rows, and what it attends to."""
+    """Storage that an attention layer appends new rows to and reads all rows from."""
 
     @property
     def keys(self) -> Tensor:
-        """(1, kv_heads, m, head_dim) of all rows that may be attended to."""
+        """Keys (1, kv_heads, m, head_dim) of all rows that may be attended to."""
 
     @property
     def values(self) -> Tensor:
-        """(1, kv_heads, m, head_dim), likewise."""
+        """Values (1, kv_heads, m, head_dim) of the same rows."""
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add n rows: keys and values (1, kv_heads, n, head_dim)."""
+        """Append n rows.
+
+        Args:
+            keys: (1, kv_heads, n, head_dim).
+            values: (1, kv_heads, n, head_dim).
+        """
 
 
 class KVRows:
-    """Keys and values of one attention layer, batch 1, in buffers of fixed capacity.
+    """Keys and values of one attention layer for one sequence, in preallocated buffers.
 
     Args:
-        capacity: rows the buffers hold; they are allocated at the first `append`. On a CPU the pages of
-            unused rows are never touched, so a generous capacity costs address space, not memory.
+        capacity: rows that the buffers have room for. They are allocated by the first `append`. On a CPU, the pages of
+            unused rows are never touched, so a large capacity costs address space and not memory.
+
+    Attributes:
+        capacity: rows that the buffers have room for.
+        length: rows in use.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -50,18 +59,18 @@ class KVRows:
 
     @property
     def keys(self) -> Tensor:
-        """(1, heads, length, head_dim), a view."""
+        """Keys (1, kv_heads, length, head_dim), a view."""
         assert self._keys is not None
         return self._keys[:, :, : self.length]
 
     @property
     def values(self) -> Tensor:
-        """(1, heads, length, head_dim), a view."""
+        """Values (1, kv_heads, length, head_dim), a view."""
         assert self._values is not None
         return self._values[:, :, : self.length]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add n rows: keys (1, heads, n, head_dim), values likewise. Grows by doubling when full."""
+        """Append n rows. The buffers double when they are full. See `AttentionRows.append`."""
         end = self.length + keys.shape[2]
         if self._keys is None or self._values is None:
             self.capacity = max(self.capacity, end)
@@ -73,7 +82,7 @@ class KVRows:
         self.length = end
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` rows; copies the rows in use if the buffers are smaller."""
+        """Make room for `capacity` rows. Copies the rows in use if the buffers are smaller."""
         if capacity <= self.capacity:
             return
         self.capacity = capacity
@@ -86,13 +95,14 @@ class KVRows:
             setattr(self, name, new)
 
     def keep(self, start: int, path: Tensor | None, count: int) -> None:
-        """Of the rows from `start` on, keep `count`: those of `path` in order, or the first ones if None.
+        """Keep the rows before `start` and `count` of the rows from `start` on; drop the others.
 
         Args:
-            start: first row that may move.
-            path: (count,) int64, ascending, counted from `start`.
+            start: first row that may be dropped or moved.
+            path: (count,) int64 rows to keep, ascending and relative to `start`; None keeps the first `count` rows.
+            count: number of rows to keep from `start` on.
         """
-        if self._keys is None or self._values is None:  # a layer that shares another layer's rows
+        if self._keys is None or self._values is None:  # the layer shares the rows of another layer
             return
         if path is not None:
             end = start + count
@@ -102,7 +112,7 @@ class KVRows:
         self.length = start + count
 
     def drop_first(self, rows: int) -> None:
-        """Forget the first `rows` rows and move the others to the front."""
+        """Drop the first `rows` rows and move the others to the front."""
         if rows and self._keys is not None and self._values is not None:
             self._keys[:, :, : self.length - rows] = self.keys[:, :, rows:].clone()
             self._values[:, :, : self.length - rows] = self.values[:, :, rows:].clone()
@@ -110,13 +120,20 @@ class KVRows:
 
 
 def _rows_like(rows: Tensor, capacity: int) -> Tensor:
-    """Uninitialised (1, heads, capacity, head_dim); no inference tensor, for it outlives the inference mode."""
+    """Return an uninitialized tensor (1, kv_heads, capacity, head_dim) that can be used outside of inference mode."""
     with torch.inference_mode(False):
         return rows.new_empty(1, rows.shape[1], capacity, rows.shape[3])
 
 
 class TreeLayer(DynamicLayer):
-    """A full-attention cache layer over `KVRows`, with the interface that transformers' models call."""
+    """A full-attention layer of a transformers cache that stores its rows in a `KVRows`.
+
+    Args:
+        capacity: rows to make room for.
+
+    Attributes:
+        rows: the storage.
+    """
 
     is_sliding = False
 
@@ -136,19 +153,26 @@ class TreeLayer(DynamicLayer):
         return self.rows.length + query_length, 0
 
     def keep(self, start: int, path: Tensor | None, count: int) -> None:
-        """As `KVRows.keep`, with `start` counted in tokens of the sequence."""
+        """Keep rows as `KVRows.keep` does. `start` is a position in the sequence."""
         self.rows.keep(start, path, count)
 
     def to_stock(self) -> DynamicLayer:
-        """transformers' own layer with the same rows (views, not copies)."""
+        """Return transformers' own layer over the same rows, without a copy."""
         return stock_layer(self.rows.keys, self.rows.values) if self.rows.length else stock_layer(None, None)
 
 
 class TreeSlidingLayer(TreeLayer):
-    """A sliding-window layer: rows that no later token can see are dropped now and then, not at once.
+    """A sliding-window layer that drops rows outside of the window from time to time.
 
-    Rows stay in place between two moves, so a tree can be appended and rolled back; a move copies one
-    window and happens once in `SLIDING_SLACK_ROWS` tokens.
+    Rows stay in place until the buffers are full, so a tree can be appended and rolled back. Then the window moves to
+    the front. Such a move copies one window and happens once in `SLIDING_SLACK_ROWS` tokens.
+
+    Args:
+        window: tokens that a token can see, including itself.
+        tree_nodes: rows of the largest tree (N).
+
+    Attributes:
+        dropped: rows at the start of the sequence that are no longer stored.
     """
 
     is_sliding = True
@@ -169,7 +193,7 @@ class TreeSlidingLayer(TreeLayer):
         if rows.length + new <= rows.capacity:
             rows.append(key_states, value_states)
             return rows.keys[:, :, first:], rows.values[:, :, first:]
-        # A prompt longer than the buffers: attend over all of it once, store what stays visible.
+        # The prompt is longer than the buffers: attend to all of it once, and store what stays visible.
         if rows.length:
             key_states = torch.cat([rows.keys, key_states], dim=2)
             value_states = torch.cat([rows.values, value_states], dim=2)
@@ -180,7 +204,7 @@ class TreeSlidingLayer(TreeLayer):
         return key_states, value_states
 
     def first_visible(self) -> int:
-        """First token of the sequence that the next one can see."""
+        """Return the position of the first token that the next token can see."""
         return max(self.get_seq_length() - self.sliding_window + 1, 0)
 
     def get_seq_length(self) -> int:
@@ -212,14 +236,16 @@ def refuse_reason(layers: Iterable[object]) -> str | None:
 
 @contextmanager
 def borrow(cache: Cache, template: list[DynamicLayer], capacity: int, tree_nodes: int) -> Iterator[list[TreeLayer]]:
-    """Put preallocated layers under `cache`, and stock layers with the final rows when the block ends.
+    """Put preallocated layers under `cache`. When the block ends, transformers' own layers with the final rows return.
 
     Args:
-        cache: a transformers cache of dynamic layers, empty or filled by earlier turns (one copy of
-            those rows is made, into the new buffers).
-        template: the model's own kinds of layers, for caches that create theirs lazily.
+        cache: a transformers cache of dynamic layers, empty or filled by earlier turns. Existing rows are copied once.
+        template: empty layers of the kinds that the model uses, for caches that create their layers lazily.
         capacity: tokens to make room for: prompt, new tokens and one tree.
         tree_nodes: rows of the largest tree (N).
+
+    Yields:
+        The preallocated layers.
     """
     stock = list(cache.layers) + template[len(cache.layers) :]
     own: list[TreeLayer] = []

@@ -41,7 +41,7 @@ def refuse_old(installed: str) -> None:
 
 
 def dotted(version: tuple[int, int]) -> str:
-    """Return a version as people write it."""
+    """Return a version as text, for example "5.24"."""
     return ".".join(map(str, version))
 
 
@@ -119,7 +119,7 @@ def is_tested(installed: str = transformers.__version__) -> bool:
 
 
 def warn_untested() -> None:
-    """Warn of a transformers that is newer than the tested ones."""
+    """Warn if the installed transformers is newer than the tested versions."""
     if not is_tested():
         logger.warning(
             "transformers %s is newer than the versions Dovetail is tested with (%s to %s). Drafts are checked against "

@@ -23,9 +23,9 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def register() -> None:
-    """Make transformers know drafts, as `assistant_model` and in the Auto classes. Idempotent.
+    """Make `generate` and the Auto classes of transformers accept drafts. Idempotent.
 
-    Warns once of a transformers that is newer than the tested versions.
+    Warns once if transformers is newer than the tested versions.
     """
     AutoConfig.register(DovetailConfig.model_type, DovetailConfig, exist_ok=True)
     AutoModelForCausalLM.register(DovetailConfig, DovetailDraft, exist_ok=True)
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Give transformers its own methods back; the Auto classes keep knowing drafts. Idempotent."""
+    """Restore transformers' own methods. The Auto classes still load drafts. Idempotent."""
     while _originals:
         name, original = _originals.popitem()
         setattr(GenerationMixin, name, original)

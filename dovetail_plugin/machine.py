@@ -1,6 +1,6 @@
-"""This machine: its name, its memory, its NUMA nodes, and threads for a block of work.
+"""Facts about this machine (CPU, memory, NUMA nodes), and control of torch's threads.
 
-Enters: nothing but what the operating system says. Leaves: numbers and context managers. It knows no models.
+All facts come from the operating system and from torch. This module does not know models.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-"""Extensions of x86 that decide how fast a pass is."""
+"""Vector extensions of x86 CPUs that affect the speed of a forward pass."""
 
 
 def cpu_name() -> str:
-    """Model name and the vector extensions that matter for speed."""
+    """Return the name of the CPU, followed by its extensions among `VECTORS`."""
     name = _cpu_info("model name") or platform.processor() or platform.machine()
     have = vector_extensions()
     return f"{name} ({' '.join(flag for flag in VECTORS if flag in have)})"
 
 
 def vector_extensions() -> set[str]:
-    """Those of `VECTORS` that the CPU has; empty where the system does not tell."""
+    """Return the extensions among `VECTORS` that the CPU has; empty if the system does not report them."""
     return set(VECTORS) & set(_cpu_info("flags").split())
 
 
@@ -40,14 +40,14 @@ def _cpu_info(field: str) -> str:
 
 
 def cpus() -> list[int]:
-    """Processors that this process may use."""
+    """Return the processors that this process may use, in ascending order."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def describe() -> dict[str, Any]:
-    """For results and for keys of what was measured here."""
+    """Return CPU, cores, threads and GPU, for benchmark results and for keys of stored measurements."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -57,7 +57,7 @@ def describe() -> dict[str, Any]:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be taken without swapping; None where the operating system does not say."""
+    """Return the memory that can be allocated without swapping; None if the system does not report it."""
     try:
         found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -66,7 +66,7 @@ def available_bytes() -> int | None:
 
 
 def memory_bytes() -> int | None:
-    """Physical memory; None where the system does not tell."""
+    """Return the size of the physical memory; None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -74,24 +74,31 @@ def memory_bytes() -> int | None:
 
 
 def free_vram_bytes() -> int:
-    """Free on the first GPU; 0 without one."""
+    """Return the free memory of the first GPU; 0 without a GPU."""
     return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else 0
 
 
 def gpu_supports_bf16() -> bool:
-    """Whether the first GPU computes in bf16 itself (Ampere and later); True without a GPU, for plans."""
+    """Return whether the first GPU has bf16 arithmetic (Ampere and later); True without a GPU, for plans."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(0)[0] >= 8
 
 
 def numa_nodes(root: Path = Path("/sys/devices/system/node")) -> list[list[int]]:
-    """Processors of every NUMA node that this process may use; one list where there are no nodes to tell apart."""
+    """Return the processors of each NUMA node that this process may use.
+
+    Args:
+        root: directory in which the system lists its nodes.
+
+    Returns:
+        One list per node; a single list if the system lists no nodes.
+    """
     usable = set(cpus())
     nodes = [_cpu_list(file.read_text()) & usable for file in sorted(root.glob("node[0-9]*/cpulist"))]
     return [sorted(node) for node in nodes if node] or [sorted(usable)]
 
 
 def _cpu_list(text: str) -> set[int]:
-    """`0-3,8` -> {0, 1, 2, 3, 8}."""
+    """Parse a list of processors: "0-3,8" gives {0, 1, 2, 3, 8}."""
     found: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -101,12 +108,18 @@ def _cpu_list(text: str) -> set[int]:
 
 @contextmanager
 def thread_count(threads: int | None) -> Iterator[None]:
-    """Run the block with this many torch threads (ValueError below 1); None leaves them alone.
+    """Run the block with `threads` torch threads, and restore number and processors of the threads afterwards.
 
-    What the block sets itself with `use` is undone, too.
+    This also undoes calls of `use` in the block.
+
+    Args:
+        threads: 1 or more; None does not change the number.
+
+    Raises:
+        ValueError: `threads` is below 1.
     """
     if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}.")
+        raise ValueError(f"threads must be at least 1, got {threads}. Use None to leave the number unchanged.")
     before = torch.get_num_threads()
     own, bound = _affinity(0), {thread: _affinity(thread) for thread in _threads()}
     if threads is not None:
@@ -121,9 +134,13 @@ def thread_count(threads: int | None) -> Iterator[None]:
 
 
 def use(threads: int, processors: tuple[int, ...] | None = None) -> None:
-    """Run torch with this many threads, all of them kept on `processors`; None leaves them where they are.
+    """Set the number of torch threads, and the processors that they run on.
 
-    Threads that are started later inherit the binding. Call it inside `thread_count`, which undoes it.
+    Threads that start later inherit the processors. Call this inside of `thread_count`, which undoes it.
+
+    Args:
+        threads: 1 or more.
+        processors: where all threads of this process may run; None does not change that.
     """
     if processors is not None:
         for thread in _threads():
@@ -135,16 +152,16 @@ def _threads() -> list[int]:
     try:
         return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
     except OSError:
-        return [0]  # the calling one
+        return [0]  # the calling thread
 
 
 def _affinity(thread: int) -> set[int]:
     try:
         return os.sched_getaffinity(thread)
-    except (AttributeError, OSError):  # no such call on this system, or the thread has ended
+    except (AttributeError, OSError):  # the system has no such call, or the thread has ended
         return set()
 
 
 def _bind(thread: int, processors: set[int]) -> None:
-    with contextlib.suppress(AttributeError, OSError):  # as above
+    with contextlib.suppress(AttributeError, OSError):  # as in `_affinity`
         os.sched_setaffinity(thread, processors)

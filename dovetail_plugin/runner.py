@@ -24,7 +24,7 @@ class RowStorage(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """One step of a draft over n rows, behind the rows that a text has already.
+    """One step of a draft over n rows, after the rows that a text has already.
 
     Attributes:
         features: (n, H) float, projected features of the target or predictions fed back, on the runner's device.

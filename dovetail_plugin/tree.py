@@ -1,8 +1,8 @@
-"""Draft trees: how big (`TreeBudget`), what is in one (`DraftTree`), how one grows (`expand`, `select`).
+"""Draft trees: their size (`TreeBudget`), their nodes (`DraftTree`), and how they grow (`expand`, `select`).
 
-Enters: scores and logits of a frontier. Leaves: a `DraftTree` whose node 0 is the root (the last token of
-the text) and whose parents come before their children. Pure tensor functions on one device; this module
-runs no model and never sees the target's logits.
+`expand` turns the draft's logits for one level into candidates for the next level. `select` keeps the best candidates
+of all levels and returns them as a `DraftTree`. All functions are pure tensor functions on one device. This module runs
+no model and never sees the target's logits.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TreeBudget:
-    """How much to draft in a round: the N/D/K of the method.
+    """The largest tree that a round may use: N/D/K in the paper.
 
     Args:
-        nodes: rows the target verifies, the root included (N); 1 is plain decoding.
-        depth: draft levels below the root (D).
-        top_k: nodes of a level that are grown further, and children of each (K); 1 drafts a chain.
+        nodes: nodes that the target verifies, including the root (N). 1 means plain decoding.
+        depth: levels below the root (D).
+        top_k: nodes of a level that get children, and number of children of each (K). 1 drafts a chain.
 
     Raises:
-        ValueError: a number is below 1 or not whole.
+        ValueError: a value is not an integer or is below 1.
     """
 
     nodes: int = 16
@@ -32,7 +32,7 @@ class TreeBudget:
         for name in ("nodes", "depth", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int):
-                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+                raise ValueError(f"{name} must be an integer, got {value!r}.")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
@@ -41,36 +41,40 @@ class TreeBudget:
 
     @staticmethod
     def parse(text: str) -> "TreeBudget":
-        """`N/D/K` as in the method, e.g. "16/6/8".
+        """Parse a budget that is written as "nodes/depth/top_k".
+
+        Args:
+            text: for example "16/6/8".
 
         Raises:
-            ValueError: it is not three whole numbers above 0.
+            ValueError: the text does not consist of three integers of at least 1.
         """
         parts = text.split("/")
         if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
-            raise ValueError(f"a budget is nodes/depth/top_k, e.g. 16/6/8, got {text!r}.")
+            raise ValueError(f"{text!r} is not a valid budget. Use nodes/depth/top_k, for example 16/6/8.")
         return TreeBudget(*(int(part) for part in parts))
 
     def clipped(self, new_tokens: int) -> "TreeBudget":
-        """This budget with no level deeper than the `new_tokens` (1 or more) the text may still grow by."""
+        """Return this budget without levels that a text cannot use if it may grow by `new_tokens` (1 or more)."""
         depth = min(self.depth, new_tokens - 1)
         if depth < 1:
             return TreeBudget(nodes=1, depth=1, top_k=1)
         return TreeBudget(nodes=self.nodes, depth=depth, top_k=self.top_k)
 
     def as_chain(self) -> "TreeBudget":
-        """The same depth without branches, as far as the nodes go."""
+        """Return a budget for chains of the same depth, or of fewer levels if there are not enough nodes."""
         return TreeBudget(nodes=min(self.nodes, self.depth + 1), depth=self.depth, top_k=1)
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """N nodes in topological order; node 0 is the root.
+    """A tree of N nodes in topological order. Node 0 is the root, which stands for the last token of the text.
 
-    tokens: (N,) int64, the root's being the last token of the text.
-    parents: (N,) int64, index of the parent; -1 for the root. A chain has parents i - 1.
-    depths: (N,) int64, 0 for the root.
-    scores: (N,) float32, cumulative draft log-probability, 0 for the root.
+    Attributes:
+        tokens: (N,) int64 token ids.
+        parents: (N,) int64 index of each node's parent; -1 for the root. In a chain, the parent of node i is i - 1.
+        depths: (N,) int64, 0 for the root.
+        scores: (N,) float32 cumulative log-probabilities of the draft, 0 for the root.
     """
 
     tokens: Tensor
@@ -85,31 +89,31 @@ class DraftTree:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str) -> "DraftTree":
-        """The same tree on `device`."""
+        """Return the tree on `device`."""
         return DraftTree(*(t.to(device) for t in (self.tokens, self.parents, self.depths, self.scores)))
 
     @staticmethod
     def root(token: int, device: torch.device | str = "cpu") -> "DraftTree":
-        """The tree of plain decoding: only the last token."""
+        """Return a tree that has only a root, as in plain decoding."""
         return DraftTree.chain([token], device)
 
     @staticmethod
     def chain(tokens: list[int], device: torch.device | str = "cpu") -> "DraftTree":
-        """Root and a single line of nodes below it, all scores 0."""
+        """Return a chain. The first token is the root, and all scores are 0."""
         steps = torch.arange(len(tokens), device=device)
         scores = torch.zeros(len(tokens), device=device)
         return DraftTree(torch.tensor(tokens, device=device), steps - 1, steps, scores)
 
 
 def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
-    """Which nodes a node attends: itself and its ancestors.
+    """Return which nodes each node attends to: itself and its ancestors.
 
     Args:
         parents: (N,) int64, -1 for the root.
-        max_depth: at least the depth of the deepest node; the number of steps taken.
+        max_depth: depth of the deepest node, or more. The function takes one step per level.
 
     Returns:
-        (N, N) bool; row i is True at i and at every ancestor of i.
+        (N, N) bool. Row i is True at i and at every ancestor of i.
     """
     count = parents.shape[0]
     rows = torch.arange(count, device=parents.device)
@@ -122,7 +126,7 @@ def ancestor_mask(parents: Tensor, max_depth: int) -> Tensor:
 
 
 def ancestor_mask_ref(parents: list[int]) -> list[list[bool]]:
-    """Slow reference of `ancestor_mask`: walk up from every node."""
+    """Compute the same as `ancestor_mask` by walking up from every node. Slow; for tests."""
     mask = [[False] * len(parents) for _ in parents]
     for node in range(len(parents)):
         at = node
@@ -134,12 +138,13 @@ def ancestor_mask_ref(parents: list[int]) -> list[list[bool]]:
 
 @dataclass(frozen=True)
 class Level:
-    """The candidates of one depth, before selection; M of them.
+    """The M candidates of one level, before selection.
 
-    tokens: (M,) int64.
-    scores: (M,) float32, cumulative log-probability.
-    parent_rows: (M,) int64, row of the parent among the K frontier rows that were run.
-    parent_ids: (M,) int64, the parent's place among all candidates of the tree, -1 for the root.
+    Attributes:
+        tokens: (M,) int64 token ids.
+        scores: (M,) float32 cumulative log-probabilities.
+        parent_rows: (M,) int64 row of each parent in the draft's pass over the level above.
+        parent_ids: (M,) int64 index of each parent among all candidates of the tree, -1 for the root.
     """
 
     tokens: Tensor
@@ -149,33 +154,33 @@ class Level:
 
 
 def expand(scores: Tensor, logits: Tensor, ids: Tensor, top_k: int, token_ids: Tensor | None = None) -> Level:
-    """Children of a frontier: the `top_k` likeliest tokens of each of its K rows.
+    """Return the candidates below K nodes: the `top_k` most likely tokens of each.
 
     Args:
-        scores: (K,) float32 cumulative log-probabilities of the frontier.
-        logits: (K, V) draft logits, any float type; probabilities are taken in fp32.
-        ids: (K,) int64 places of the frontier among all candidates (-1 for the root).
-        top_k: children of a row; fewer if the vocabulary is smaller.
-        token_ids: (V,) int64 the target's id of each logit; None where they are in order.
+        scores: (K,) float32 cumulative log-probabilities of the nodes.
+        logits: (K, V) draft logits in any float dtype. Probabilities are computed in float32.
+        ids: (K,) int64 index of each node among all candidates, -1 for the root.
+        top_k: children of each node; fewer if the vocabulary is smaller.
+        token_ids: (V,) int64 token of the target for each logit; None if logit i belongs to token i.
     """
     top_k = min(top_k, logits.shape[-1])
     logprobs, tokens = logits.log_softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
-    logprobs = logprobs.clamp(max=0)  # a child must not outrank its parent by rounding, see `select`
+    logprobs = logprobs.clamp(max=0)  # rounding must not put a child above its parent, see `select`
     rows = torch.arange(logits.shape[0], device=logits.device).repeat_interleave(top_k)
     tokens = tokens.flatten() if token_ids is None else token_ids[tokens.flatten()]
     return Level(tokens, (scores[:, None] + logprobs).flatten(), rows, ids[rows])
 
 
 def select(levels: list[Level], root_token: Tensor, nodes: int) -> DraftTree:
-    """The best `nodes` - 1 candidates of all levels below the root, every kept node's parent kept.
+    """Return the tree of the root and the `nodes` - 1 candidates with the best scores.
 
-    A child's score is never above its parent's and parents come first in the list, so a stable sort
-    by score can never take a child and leave its parent.
+    A child's score is never above its parent's, and parents come first in the list. A stable sort by score therefore
+    never selects a child without its parent.
 
     Args:
-        levels: candidates by depth, shallow first.
+        levels: candidates of each level, from the top down.
         root_token: () or (1,) int64.
-        nodes: rows of the tree, the root included.
+        nodes: nodes of the tree, including the root.
     """
     device = levels[0].tokens.device
     scores = torch.cat([level.scores for level in levels])
@@ -186,7 +191,7 @@ def select(levels: list[Level], root_token: Tensor, nodes: int) -> DraftTree:
 
     count = min(nodes - 1, scores.shape[0])
     chosen = scores.sort(descending=True, stable=True).indices[:count].sort().values
-    # place[id + 1]: where candidate `id` stands in the tree; place[0] is the root's, for parent id -1.
+    # place[id + 1] is the node of candidate `id`. place[0] is the root, whose id is -1.
     place = torch.zeros(scores.shape[0] + 1, dtype=torch.int64, device=device)
     place[chosen + 1] = torch.arange(1, count + 1, device=device)
 
@@ -203,7 +208,11 @@ def select(levels: list[Level], root_token: Tensor, nodes: int) -> DraftTree:
 
 
 def select_ref(levels: list[Level], root_token: int, nodes: int) -> list[tuple[int, tuple[int, ...], float]]:
-    """Slow reference of `select`: (token, path of tokens from the root, score), best first, greedily grown."""
+    """Select the same nodes as `select`, one at a time. Slow; for tests.
+
+    Returns:
+        (token, tokens on the path from the root, score) of each node, best first.
+    """
     candidates: list[tuple[int, int, float]] = []
     for level in levels:
         columns = (level.tokens, level.parent_ids, level.scores)

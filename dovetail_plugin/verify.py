@@ -1,15 +1,15 @@
-"""Acceptance: a draft tree and the target's own choices in, the accepted path out.
+"""Acceptance: takes a draft tree and the target's choices, and returns the accepted path.
 
-Why there is no acceptance test against draft probabilities. The method accepts child x of a node with
-probability p(x), else zeroes p(x), renormalises and tries the next sibling, and samples the residual
-if none is left. Drafts are a point mass (the same text always gets the same tree), and for these the
-procedure is a sample from p in disguise: child x_1 is taken with p(x_1), child x_2 with
-(1 - p(x_1)) * p(x_2) / (1 - p(x_1)) = p(x_2), and so on. So one token is drawn from p, exactly as plain
-`generate` draws it, and the walk goes on if that token happens to be a child. The text is then not only
-distributed as plain sampling's: with one random draw for each emitted token it is the same text for the
-same seed. `sibling_rejection_ref` is the published procedure, kept to prove that.
+Draft probabilities play no part in acceptance. The published procedure accepts child x of a node with probability p(x),
+where p is the target's distribution. On rejection it sets p(x) to zero, renormalizes p and tries the next sibling; if
+none is left, it samples from the rest. The tree is a function of the text, so this procedure is the same as one sample
+from p: it accepts child x_1 with p(x_1), child x_2 with (1 - p(x_1)) * p(x_2) / (1 - p(x_1)) = p(x_2), and so on.
 
-This module never sees a model; how a token is chosen from the target's row is the caller's.
+`accept` therefore draws one token from p, as plain `generate` does, and continues if that token is a child. With one
+random draw per emitted token, sampling gives the same text as plain `generate` for the same seed, not only the same
+distribution. `sibling_rejection_ref` implements the published procedure, for the test of this equality.
+
+This module never sees a model. The caller chooses the tokens.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,12 @@ from .tree import DraftTree
 
 @dataclass(frozen=True)
 class Choice:
-    """One emitted token. `stop`: generation ends with it (EOS, length, a stopping criterion)."""
+    """One emitted token.
+
+    Attributes:
+        token: its id.
+        stop: whether generation ends with it (EOS, maximum length, a stopping criterion).
+    """
 
     token: int
     stop: bool
@@ -28,11 +33,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Of one round.
+    """Result of one round.
 
-    path: accepted nodes from the root down, root included; their rows stay in the caches.
-    tokens: the token emitted after each node of the path; the last one is the bonus token.
-    stop: whether generation ended in this round.
+    Attributes:
+        path: accepted nodes from the root down, including the root. Their rows stay in the caches.
+        tokens: the token emitted after each node of the path. The last one is the target's own token.
+        stop: whether generation ended in this round.
     """
 
     path: list[int]
@@ -41,15 +47,15 @@ class Acceptance:
 
 
 def accept(tree: DraftTree, choose: Callable[[int], Choice]) -> Acceptance:
-    """Walk down the tree as long as the target's own choice is among the children.
+    """Walk down the tree for as long as the token that the target chooses is a child of the current node.
 
     Args:
         tree: on the CPU.
-        choose: called with a node, once for every emitted token and in text order; chooses from the
-            target's distribution after that node, with every logits processor applied.
+        choose: takes a node and returns the token that the target chooses after it, with all logits processors applied.
+            It is called once per emitted token, in text order.
 
     Returns:
-        The path and its tokens, cut where generation stops.
+        The path and its tokens, up to the token at which generation stops.
     """
     children = {
         (parent, token): node
@@ -67,14 +73,14 @@ def accept(tree: DraftTree, choose: Callable[[int], Choice]) -> Acceptance:
 
 
 def sibling_rejection_ref(probs: list[float], children: list[int]) -> dict[int, float]:
-    """Distribution over the emitted token by the published sibling-rejection procedure, exactly.
+    """Compute the exact distribution of the token that the published sibling-rejection procedure emits. For tests.
 
     Args:
         probs: the target's distribution p over the vocabulary.
-        children: distinct drafted tokens of one node, in the order they are tried.
+        children: distinct drafted tokens below one node, in the order in which they are tried.
 
     Returns:
-        Probability of each token; equals p whatever the children are.
+        Probability of each token. It equals p for any children.
     """
     emitted = dict.fromkeys(range(len(probs)), 0.0)
     remaining, residual = 1.0, list(probs)

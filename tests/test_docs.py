@@ -94,7 +94,7 @@ def documented() -> "dict[str, list[str]]":
 
 
 def test_the_table_is_that_of_the_package():
-    assert {(pair.target, pair.draft, pair.format, pair.licence) for pair in KNOWN} == {
+    assert {(pair.target, pair.draft, pair.format, pair.license) for pair in KNOWN} == {
         (target, cells[0], cells[1], cells[4]) for target, cells in documented().items()
     }
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
 from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.convert import write_draft
-from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_assistant
+from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_draft
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
 
@@ -77,12 +77,12 @@ def test_what_vllm_takes_by_our_plugin_is_written_as_ours(fusion, tmp_path, targ
 
 def test_what_a_format_cannot_hold(tmp_path):
     draft = DovetailDraft.from_pretrained(DRAFT)
-    with pytest.raises(ValueError, match="eagle3 holds EAGLE-3 drafts, and this one is of the kind Dynamic Gating"):
+    with pytest.raises(ValueError, match="for EAGLE-3 drafts only, and this draft is a Dynamic Gating"):
         write_draft(draft, tmp_path / "a", "eagle3")
     with pytest.raises(ValueError, match="unknown format 'gguf'"):
         write_draft(draft, tmp_path / "a", "gguf")
     write_draft(draft, tmp_path / "a", "dovetail")
-    with pytest.raises(FileExistsError, match="holds a checkpoint already"):
+    with pytest.raises(FileExistsError, match="contains a checkpoint already"):
         write_draft(draft, tmp_path / "a", "dovetail")
 
 
@@ -98,13 +98,13 @@ def test_known_pairs():
 
 
 def test_whatever_is_named_is_loaded(tmp_path):
-    assert isinstance(load_assistant(LOOKUP), PromptLookupDraft)
-    assert isinstance(load_assistant(str(DRAFT)), DovetailDraft)
-    assert isinstance(load_assistant(str(TARGET)), SmallModelDraft)
+    assert isinstance(load_draft(LOOKUP), PromptLookupDraft)
+    assert isinstance(load_draft(str(DRAFT)), DovetailDraft)
+    assert isinstance(load_draft(str(TARGET)), SmallModelDraft)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no draft that is known: its model_type is 'bert'"):
-        load_assistant(str(tmp_path))
+    with pytest.raises(ValueError, match="unknown: its model_type is 'bert'"):
+        load_draft(str(tmp_path))
 
 
 @pytest.mark.parametrize("draft", [LOOKUP, str(TARGET)])
@@ -114,7 +114,7 @@ def test_texts_with_loaded_drafts(draft, tmp_path):
     bundled = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
     options = {"max_new_tokens": 24, "do_sample": False}
     plain = bundled.generate(prompt(20), **options)
-    assistant = load_assistant(draft, dtype=torch.float32)
+    assistant = load_draft(draft, dtype=torch.float32)
     assert torch.equal(bundled.generate(prompt(20), assistant_model=assistant, **options), plain)
 
 

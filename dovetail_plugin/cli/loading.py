@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from ..drafts import known_pairs
 from ..drafts.base import Draft
 from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
-from ..drafts.known_pairs import LOOKUP, draft_name_for, load_assistant
+from ..drafts.known_pairs import LOOKUP, draft_name_for
 from ..drafts.model import DovetailDraft
 from ..planning.apply import apply_plan
 from ..planning.device_plan import parse_bytes
@@ -121,14 +122,14 @@ def load_draft(args: argparse.Namespace, target_config: PretrainedConfig) -> Dra
     if args.draft is not None:
         if args.draft != LOOKUP:
             check_model("--draft", args.draft, read_config, **hub)
-        return load_assistant(args.draft, **options)
+        return known_pairs.load_draft(args.draft, **options)
     name, why = draft_name_for(target_config)
     print(f"--draft not given: taking {name} ({why})", file=sys.stderr)
     try:
-        return load_assistant(name, **options)
+        return known_pairs.load_draft(name, **options)
     except OSError as error:
         print(f"{name} cannot be loaded, looking up the text instead: {error}", file=sys.stderr)
-        return load_assistant(LOOKUP)
+        return known_pairs.load_draft(LOOKUP)
 
 
 def check_device(args: argparse.Namespace) -> None:

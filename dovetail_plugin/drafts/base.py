@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 
 
 class DraftError(RuntimeError):
-    """The draft cannot go on, for example because its logits are not finite. The text is not affected."""
+    """The draft cannot continue, for example because its logits are not finite. The text is not affected."""
 
 
 class Judge(Protocol):
@@ -63,15 +63,15 @@ class Drafter(ABC):
 
     @abstractmethod
     def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
-        """Return the tree below the last token, on the CPU: all that the budget allows, or what the judge takes of it.
+        """Return a tree below the last token, on the CPU, as large as the budget allows or as the judge selects.
 
         Raises:
-            Exception: any exception stops drafting for this text; generation goes on plainly.
+            Exception: any exception stops drafting for this text, and generation continues without a draft.
         """
 
     @abstractmethod
     def advance(self, features: Tensor, tokens: Tensor) -> None:
-        """Take note that the text grew.
+        """Record that the text grew.
 
         Args:
             features: (A, F) of the accepted rows.
@@ -79,10 +79,10 @@ class Drafter(ABC):
         """
 
     def catch_up(self) -> None:  # noqa: B027 - most drafters have nothing to do here
-        """Run what `begin` and `advance` have handed over. `grow` does so too; this is for measuring it apart."""
+        """Process the text that `begin` and `advance` have passed. `grow` does this too, if it was not done before."""
 
     def identity(self) -> list[Any] | None:
-        """Describe how this drafter computes, for keys of measurements; None if the draft's identity says it all."""
+        """Describe how this drafter computes, for keys of measurements; None if the draft's identity is enough."""
         return None
 
 
@@ -100,7 +100,7 @@ class Setting(Generic[Value]):
     Args:
         default: value of a draft on which it was never set.
         check: returns what is wrong with a value and the remedy, or None if it is valid.
-        after: name of a method that makes a change count, or None.
+        after: name of a method that is called after a change, or None.
     """
 
     def __init__(self, default: Value, check: Callable[[Any, Any], str | None], after: str | None = None) -> None:
@@ -126,7 +126,7 @@ class Setting(Generic[Value]):
 
 
 def one_of(*names: str) -> Callable[[Any, Any], str | None]:
-    """Make a check of a `Setting` that takes these names only."""
+    """Return a check for a `Setting` that accepts only these names."""
     listed = " or ".join(f'"{name}"' for name in names)
     return lambda _draft, value: None if isinstance(value, str) and value in names else listed
 
@@ -213,7 +213,7 @@ class Draft(ABC):
     def attach(self, target: TargetModel) -> None:
         """Take what the draft borrows from `target`, for example its embedding table.
 
-        An implementation calls this one too, which remembers the target.
+        Implementations must call this method too, because it remembers the target.
         """
         self._attached_to = weakref.ref(target)
 
@@ -250,5 +250,5 @@ class Draft(ABC):
         """
 
     def can_resume(self, drafter: Drafter, engine: Engine) -> bool:  # noqa: ARG002
-        """Return whether a drafter of this draft can go on with its text in another call of `generate`."""
+        """Return whether a drafter of this draft can continue its text in another call of `generate`."""
         return True

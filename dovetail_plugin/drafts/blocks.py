@@ -92,7 +92,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     groups = query.shape[1] // key.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
-    if torch.jit.is_tracing():  # for engines that recognise heads repeated this way and read them once themselves
+    if torch.jit.is_tracing():  # for engines that recognize repeated heads of this form and read them only once
         key, value = (rows[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for rows in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # The query heads of a group become rows of one head, so keys and values are read once.

@@ -1,6 +1,7 @@
-"""Whether a draft fits a target: sizes that must agree, and what is worth saying where they need not.
+"""Checks whether a draft fits a target.
 
-Enters: the configs of a draft and of a target. Leaves: an error, a warning, or nothing.
+The functions compare the configs of a draft and a target. Sizes that must agree raise an error if they differ; other
+differences only give a warning.
 """
 
 import logging
@@ -14,7 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(config: DovetailConfig, target: PretrainedConfig) -> None:
-    """Refuse the config of a target whose sizes are not the draft's.
+    """Refuse a target whose sizes do not fit the draft.
+
+    Args:
+        config: config of the draft.
+        target: config of the target.
 
     Raises:
         ValueError: vocabulary, hidden size or layers differ.
@@ -24,40 +29,44 @@ def check_fits(config: DovetailConfig, target: PretrainedConfig) -> None:
         "vocabulary": (config.vocab_size, text.vocab_size),
         "hidden size": (config.target_hidden_size or config.hidden_size, text.hidden_size),
     }
-    for what, (own, seen) in sizes.items():
+    for name, (own, seen) in sizes.items():
         if own != seen:
             raise ValueError(
-                f"the draft's {what} is {own}, the target's is {seen}: "
-                f"this draft was made for {config.target_name_or_path or 'another target'}, not for "
-                f"{target.name_or_path or type(target).__name__}. Train one with "
-                "`dovetail train --target DIR`, or load the target that it names."
+                f"the draft's {name} is {own}, the target's is {seen}: "
+                f"this draft was trained for {config.target_name_or_path or 'another target'}, not for "
+                f"{target.name_or_path or type(target).__name__}. Load the target that the draft was trained for, or "
+                "train a draft with `dovetail train --target DIR`."
             )
     config.layers_of(target)
 
 
 def note_positions(config: DovetailConfig, target: PretrainedConfig) -> None:
-    """Many published heads say 2048 positions whatever they were trained for: say that it does not stop them."""
+    """Warn if the draft's config has fewer positions than the target.
+
+    Many published drafts have 2048 positions in their config, regardless of how they were trained. They can still be
+    used for longer texts.
+    """
     positions = getattr(target.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     if config.max_position_embeddings < positions:
         logger.warning(
-            "the draft's config says %d positions and the target has %d: the draft is used up to the target's length; "
-            "beyond its own it may be right less often, and the text is the same.",
+            "the draft's config has %d positions and the target has %d: the draft is used up to the target's length. "
+            "Beyond its own length fewer drafted tokens may be accepted. The text is not affected.",
             config.max_position_embeddings,
             positions,
         )
 
 
 def warn_of_other_target(config: DovetailConfig, target: PretrainedConfig) -> None:
-    """A draft may fit by its sizes and still have been trained for another model."""
+    """Warn if the draft was trained for a target of another name, even if the sizes fit."""
     own, seen = config.target_name_or_path, target.name_or_path
     if own and seen and short_name(own) != short_name(seen):
         warnings.warn(
-            f"this draft was trained for {own!r} and is used with {seen!r}: the text stays right, but few "
-            "drafted tokens may be accepted.",
+            f"this draft was trained for {own!r} and is used with {seen!r}. The text is not affected, but few drafted "
+            "tokens may be accepted.",
             stacklevel=2,
         )
 
 
 def short_name(name: str) -> str:
-    """Last part of a path or hub id: local copies of a hub model keep their name."""
+    """Return the last part of a path or hub id in lower case. Local copies of a hub model usually keep it."""
     return name.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].lower()

@@ -1,7 +1,7 @@
-"""`DovetailConfig`: the shape of a draft model and the target it belongs to.
+"""`DovetailConfig`: sizes of a draft, and the target that it was trained for.
 
-Enters: a target's config (`DovetailConfig.for_target`) or a stored `config.json`. Leaves: plain numbers
-for `modeling.py`. It holds no budgets and no devices: those are decisions of a run, not of a checkpoint.
+It is made from a target's config (`DovetailConfig.for_target`) or read from `config.json`, and `network.py` builds the
+draft from it. It contains no budget and no device, because these belong to a run and not to a checkpoint.
 """
 
 from pathlib import Path
@@ -12,45 +12,46 @@ from transformers import PretrainedConfig
 from ..targets.config_sizes import sizes_of
 from .calibration import BINS
 
-# The fields have Llama's names, as in the reference checkpoints, so that tools which read `config.json`
-# (vLLM among them) find what they look for.
-
+# Fields are named as in Llama's config and in the reference checkpoints, so that vLLM and other tools that read
+# `config.json` understand them.
 
 EAGLE3_STATES = ("low", "middle", "high")
-"""What EAGLE-3 heads read unless their config names layers: hidden states 2, M // 2 and M - 3 of M layers."""
+"""Default features of EAGLE-3: hidden states 2, M // 2 and M - 3 of a target with M layers."""
 
 
 class DovetailConfig(PretrainedConfig):
     """Configuration of a [`DovetailDraft`].
 
     Args:
-        vocab_size: tokens of the target (V).
-        hidden_size: width of the target's last hidden state (H), which is also the draft's.
+        vocab_size: number of tokens of the target (V).
+        hidden_size: width of the draft (H). Except for "eagle3", it equals the width of the target.
         intermediate_size: inner width of the draft's MLPs.
-        num_hidden_layers: draft blocks, 1 or more.
-        num_attention_heads: query heads.
-        num_key_value_heads: key/value heads (grouped-query attention); must divide the query heads.
-        head_dim: width of a head.
-        rms_norm_eps: epsilon of every RMSNorm.
+        num_hidden_layers: number of draft blocks, 1 or more.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads (grouped-query attention). It must divide the query heads.
+        head_dim: width of a head, an even number.
+        rms_norm_eps: epsilon of all RMSNorms.
         rope_parameters: rotary embedding in transformers' format, `{"rope_type": ..., "rope_theta": ...}`.
-        max_position_embeddings: positions of the target.
+        max_position_embeddings: number of positions of the target.
+        initializer_range: standard deviation of the weights of an untrained draft.
         fusion: `"dgf"` (Dynamic Gating Fusion, the Dovetail paper), `"concat"` (`fc([e ; f])`, EAGLE-1 and EAGLE-2)
-            or `"eagle3"` (features of several layers, one block that reads feature and token side by side).
-        fusion_bias: whether the fusion's `fc` has a bias. attention_bias: whether q, k and v have.
-        logit_softcap: the target's final logit soft cap (Gemma 2), or None.
-        logit_scale: factor between the target's head and its logits (Cohere, Granite).
-        target_name_or_path: the target this draft was trained for.
-        target_hidden_size: width of the target's hidden states where it is not the draft's ("eagle3").
-        feature_layers: the hidden states that features are made of, in transformers' numbering, 0 being the
-            embeddings ("eagle3"); None takes the three that EAGLE-3 takes.
-        draft_vocab_size: tokens of the draft's own head ("eagle3"); None is all.
-        norm_before_residual: the residual stream begins behind the feature's norm ("eagle3").
-        own_embedding: the checkpoint brings an embedding table of its own ("eagle3").
-        calibration: how often nodes of each draft probability were accepted on held-out text, by bin of
-            `acceptance.EDGES`, under "greedy" and "sampling"; training measures it. None takes rules of thumb.
+            or `"eagle3"` (features of several layers; one block reads feature and token side by side).
+        fusion_bias: whether the `fc` of the fusion has a bias.
+        attention_bias: whether the q, k and v projections have a bias.
+        logit_softcap: soft cap of the target's final logits (Gemma 2), or None.
+        logit_scale: factor that turns outputs of the target's head into logits (Cohere, Granite).
+        target_name_or_path: target that the draft was trained for.
+        target_hidden_size: width of the target's hidden states if it differs from `hidden_size` ("eagle3").
+        feature_layers: hidden states that features consist of, in transformers' numbering (0 is the embeddings;
+            "eagle3"). None means those of `EAGLE3_STATES`.
+        draft_vocab_size: number of tokens of the draft's own head ("eagle3"). None means all.
+        norm_before_residual: whether the residual stream begins after the norm of the feature ("eagle3").
+        own_embedding: whether the checkpoint contains an embedding table ("eagle3").
+        calibration: acceptance rates on held-out text for each bin of draft probability (`calibration.EDGES`), under
+            "greedy" and "sampling". Training measures them. None if they were not measured.
 
     Raises:
-        ValueError: a size is not positive, heads do not divide, or `fusion` is unknown.
+        ValueError: a size is below 1, sizes do not fit together, `fusion` is unknown, or `calibration` is not valid.
     """
 
     model_type = "dovetail"
@@ -109,7 +110,10 @@ class DovetailConfig(PretrainedConfig):
         if self.fusion not in ("dgf", "concat", "eagle3"):
             raise ValueError(f'fusion must be "dgf", "concat" or "eagle3", got {self.fusion!r}.')
         if self.fusion == "eagle3" and self.num_hidden_layers != 1:
-            raise ValueError(f"an EAGLE-3 draft has one block, got num_hidden_layers={self.num_hidden_layers}.")
+            raise ValueError(
+                f'num_hidden_layers must be 1 with fusion="eagle3", because EAGLE-3 has one block; '
+                f"got {self.num_hidden_layers}."
+            )
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size must be between 1 and vocab_size ({self.vocab_size}), got {self.draft_vocab_size}."
@@ -117,36 +121,48 @@ class DovetailConfig(PretrainedConfig):
         for name, rates in (self.calibration or {}).items():
             if name not in ("greedy", "sampling") or len(rates) != BINS or not all(0.0 <= r <= 1.0 for r in rates):
                 raise ValueError(
-                    f"calibration must hold {BINS} rates between 0 and 1 under greedy and sampling, got "
-                    f"{len(rates)} under {name!r}."
+                    f'calibration must have {BINS} rates between 0 and 1 under "greedy" and "sampling", got '
+                    f"{rates} under {name!r}."
                 )
 
     @property
     def feature_size(self) -> int:
-        """F: width of the features that the draft reads."""
+        """Width of the features that the draft reads (F)."""
         if self.fusion != "eagle3":
             return self.hidden_size
         return len(self.feature_layers or EAGLE3_STATES) * (self.target_hidden_size or self.hidden_size)
 
     def layers_of(self, target: PretrainedConfig) -> tuple[int, ...] | None:
-        """Hidden states of the target that its features are made of; None is the one after the final norm.
+        """Return the hidden states of a target that features consist of; None is the one after the final norm.
+
+        Args:
+            target: config of the target.
 
         Raises:
-            ValueError: the target has no such layers.
+            ValueError: the target does not have these layers.
         """
         if self.fusion != "eagle3":
             return None
         count = target.get_text_config(decoder=True).num_hidden_layers
         layers = tuple(self.feature_layers or (2, count // 2, count - 3))
         if not all(0 <= layer < count for layer in layers):
-            raise ValueError(f"the draft reads hidden states {layers}, but the target has {count} layers.")
+            raise ValueError(
+                f"the draft reads hidden states {layers}, but the target has {count} layers. Use the draft with the "
+                "target that it was trained for."
+            )
         return layers
 
     @classmethod
     def for_target(
         cls, config: PretrainedConfig, *, blocks: int = 1, fusion: Literal["dgf", "concat"] = "dgf", **overrides: Any
     ) -> "DovetailConfig":
-        """The draft config that fits a target's config; `overrides` replace single fields.
+        """Make the config of a draft that fits a target.
+
+        Args:
+            config: config of the target.
+            blocks: number of draft blocks.
+            fusion: see `DovetailConfig`.
+            overrides: fields of `DovetailConfig` that replace those of the target.
 
         Raises:
             ValueError: a size is missing in the target's config, see `sizes_of`.
@@ -175,7 +191,7 @@ class DovetailConfig(PretrainedConfig):
 
 
 def _public_name(name: str) -> str | None:
-    """A hub id as it is; of a local directory only its last part, which means something elsewhere."""
+    """Return a hub id unchanged, and only the last part of a local path, because paths differ between machines."""
     return Path(name).resolve().name if name and Path(name).is_dir() else name or None
 
 
@@ -188,15 +204,15 @@ def _logit_scale(config: PretrainedConfig) -> float:
 
 
 def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """The target's rotary parameters, full width; of several kinds of layers the full-attention one."""
+    """Return the target's rotary parameters for whole heads, those of full attention if kinds of layers differ."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "full_attention" in rope:
         rope = rope["full_attention"]
     elif rope and all(isinstance(value, dict) for value in rope.values()):
         rope = next(iter(rope.values()))
-    # The draft rotates whole heads, also where the target (GPT-NeoX, Phi) rotates a part of each.
+    # The draft rotates whole heads, even if the target (GPT-NeoX, Phi) rotates only a part of each.
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-    # longrope and others carry factors sized for the target's own partial width; without them theta is kept.
+    # The factors of longrope are sized for the width that the target rotates, so only theta is used.
     if rope.get("rope_type") == "longrope":
         rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
     return {"rope_type": "default", "rope_theta": 10000.0} | rope

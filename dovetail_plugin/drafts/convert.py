@@ -1,13 +1,13 @@
-"""Drafts written in the formats of other projects: the way back of `formats.py`.
+"""Writes drafts in the formats of other projects. `checkpoints/read.py` reads these formats.
 
-Enters: a `DovetailDraft`. Leaves: a directory with config.json and model.safetensors that the other project loads:
+`write_draft` turns a `DovetailDraft` into a directory with config.json and model.safetensors, in one of these formats:
 
-    dovetail     this project's own, whatever the draft was read from
-    eagle3       EAGLE-3 as SGLang, vLLM and SpecForge read it
+    dovetail     the format of this project, for drafts of every kind
+    eagle3       EAGLE-3, as SGLang, vLLM and SpecForge read it
     speculators  vllm-project/speculators
-    vllm         what vLLM serves: EAGLE-3 for EAGLE-3 drafts, which it knows, our own for all others, by our plugin
+    vllm         the format that vLLM serves: eagle3 for EAGLE-3 drafts, dovetail (by our plugin) for all others
 
-A format can hold only what it has names for, and says so of other drafts.
+Formats of other projects cannot represent every draft; `write_draft` refuses those that do not fit.
 """
 
 import json
@@ -24,27 +24,32 @@ from .model import DovetailDraft
 FORMATS = ("dovetail", "eagle3", "speculators", "vllm")
 
 SPECULATORS_VERSION = "0.3.0"
-"""Of the config layout that is written."""
+"""Version of the speculators config layout that is written."""
 
 
 def write_draft(draft: DovetailDraft, directory: Path, to: str) -> None:
-    """Write `draft` to `directory` in format `to`, one of `FORMATS`.
+    """Write a draft to a directory.
+
+    Args:
+        draft: the draft to write.
+        directory: is created if it does not exist.
+        to: one of `FORMATS`.
 
     Raises:
-        ValueError: the format is unknown, or cannot hold this draft.
-        FileExistsError: the directory holds a checkpoint already.
+        ValueError: the format is unknown, or cannot represent this draft.
+        FileExistsError: the directory contains a checkpoint already.
     """
     if to not in FORMATS:
-        raise ValueError(f"unknown format {to!r}; use one of {', '.join(FORMATS)}.")
+        raise ValueError(f"unknown format {to!r}. Use one of {', '.join(FORMATS)}.")
     if (directory / "config.json").exists():
-        raise FileExistsError(f"{directory} holds a checkpoint already; name another directory.")
+        raise FileExistsError(f"{directory} contains a checkpoint already. Choose another directory.")
     if to == "dovetail" or (to == "vllm" and draft.config.fusion != "eagle3"):
         draft.save_pretrained(directory)
         return
     if draft.config.fusion != "eagle3":
         kind = {"dgf": "Dynamic Gating Fusion", "concat": "EAGLE-1 or EAGLE-2"}[draft.config.fusion]
         raise ValueError(
-            f"{to} holds EAGLE-3 drafts, and this one is of the kind {kind}; it can be written as dovetail."
+            f"the format {to} is for EAGLE-3 drafts only, and this draft is a {kind} draft. Write it as dovetail."
         )
     directory.mkdir(parents=True, exist_ok=True)
     if to == "speculators":

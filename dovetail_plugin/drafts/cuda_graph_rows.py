@@ -136,7 +136,7 @@ class Store:
             self.written = self.touched = length
 
     def expect(self, end: int, padded_end: int) -> None:
-        """Note that a pass will write rows up to `end`, and padding behind them up to `padded_end`."""
+        """Note that a pass will write rows up to `end`, and padding after them up to `padded_end`."""
         self.written, self.touched = end, max(self.touched, padded_end)
 
     def clear(self) -> None:

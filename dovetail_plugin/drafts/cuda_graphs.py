@@ -34,8 +34,8 @@ WARMUP_RUNS = 3
 class GraphRunner:
     """Runs a draft's steps with static shapes; implements `DraftRunner`.
 
-    Graphs hold addresses. They are dropped when the draft's weights or the target's head move, and when a text outgrows
-    its storage. If a capture fails, the runner goes on without graphs for good.
+    Graphs contain addresses of tensors. They are dropped when the draft's weights or the target's head move, and when a
+    text outgrows its storage. If a capture fails, the runner never uses graphs again.
 
     Args:
         draft: attached to its target before the first pass.
@@ -52,13 +52,13 @@ class GraphRunner:
         self._parameters = list(draft.parameters())
         self.device, self.dtype = self._parameters[0].device, self._parameters[0].dtype
         self.enable_graphs = self.device.type == "cuda"
-        self._idle: list[Store] = []  # of texts that ended
-        self._stream: torch.cuda.Stream | None = None  # that captures
+        self._idle: list[Store] = []  # storage of texts that ended
+        self._stream: torch.cuda.Stream | None = None  # captures run on it
 
     @property
     def _draft(self) -> DraftNetwork:
         draft = self._draft_ref()
-        assert draft is not None, "whoever runs a draft holds it"
+        assert draft is not None, "callers of a runner hold its draft"
         return draft
 
     def new_rows(self, capacity: int) -> GraphRows:
@@ -148,7 +148,7 @@ class GraphRunner:
         """Capture the static pass. The passes before the capture write what the replay after it writes again.
 
         Raises:
-            RuntimeError: of CUDA, or out of memory.
+            RuntimeError: CUDA reports an error, or is out of memory.
         """
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
@@ -164,7 +164,7 @@ class GraphRunner:
             graph, pool = torch.cuda.CUDAGraph(), store.pool
             try:
                 # The stream is entered twice because `torch.cuda.graph` does not leave it when a capture fails.
-                # "thread_local": what other threads do with the GPU meanwhile is no concern of this graph.
+                # "thread_local": other threads may use the GPU during the capture.
                 with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream, "thread_local"):
                     self._static_pass(store, rows, columns)
             except RuntimeError:
@@ -186,7 +186,7 @@ class GraphRunner:
         store = own.store
         if store is None:
             store = own.store = self._take(power_of_two(max(own.capacity, padded_end, MIN_COLUMNS)))
-            # It only moves: a graph that dies whenever garbage is collected could die in the middle of a capture.
+            # The storage is not freed here, because garbage collection may run in the middle of a capture.
             weakref.finalize(own, self._idle.append, store).atexit = False
         store.forget(own.length)
         if padded_end > store.capacity:

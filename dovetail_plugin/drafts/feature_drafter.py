@@ -1,8 +1,8 @@
 """Grows trees from target features: accepted features and tokens in, a `DraftTree` out. Owns the draft's rows.
 
 There is one row for every pair (target feature, next token) of the text, made from true target features only. Rows of
-tree nodes are appended behind them and dropped when the text goes on, so the prompt is never run twice. What the text
-gained is run when the next tree is asked for, so text that is decoded plainly costs the draft nothing until then.
+tree nodes are appended after them and dropped when the text continues, so the prompt is never run twice. New pairs are
+run only when the next tree is needed, so the draft does no work while text is decoded plainly.
 
 Trees grow in inference mode, which saves a seventh of the time to launch the many small operations. Nothing waits for
 the draft's device inside a level; between levels a judge, if there is one, reads the level's scores.
@@ -24,7 +24,7 @@ from .base import Drafter, DraftError, Judge
 
 
 class DraftModel(Protocol):
-    """What a `FeatureDrafter` needs of a draft besides a runner.
+    """The part of a draft that a `FeatureDrafter` uses besides a runner.
 
     Attributes:
         token_ids: (v,) int64 tokens that the logits belong to; None is the whole vocabulary.
@@ -58,7 +58,7 @@ class ChainDrafter(Drafter):
 
 
 def without_padding(features: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Drop the padding of a prompt, which the target ran along, from what `Drafter.begin` gets.
+    """Remove padding, which the target has run too, from the arguments of `Drafter.begin`.
 
     Args:
         features: (n, F) of the last n tokens before the newest one.
@@ -120,7 +120,7 @@ class FeatureDrafter(ChainDrafter):
         return (type(own), own.device, own.dtype) == (type(runner), runner.device, runner.dtype)
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """Start a text, or go on behind the rows of an earlier turn. See `Drafter.begin`."""
+        """Start a text, or continue after the rows of an earlier turn. See `Drafter.begin`."""
         self.advance(features, input_ids[1:])
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:
@@ -225,7 +225,7 @@ class FeatureDrafter(ChainDrafter):
     def _run(self, features: Tensor, tokens: Tensor, visible: Tensor, depth: int) -> Predicted:
         """Run one level of the tree through the draft.
 
-        A node of depth d stands at text position committed + d and pairs with the feature before it.
+        A node of depth d has the text position committed + d and is paired with the feature before it.
 
         Args:
             features: (K, H) predicted for the nodes' parents.

@@ -1,7 +1,8 @@
-"""Which draft for which target: known pairs, what a target's config names, and loading whatever was named.
+"""Finds a draft for a target, and loads drafts of any kind by name.
 
-Enters: a target's config, or the name of a draft. Leaves: an `Draft`. The table holds published heads by hub id;
-nothing of them ships with this package, and their licences are their authors'.
+`draft_name_for` takes a target's config and looks in the config itself and in a table of published drafts. `load_draft`
+takes a name and returns a `Draft`. The table contains hub ids only; the drafts are not part of this package and have
+their own licenses.
 """
 
 from dataclasses import dataclass
@@ -17,20 +18,27 @@ from .prompt_lookup import PromptLookupDraft
 from .small_model import SmallModelDraft
 
 LOOKUP = "lookup"
-"""Names `PromptLookupDraft`, which is no checkpoint."""
+"""Name of `PromptLookupDraft`, which has no checkpoint."""
 
 CONFIG_FIELD = "dovetail_draft"
-"""Of a target's config.json: the hub id or directory of its draft."""
+"""Field of a target's config.json that contains the hub id or directory of its draft."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and a published draft for it, by hub id. licence: as its page states it, or where to look."""
+    """A target and a published draft for it.
+
+    Attributes:
+        target: hub id of the target.
+        draft: hub id of the draft.
+        format: format of the draft, in words.
+        license: license of the draft as its page states it.
+    """
 
     target: str
     draft: str
     format: str
-    licence: str = "see its page"
+    license: str = "see its page"
 
 
 KNOWN = (
@@ -48,9 +56,9 @@ KNOWN = (
 
 
 def draft_name_for(config: PretrainedConfig) -> tuple[str, str]:
-    """The draft for a target, and why it was chosen, in words.
+    """Return the name of a draft for a target, and the reason for this choice in words.
 
-    What the target's own config names comes first, then the table, then lookup in the text.
+    The name in the target's config comes first, then the table, then `LOOKUP`.
     """
     named = getattr(config, CONFIG_FIELD, None)
     if named:
@@ -58,18 +66,20 @@ def draft_name_for(config: PretrainedConfig) -> tuple[str, str]:
     own = short_name(config.name_or_path)
     for pair in KNOWN:
         if own and short_name(pair.target) == own:
-            return pair.draft, f"a published {pair.format} head for {pair.target}, licence: {pair.licence}"
-    return LOOKUP, "no draft is known for this target; train one with `dovetail train`"
+            return pair.draft, f"a published {pair.format} head for {pair.target}, license: {pair.license}"
+    return LOOKUP, "no draft is known for this target; `dovetail train` makes one"
 
 
-def load_assistant(name: str, **kwargs: Any) -> Draft:
-    """Load whatever `name` is: a draft of any known format, a small language model, or `lookup`.
+def load_draft(name: str, **kwargs: Any) -> Draft:
+    """Load a draft of any known format, a small language model, or `LOOKUP`.
 
     Args:
-        kwargs: as `from_pretrained`, e.g. `dtype`, `device_map`.
+        name: directory, hub id or `LOOKUP`.
+        kwargs: arguments of `from_pretrained`, for example `dtype` and `device_map`.
 
     Raises:
-        ValueError, OSError: see `DovetailDraft.from_pretrained` and `SmallModelDraft`.
+        ValueError: see `DovetailDraft.from_pretrained` and `SmallModelDraft.from_pretrained`.
+        OSError: there is no such directory or hub repository.
     """
     if name == LOOKUP:
         return PromptLookupDraft()

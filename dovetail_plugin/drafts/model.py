@@ -41,7 +41,7 @@ def _check_draft_vocab_size(draft: "DovetailDraft", value: Any) -> str | None:
         return None
     size = draft.config.vocab_size
     if draft.config.fusion == "eagle3":
-        return "None for an EAGLE-3 draft, which has a head of its own"
+        return "None for an EAGLE-3 draft, which has its own head"
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= size:
         return f"a number of tokens between 1 and {size}, or None for all of them"
     return None
@@ -96,7 +96,7 @@ class DovetailDraft(DraftNetwork, Draft):
 
     @property
     def is_attached(self) -> bool:
-        """Whether the target's embedding table and head are here."""
+        """Whether the draft has its embedding table, so that it can run."""
         return self.embed_weight is not None
 
     def attach(self, target: TargetModel) -> None:
@@ -121,7 +121,7 @@ class DovetailDraft(DraftNetwork, Draft):
         super().attach(target)
 
     def _attach_again(self) -> None:
-        """Make a changed setting count at once, if there is a target to take tables from."""
+        """Apply a changed setting at once if the draft is attached to a target."""
         target = None if self._attached_to is None else self._attached_to()
         if target is not None:
             self.attach(target)
@@ -153,7 +153,7 @@ class DovetailDraft(DraftNetwork, Draft):
 
     @property
     def calibration(self) -> Mapping[str, Sequence[float]] | None:
-        """What training measured on held-out text; see `DovetailConfig`."""
+        """Acceptance rates that training measured on held-out text; see `DovetailConfig`."""
         return self.config.calibration
 
     def check_target(self, target: TargetModel) -> None:
@@ -174,7 +174,7 @@ class DovetailDraft(DraftNetwork, Draft):
         return ["dovetail", self.config.to_json_string(use_diff=False), str(weight.device), str(weight.dtype)]
 
     def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> FeatureDrafter:
-        """Make a drafter whose steps run as the `runner` setting says."""
+        """Make a drafter. The `runner` setting selects what runs its steps."""
         runner = runner_for(self, engine, plainly=self.runner == "torch")
         return FeatureDrafter(self, runner, capacity=capacity, clock=clock)
 
@@ -189,12 +189,12 @@ class DovetailDraft(DraftNetwork, Draft):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a draft of this project or of the Dovetail paper, an EAGLE-1, 2 or 3 head, or speculators' eagle3.
 
-        Every tensor of the architecture must be there in its shape. Accepts the arguments of transformers'
+        All tensors of the architecture must be present in the right shape. Accepts the arguments of transformers'
         `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
         Raises:
-            ValueError: the format is unknown, tensors are missing, unexpected or misshapen (all are named), or a file
-                cannot be read.
+            ValueError: the format is unknown, a file cannot be read, or tensors are missing, unexpected or of the wrong
+                shape (all are named).
             OSError: there is no such directory or hub repository.
         """
         wants_info = kwargs.pop("output_loading_info", False)

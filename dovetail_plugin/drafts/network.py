@@ -27,10 +27,10 @@ from .blocks import FUSIONS, Block, Eagle3Block, Eagle3Fusion, GatedFusion, RMSN
 from .config import DovetailConfig
 
 ROPE_OF_LENGTH = ("dynamic", "longrope")
-"""Rotary types whose tables depend on the length of the text, so that they cannot be kept."""
+"""Rotary types whose tables depend on the length of the text, so that they cannot be cached."""
 
 ROPE_AHEAD = 256
-"""Positions of a kept rotary table."""
+"""Number of positions of a cached rotary table."""
 
 
 @dataclass
@@ -52,10 +52,10 @@ class DraftNetwork(PreTrainedModel):
     Attributes:
         fusion: mixes features and embeddings, by `config.fusion`.
         layers: decoder blocks.
-        embed_weight: (V, H) embedding table, None before a target lent it.
-        head_weight: (V, H) head, or (v, H) of the tokens in `token_ids`; None before a target lent it.
+        embed_weight: (V, H) embedding table; None until a target is attached.
+        head_weight: (V, H) head, or (v, H) for the tokens in `token_ids`; None until a target is attached.
         head_bias: (V,) or (v,) bias of the head, or None.
-        token_ids: (v,) int64 tokens that a cut head proposes, ascending; None proposes all.
+        token_ids: (v,) int64 tokens that a reduced head proposes, ascending; None means all tokens.
         embedding_device: device on which `embed_weight` stays, or None for that of the draft.
     """
 
@@ -81,7 +81,7 @@ class DraftNetwork(PreTrainedModel):
         self.layers = nn.ModuleList(blocks)
         self.rotary = RotaryEmbedding(config)
         # Borrowed from the target: non-persistent, so that they follow `.to()` and never enter a checkpoint.
-        for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):  # the last: where the head is cut
+        for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):  # token_ids: if the head is reduced
             self.register_buffer(name, None, persistent=False)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if eagle3 else None
         if eagle3:
@@ -130,7 +130,7 @@ class DraftNetwork(PreTrainedModel):
         return rows.to(device=tokens.device, dtype=next(self.parameters()).dtype)
 
     def head(self, features: Tensor) -> Tensor:
-        """Return the target's logits of predicted features: (..., H) -> (..., V), or of `token_ids` if the head is cut.
+        """Return the target's logits of predicted features: (..., H) -> (..., V), or (..., v).
 
         Raises:
             ValueError: no target is attached.
@@ -147,7 +147,7 @@ class DraftNetwork(PreTrainedModel):
         return logits
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Return logits (..., V) of the whole vocabulary, with -inf for tokens that a cut head does not propose."""
+        """Return logits (..., V) of the whole vocabulary, with -inf for tokens that the head does not propose."""
         if self.token_ids is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
@@ -158,8 +158,8 @@ class DraftNetwork(PreTrainedModel):
     def rope_for(self, step: Pass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return rotary cosines and sines of a pass: (1, n, head_dim), or (1, 1, head_dim) of a tree level.
 
-        Those of short passes are views of a table over the next positions, because computing them anew would be a
-        noticeable part of a tree level.
+        For short passes they are views of a cached table over the next positions, because computing them in each pass
+        would be a noticeable part of the time of a tree level.
         """
         count, device = 1 if step.is_level else step.rows, step.tokens.device
         first, end = step.position, step.position + count
@@ -221,7 +221,7 @@ class DraftNetwork(PreTrainedModel):
         """
         if features is None or input_ids is None:
             raise ValueError(
-                "a DovetailDraft needs `features` of its target beside `input_ids`; it cannot generate alone. "
+                "a DovetailDraft needs `features` of its target in addition to `input_ids`; it cannot generate alone. "
                 "Use target.generate(..., assistant_model=draft)."
             )
         if features.shape[:2] != input_ids.shape or features.shape[-1] != self.config.feature_size:

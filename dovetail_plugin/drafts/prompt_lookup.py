@@ -39,7 +39,7 @@ class LookupIndex:
     followers: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
 
     def append(self, tokens: list[int]) -> None:
-        """Take note that the text grew."""
+        """Record that the text grew."""
         for token in tokens:
             self.tokens.append(token)
             end = len(self.tokens)
@@ -126,8 +126,8 @@ class PromptLookupDraft(Draft):
     ```
 
     Args:
-        longest: most tokens at the text's end that are looked up together; longer matches count first.
-        shortest: least tokens of a match.
+        longest: largest number of tokens at the end of the text that are matched. Longer matches have priority.
+        shortest: smallest number of tokens of a match.
 
     Raises:
         ValueError: `shortest` is below 1 or above `longest`.

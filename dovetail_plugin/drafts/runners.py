@@ -1,6 +1,6 @@
-"""Chooses what runs a draft's steps, and keeps what was expensive to prepare: CUDA graphs, compiled graphs.
+"""Chooses what runs a draft's steps, and caches what is expensive to prepare: CUDA graphs, compiled graphs.
 
-Kept runners belong to a draft and vanish with it. One whose draft was moved, cast or given other weights is replaced.
+A cached runner is freed with its draft. It is replaced if the draft was moved, cast or given other weights.
 """
 
 import weakref
@@ -21,7 +21,7 @@ _compiled: "weakref.WeakKeyDictionary[DraftNetwork, weakref.WeakKeyDictionary[En
 
 
 class _Kept:
-    """A runner of an engine (or None: the engine has none), and the weights that it was made from."""
+    """Runner of an engine, or None if the engine cannot run drafts, and the weights that it was made from."""
 
     def __init__(self, runner: DraftRunner[Any] | None, version: tuple[int, ...]) -> None:
         self.runner, self.version = runner, version

@@ -6,7 +6,7 @@ out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 ```
 
 A small model reads tokens where a `DovetailDraft` reads pairs of feature and token. Everything else is the same, so
-trees grow through the same `FeatureDrafter`. Token t of the text stands at position t here, the first one included.
+trees grow through the same `FeatureDrafter`. Token t of the text has position t here, and the first token is run too.
 """
 
 import warnings
@@ -106,7 +106,7 @@ class SmallModelDrafter(FeatureDrafter):
     """`FeatureDrafter` that reads tokens alone. The first token is run as well, although no feature belongs to it."""
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
-        """Start a text with all its tokens, or go on with a turn. See `Drafter.begin`."""
+        """Start a text with all its tokens, or continue with a turn. See `Drafter.begin`."""
         first = not self.committed and not self._pending
         self.advance(features, input_ids if first else input_ids[1:])
 
@@ -203,7 +203,7 @@ class SmallModelDraft(Draft):
         runner = SmallModelRunner(self.model, min(own, _vocab_size(engine.config)))
         return SmallModelDrafter(self, runner, capacity=capacity, clock=clock)
 
-    # --- what `FeatureDrafter` asks of a draft ---------------------------------------------------
+    # --- `DraftModel` protocol --------------------------------------------------------------------
 
     def project(self, features: Tensor) -> Tensor:
         """Return the features as they are; there are none."""
@@ -219,7 +219,7 @@ def _vocab_size(config: PretrainedConfig) -> int:
 
 
 def _vocabulary_of(target: TargetModel) -> dict[str, int] | None:
-    """Return the vocabulary of the tokenizer beside the target, or None if none can be read."""
+    """Return the vocabulary of the target's tokenizer, or None if it cannot be read."""
     name = target.config.name_or_path
     if not name:
         return None

@@ -1,4 +1,4 @@
-"""Generation with a draft: checks and preparation (`generate`), the loop (`loop`), the text (`text`)."""
+"""Generation with a draft. `generate` checks a call, `open` prepares it, `loop` runs it and `text` owns its tokens."""
 
 from .generate import generate_plainly, generate_with_draft
 

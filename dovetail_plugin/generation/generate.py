@@ -1,7 +1,7 @@
 """One call of `generate` with a draft: checks, the request, and the result in transformers' form.
 
-`GenerationMixin.generate` hands over what it prepared; `hf.py` decides when that happens. `open.py` prepares the
-generation and `loop.py` runs it.
+`hf.py` passes calls of `GenerationMixin.generate` on to this module, with everything that `generate` has prepared.
+`open.py` prepares the generation and `loop.py` runs it.
 """
 
 from typing import Any
@@ -31,11 +31,11 @@ NOT_FOR_FORWARD = (*OWN_ARGUMENTS, "inputs_tensor", "tokenizer", "assistant_toke
 
 
 def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
-    """Refuse everything that can be refused before the prompt is looked at.
+    """Check everything that does not depend on the prompt.
 
     Raises:
-        ValueError: the draft does not fit the target, the target cannot be verified, or an option of `generate` does
-            not go with drafting.
+        ValueError: the draft does not fit the target, the engine refuses the target, or an option of `generate`
+            cannot be combined with drafting.
         RuntimeError: an untested version of transformers gives wrong text with drafts.
     """
     check_transformers()
@@ -49,7 +49,7 @@ def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
 
 
 def check_options(config: GenerationConfig) -> None:
-    """Refuse options of `generate` that do not go with drafting.
+    """Refuse options of `generate` that cannot be combined with drafting.
 
     Raises:
         ValueError: names the option.
@@ -127,7 +127,7 @@ def generate_plainly(
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> Any:
-    """Generate without a draft, one token per pass, on engines that bring no loop of their own.
+    """Generate without a draft, one token per pass, on engines without their own loop.
 
     Arguments, result and errors are those of `generate_with_draft`.
     """

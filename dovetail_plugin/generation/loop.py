@@ -1,10 +1,11 @@
-"""The loop: prefill, then rounds of draft, verify, accept, keep. This is the only file that knows their order.
+"""The loop: prefill, then rounds of draft, verify, accept and keep. Only this module knows their order.
 
-    prompt -> target.prefill -> drafter.begin -> (once on this machine) probe
-    round:  planner.plan -> drafter.grow -> target.score -> accept -> target.keep -> drafter.advance -> planner.observe
+    prompt -> session.prefill -> drafter.begin -> (once on this machine) probe
+    round:  planner.plan -> drafter.grow -> session.score -> accept -> session.keep -> drafter.advance -> planner.observe
 
-It gets a session, a drafter, the text and the budgets of its rounds, all prepared, and leaves the finished text and a
-report. A drafter that fails costs speed and not text: the loop goes on with trees of one node, which is plain decoding.
+Its input is a session, a drafter, the text and the budgets of its rounds, all prepared. Its results are the finished
+text and a report. If the drafter fails, the loop continues with trees of one node, which is plain decoding, so the text
+is not affected.
 """
 
 import logging
@@ -33,17 +34,17 @@ class Decoder:
     """One generation. `run` is the algorithm; the rest makes a failing draft harmless.
 
     Attributes:
-        target: an open session.
-        drafter: proposes trees; None decodes plainly through the same code.
+        session: of the target, open.
+        drafter: proposes trees. None decodes plainly through the same code.
         text: the prompt, to which tokens are added.
         planner: decides how much each round may draft.
-        report: is filled in.
+        report: receives the figures of this generation.
         cached: tokens at the start of the text whose rows the target holds from earlier turns.
         attention_mask: (1, tokens before the first new one) with 0 at padding, or None.
-        vary_threads: whether the number of torch's threads may be chosen; the caller restores it.
+        vary_threads: whether the number of torch's threads may be changed. The caller restores it.
     """
 
-    target: TargetSession
+    session: TargetSession
     drafter: Drafter | None
     text: Text
     planner: RoundPlanner
@@ -57,7 +58,7 @@ class Decoder:
         report, text = self.report, self.text
         report.prompt_tokens = text.length
         start_s = time.perf_counter()
-        output = self.target.prefill(text.ids[:, self.cached :], self.attention_mask)
+        output = self.session.prefill(text.ids[:, self.cached :], self.attention_mask)
         choice = text.choose(output.logits)
         self._begin(output)
         report.prefill_s = time.perf_counter() - start_s
@@ -84,10 +85,10 @@ class Decoder:
         tree = self._grow(last, plan)
         forecast = self.planner.forecast(plan, len(tree), context)
         with clock.phase("verify"):
-            output = self.target.score(tree)
+            output = self.session.score(tree)
         with clock.phase("accept"):
             acceptance = accept(tree, lambda node: text.choose(output.logits[node : node + 1]))
-            self.target.keep(acceptance.path)
+            self.session.keep(acceptance.path)
         self._advance(output, acceptance)  # in the last round too: another turn may follow
         seconds = {name: clock.seconds[name] - before[name] for name in PHASES}
         seconds["other"] = max(time.perf_counter() - start_s - sum(seconds.values()), 0.0)
@@ -108,12 +109,12 @@ class Decoder:
     def _bound(self) -> TreeBudget:
         """Return the largest tree allowed: the policy's limits, the room in the text and in the target's positions."""
         room = self.text.room
-        if self.target.max_length is not None:  # no node beyond the target's positions
-            room = min(room, self.target.max_length - self.text.length + 1)
+        if self.session.max_length is not None:  # no node beyond the target's positions
+            room = min(room, self.session.max_length - self.text.length + 1)
         bound = self.planner.limits.clipped(max(room, 1)) if self.drafter is not None else PLAIN
-        return bound if self.target.supports_tree else bound.as_chain()
+        return bound if self.session.supports_tree else bound.as_chain()
 
-    # --- the draft, whose failures are not ours ------------------------------------------------
+    # --- calls of the draft, whose failures must not affect the text ---------------------------
 
     def _begin(self, output: TargetOutput) -> None:
         if self.drafter is None:
@@ -127,20 +128,20 @@ class Decoder:
             self._give_up(error)
 
     def _prepare(self, token: int) -> None:
-        drafter, limits, positions = self.drafter, self.planner.limits, self.target.max_length
+        drafter, limits, positions = self.drafter, self.planner.limits, self.session.max_length
         if drafter is None:
             return
         if positions is not None and self.text.length + limits.depth >= positions:
-            self.planner = FixedPlanner(PLAIN)  # no room for a tree to measure with, and hardly any for text
+            self.planner = FixedPlanner(PLAIN)  # there is no room for the trees of a measurement, and little for text
             return
         try:
             measured = self.planner.prepare(
                 lambda settings: measure(
-                    self.target,
+                    self.session,
                     drafter,
                     token=token,
                     context=self.text.length,
-                    limits=limits if self.target.supports_tree else limits.as_chain(),
+                    limits=limits if self.session.supports_tree else limits.as_chain(),
                     vary_threads=self.vary_threads,
                     settings=settings,
                 )
@@ -172,6 +173,6 @@ class Decoder:
 
     def _give_up(self, error: Exception) -> None:
         self.drafter, self.planner = None, FixedPlanner(PLAIN)
-        message = f"drafting stopped, generation goes on without it: {type(error).__name__}: {error}"
+        message = f"drafting stopped and generation continues without a draft: {type(error).__name__}: {error}"
         self.report.warnings.append(message)
         logger.warning(message)

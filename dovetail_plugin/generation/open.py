@@ -1,6 +1,6 @@
-"""Opens a generation: puts engine, session, drafter and budgets together for the loop.
+"""Opens a generation: creates session, drafter and budgets for the loop.
 
-`generate` with a draft, plain generation on engines that bring no loop, and synthetic runs all come through here.
+`generate` with a draft, plain generation on engines without their own loop, and synthetic runs all use this module.
 """
 
 from collections.abc import Iterator
@@ -90,9 +90,9 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
     )
     in_torch = engine.runs_in_torch or (drafter is not None and drafter.runs_in_torch)
     # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
-    with session as target, torch.no_grad(), thread_count(None if in_torch else 1):
+    with session as opened, torch.no_grad(), thread_count(None if in_torch else 1):
         decoder = Decoder(
-            target,
+            opened,
             drafter,
             text,
             planner,

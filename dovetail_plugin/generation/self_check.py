@@ -26,7 +26,7 @@ _result: str | None = None
 
 
 def check_transformers() -> None:
-    """Refuse drafts with an untested transformers that gives other text with them. The result is kept.
+    """Refuse drafts if they give wrong text with an untested version of transformers. The check runs once.
 
     Raises:
         RuntimeError: names both versions and the first difference.

@@ -1,7 +1,7 @@
-"""Chains for transformers' own assisted loop, for users who want its verification: `draft.verification = "stock"`.
+"""Drafts chains for transformers' own assisted loop, which runs with `draft.verification = "stock"`.
 
-The stock loop hands over its text and the target's outputs (transformers 5.8 or later). It gets candidate ids and, when
-sampling, the draft logits from whose softmax the candidates were sampled.
+That loop passes its text and the target's outputs (transformers 5.8 or later). It receives candidate ids and, when
+sampling, the draft logits whose softmax the candidates were sampled from.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ class DovetailCandidateGenerator(CandidateGenerator):
     """Drafts a chain of `draft.budget.depth` tokens (or `TreeBudget`'s default) each round for the stock loop.
 
     Args:
-        draft: one with `supports_stock_loop`; its `report` is set.
+        draft: must have `supports_stock_loop`. Its `report` is set.
         target: the model that `generate` was called on.
-        generation_config: as prepared by `generate`.
-        logits_processor: applied to the draft's logits too, when sampling.
+        generation_config: generation config, as `generate` prepared it.
+        logits_processor: logits processors. When sampling, they are applied to the draft's logits too.
 
     Raises:
         ImportError: transformers is older than 5.8.
@@ -45,8 +45,9 @@ class DovetailCandidateGenerator(CandidateGenerator):
             from transformers import __version__
 
             raise ImportError(
-                'draft.verification = "stock" needs transformers 5.8 or later, whose assisted loop hands the '
-                f'target\'s features to candidate generators; this is {__version__}. "tree" works here.'
+                'draft.verification = "stock" needs transformers 5.8 or later, whose assisted loop gives the '
+                f"target's features to candidate generators, and {__version__} is installed. "
+                'Use draft.verification = "tree".'
             )
         draft.ensure_attached(target)
         self.draft = draft
@@ -70,8 +71,19 @@ class DovetailCandidateGenerator(CandidateGenerator):
         n_last_matches: int = 0,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Draft behind the text (1, t): returns ids (1, t + depth) and, when sampling, logits (1, depth, V)."""
-        if is_first_iteration:  # the target has not run yet: no features to draft from
+        """Draft a chain after the text.
+
+        Args:
+            input_ids: (1, t) int64, the text.
+            model_kwargs: arguments of the target's latest pass.
+            model_outputs: outputs of that pass.
+            is_first_iteration: whether the target has not run yet.
+            n_last_matches: number of candidates that the target accepted in that pass.
+
+        Returns:
+            ids (1, t + depth) int64 and, when sampling, logits (1, depth, V); else None.
+        """
+        if is_first_iteration:  # the target has not run yet, so there are no features to draft from
             self._started = False
             self.report.prompt_tokens = input_ids.shape[1]
             return input_ids, None
@@ -97,16 +109,16 @@ class DovetailCandidateGenerator(CandidateGenerator):
         return candidates, logits[None].to(input_ids.device) if self._do_sample else None
 
     def _follow(self, input_ids: Tensor, features: Tensor, model_kwargs: dict[str, Any], matches: int) -> None:
-        """Hand the drafter the features (n, H) of the rows that the last pass accepted."""
+        """Give the drafter the features (n, F) of the latest pass, up to the last accepted token."""
         if self._started:
             self.report.rounds.append(Round(self._drafted + 1, matches + 1))
             self._drafter.advance(features[: matches + 1], input_ids[0, -(matches + 1) :])
             return
         self._started = True
-        mask = model_kwargs.get("attention_mask")  # of the text with its newest token
+        mask = model_kwargs.get("attention_mask")  # covers the text with its newest token
         features, ids = without_padding(features, input_ids[0], None if mask is None else mask[:, :-1])
         self._drafter.begin(features, ids)
 
     def update_candidate_strategy(self, input_ids: Tensor, *_args: Any) -> None:
-        """Count what the text gained. The length of the next chain does not depend on it."""
+        """Update the number of new tokens. The length of the next chain does not depend on acceptance."""
         self.report.new_tokens = input_ids.shape[1] - self.report.prompt_tokens

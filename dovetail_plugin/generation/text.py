@@ -1,8 +1,8 @@
-"""The text being generated: a row of the target's logits in, the next token out, exactly as `generate` chooses it.
+"""The text of one generation. It chooses the next token from the target's logits exactly as `generate` does.
 
-It holds the token buffer and applies what `generate` prepared: logits processors along the accepted path, one random
-draw for each emitted token, stopping criteria and streamer token by token. A row is processed only when the walk
-reaches its node, so processors that depend on the history see the same calls in the same order as in plain decoding.
+`Text` owns the token buffer. It applies logits processors along the accepted path, makes one random draw per emitted
+token, and calls stopping criteria and the streamer for each token. Logits of a node are processed only when acceptance
+reaches this node, so processors that depend on the history get the same calls in the same order as in plain decoding.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,18 +20,18 @@ class Text:
     """Prompt and generated tokens of one sequence.
 
     Args:
-        input_ids: (1, T) int64 prompt.
+        input_ids: (1, T) int64, the prompt.
         processors: logits processors, as `generate` prepared them.
         criteria: stopping criteria, as `generate` prepared them.
-        config: as `generate` prepared it.
-        streamer: gets every token as it is chosen.
+        config: generation config, as `generate` prepared it.
+        streamer: receives every token when it is chosen; None for no streaming.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        length: tokens so far.
-        max_length: tokens that the text may reach.
-        scores: processed scores (1, V) float32 of each new token if asked for, else None.
-        logits: raw logits (1, V) float32 of each new token if asked for, else None.
+        prompt_tokens: number of tokens of the prompt.
+        length: number of tokens so far.
+        max_length: number of tokens that the text may have.
+        scores: processed scores (1, V) float32 of each new token if `config` asks for them, else None.
+        logits: raw logits (1, V) float32 of each new token if `config` asks for them, else None.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Text:
 
     @property
     def ids(self) -> Tensor:
-        """(1, length) int64, a view."""
+        """Token ids (1, length) int64, a view."""
         return self._buffer[:, : self.length]
 
     @property
@@ -64,9 +64,9 @@ class Text:
         return self.max_length - self.length
 
     def choose(self, logits: Tensor) -> Choice:
-        """Choose the next token from the target's logits (1, V), append and stream it.
+        """Choose the next token from the target's logits (1, V), append it and stream it.
 
-        Every tensor operation and random draw is the one that `GenerationMixin._sample` makes.
+        All tensor operations and random draws are those of `GenerationMixin._sample`.
         """
         raw = logits.to(copy=True, dtype=torch.float32, device=self._buffer.device)
         scores = self._processors(self.ids, raw)
@@ -81,7 +81,7 @@ class Text:
         return Choice(int(token), bool(self._criteria(self.ids, self.scores).all()))
 
     def _pick(self, scores: Tensor) -> Tensor:
-        """Return the token (1,) that processed scores (1, V) give."""
+        """Return the token (1,) for processed scores (1, V): a random one if sampling, else the best one."""
         if self._do_sample:
             return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         return torch.argmax(scores, dim=-1)

@@ -1,6 +1,6 @@
-"""Targets: what the loop needs of a model, whatever library runs it.
+"""Targets: engines that run a model, and sessions that generate with it, for any library.
 
-`base` holds the contracts, `transformers_model` fulfils them for transformers' own models, `engine` finds the engine
-of any model, `config_sizes` reads the sizes of a config, `layers_on_gpu` moves layers of a target to a GPU. Adapters
-fulfil the same contracts.
+`base` contains the protocols, `transformers_model` implements them for transformers' own models, `engine` finds the
+engine of a model, `config_sizes` reads the sizes of a config, and `layers_on_gpu` moves layers of a target to a GPU.
+Adapters implement the same protocols.
 """

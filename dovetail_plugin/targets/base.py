@@ -51,7 +51,7 @@ class TextCache(Protocol):
 
 
 class TargetModel(Protocol):
-    """What Dovetail asks of a model that generates: transformers' own ones and stored ones have it."""
+    """A model that can generate with a draft: one of transformers' own or a stored one."""
 
     config: PretrainedConfig
 
@@ -78,7 +78,7 @@ class TargetSession(Protocol):
     max_length: int | None
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """Run the prompt (1, T) behind the rows that the cache holds already.
+        """Run the prompt (1, T) after the rows that are in the cache already.
 
         Args:
             input_ids: (1, T) int64 rows to run.
@@ -93,7 +93,7 @@ class TargetSession(Protocol):
 
 
 class Engine(Protocol):
-    """One model and what it takes to draft for it.
+    """Runs one model, and provides what drafts need of it.
 
     Attributes:
         config: the model's config.
@@ -140,7 +140,7 @@ class Engine(Protocol):
         model_kwargs: dict[str, Any] | None = None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> AbstractContextManager[TargetSession]:
-        """Open a session for one generation behind the rows of `cache`.
+        """Open a session for one generation that continues the rows of `cache`.
 
         Args:
             cache: from `cache`.

@@ -14,7 +14,7 @@ ADAPTERS = {
     "optimum.intel.openvino": "dovetail_plugin.adapters.openvino",
     "optimum.onnxruntime": "dovetail_plugin.adapters.onnxruntime",
 }
-"""Package of a model's class -> our module with `engine_for(model)`, which is imported when such a model comes."""
+"""Package of a model's class -> our module with `engine_for(model)`, which is imported when it is needed."""
 
 _engines: weakref.WeakKeyDictionary[Any, "Engine"] = weakref.WeakKeyDictionary()
 

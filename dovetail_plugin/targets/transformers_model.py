@@ -1,9 +1,8 @@
-"""Transformers models as targets, run by torch and unmodified.
+"""Transformers models as targets, run by torch without modification.
 
-`TorchSession` drives any decoder-only model with position ids: it puts preallocated storage under the model's cache,
-scores a tree with a 4-D mask and explicit positions, and reads features through forward hooks: the output of the base
-model (after the final norm), or hidden states of several layers. `TorchEngine` checks a model and opens sessions. This
-module knows nothing of drafts, sampling or the text.
+`TorchEngine` checks a model and opens sessions. `TorchSession` puts preallocated storage under the model's cache and
+scores a tree with a 4-D mask and explicit positions. It reads features through forward hooks: the output of the base
+model (after the final norm) or hidden states of several layers. This module does not know drafts, sampling or the text.
 """
 
 import inspect
@@ -38,9 +37,9 @@ class TorchSession:
 
     Args:
         model: decoder-only model, used with batch size 1.
-        cache: transformers cache, empty or with the rows of earlier turns. The object stays in place and holds
-            transformers' own layers again after the `with` block.
-        max_length: tokens the text may reach, for the size of the storage.
+        cache: transformers cache, empty or with the rows of earlier turns. The same object contains transformers' own
+            layers again after the `with` block.
+        max_length: number of tokens that the text may have, for the size of the storage.
         max_nodes: rows of the largest tree (N).
         prefill_chunk: prompt rows per pass; None runs the prompt at once.
         model_kwargs: further keyword arguments of the prompt's forward pass.
@@ -48,8 +47,8 @@ class TorchSession:
             embeddings, i the output of decoder layer i - 1); None is the state after the final norm.
 
     Attributes:
-        supports_tree: False if the model's attention does not accept a 4-D mask, or the model no position ids. Such
-            a model gets chains only.
+        supports_tree: False if the model's attention does not accept a 4-D mask, or the model does not accept position
+            ids. Such a model gets chains only.
         max_length: the model's `max_position_embeddings`, or None.
     """
 
@@ -100,7 +99,7 @@ class TorchSession:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """Run the rows (1, T) of the prompt that the cache does not hold; the features include padding."""
+        """Run the part (1, T) of the prompt that is not in the cache. The features include those of padding."""
         first, total = self.committed, self.committed + input_ids.shape[1]
         positions = torch.arange(total, device=input_ids.device)[None]
         if attention_mask is not None and not bool(attention_mask.all()):
@@ -134,7 +133,7 @@ class TorchSession:
     def keep(self, path: list[int]) -> None:
         """Commit these rows of the last `score`, in order; drop the others."""
         count = len(path)
-        moved = next((i for i, node in enumerate(path) if node != i), count)  # rows before stay where they are
+        moved = next((i for i, node in enumerate(path) if node != i), count)  # earlier rows do not move
         index = None
         if moved < count:
             index = torch.tensor(path[moved:], device=self.model.device) - moved
@@ -193,8 +192,8 @@ class TorchSession:
     def _layer_mask(self, tree: DraftTree, index: int) -> Tensor:
         """Return an additive mask (1, 1, N, rows that the layer returns) in the model's dtype.
 
-        The window comes from the model and not from the cache: a cache that was made without the model's config keeps
-        all rows of sliding layers.
+        The window is taken from the model and not from the cache, because a cache that was created without the model's
+        config keeps all rows of sliding layers.
         """
         layer, window = self.layers[index], getattr(self._template[index], "sliding_window", None)
         device, dtype, nodes = self.model.device, self.model.dtype, len(tree)
@@ -253,12 +252,12 @@ class TorchEngine:
     runs_in_torch = True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = weakref.ref(model)  # the engine is remembered by its model and must not keep it alive
+        self._model = weakref.ref(model)  # engines are cached by model and must not keep it alive
         self.config = model.config
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model. It exists for as long as somebody asks for its engine."""
+        """The model. Callers of an engine hold a reference to it."""
         model = self._model()
         assert model is not None
         return model
@@ -296,7 +295,7 @@ class TorchEngine:
         self.tables()
 
     def num_parameters(self) -> int:
-        """Return the number of weights of the model."""
+        """Return the number of parameters of the model."""
         return self.model.num_parameters()
 
     def tables(self) -> Tables:

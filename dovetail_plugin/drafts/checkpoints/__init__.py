@@ -1,1 +1,1 @@
-"""Draft checkpoints of this and other projects: `read` detects and reads them, `load` prepares their loading."""
+"""Draft checkpoints: `read` reads those of other projects, `load` helps `DovetailDraft.from_pretrained`."""

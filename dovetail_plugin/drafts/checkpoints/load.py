@@ -1,6 +1,7 @@
-"""Around `DovetailDraft.from_pretrained`: checkpoints of other formats, completeness, the type to run in, cut heads.
+"""Helpers of `DovetailDraft.from_pretrained` and `attach`.
 
-Enters: names and files. Leaves: arguments for transformers' own loading, and complaints. It builds no models.
+They prepare the loading of checkpoints in other formats, check that a loaded draft is complete, choose its dtype, and
+read which tokens a reduced head proposes. This module builds no models.
 """
 
 from typing import Any
@@ -14,34 +15,47 @@ from ...compat import find_file
 from .read import Checkpoint
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-"""Arguments of `from_pretrained` that tell where files come from."""
+"""Arguments of `from_pretrained` that select where files come from."""
 
 
 def dtype_for(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to run in where the user leaves it open: fp16 for bf16 weights on a GPU that computes no bf16."""
+    """Return the dtype for `dtype="auto"`: that of the weights, or fp16 for bf16 weights on a GPU without bf16.
+
+    Args:
+        stored: dtype of the weights in the checkpoint.
+        device: where the draft will run.
+    """
     if device.type == "cuda" and stored == torch.bfloat16 and not machine.gpu_supports_bf16():
         return torch.float16
     return stored
 
 
 def foreign_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Arguments that make transformers load tensors which are read already."""
+    """Return arguments of transformers' `from_pretrained` that make it load the tensors of `checkpoint`."""
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()}
     checkpoint.config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return {"config": checkpoint.config, "state_dict": checkpoint.tensors}
 
 
 TOKEN_ORDER = "token_order.npy"
-"""Beside a checkpoint: (V,) int32 token ids, the most frequent of the training text first."""
+"""File of a checkpoint with all token ids, (V,) int32, sorted by their frequency in the training text."""
 
 
 def frequent_tokens(name: str, count: int, vocab_size: int) -> Tensor:
-    """(count,) int64 ids, ascending, of the most frequent tokens by the checkpoint's own file.
+    """Return the most frequent tokens according to the checkpoint's `TOKEN_ORDER`.
 
-    Without one the lowest ids are taken, which are the most frequent ones in byte-pair vocabularies.
+    Without this file the lowest ids are used, which are the most frequent ones in byte-pair vocabularies.
+
+    Args:
+        name: directory or hub id of the checkpoint; empty if the draft has none.
+        count: number of tokens, between 1 and `vocab_size`.
+        vocab_size: number of tokens of the target (V).
+
+    Returns:
+        (count,) int64 ids, ascending.
 
     Raises:
-        ValueError: `count` is no part of the vocabulary.
+        ValueError: `count` is out of range.
     """
     if not 1 <= count <= vocab_size:
         raise ValueError(f"draft_vocab_size must be between 1 and the target's {vocab_size} tokens, got {count}.")
@@ -53,10 +67,14 @@ def frequent_tokens(name: str, count: int, vocab_size: int) -> Tensor:
 
 
 def check_loaded(name: object, info: dict[str, Any]) -> None:
-    """Complain of what a checkpoint lacks or has too much, by transformers' `output_loading_info`.
+    """Refuse a checkpoint whose tensors are not exactly those of the draft.
+
+    Args:
+        name: of the checkpoint, for the message.
+        info: loading info from transformers' `from_pretrained(..., output_loading_info=True)`.
 
     Raises:
-        ValueError: tensors are missing, unexpected or misshapen; all are named.
+        ValueError: names all tensors that are missing, unexpected or of the wrong shape.
     """
     problems = []
     for kind in ("missing_keys", "unexpected_keys"):

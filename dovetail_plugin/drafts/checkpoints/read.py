@@ -1,14 +1,14 @@
-"""Published draft checkpoints, read: config and tensors of other projects in, ours out.
+"""Reads draft checkpoints of other projects.
 
-Enters: a directory or hub id. Leaves: a `Checkpoint`: a `DovetailConfig` and tensors under `DovetailDraft`'s names.
-Which format it is, is told by config fields and tensor names, never by the name of the repository:
+`load_checkpoint` takes a directory or hub id and returns a `DovetailConfig` and tensors under the names that
+`DovetailDraft` uses. Config fields and tensor names determine the format; the name of the repository has no influence:
 
-    paper        the Dovetail paper's: `W_1`, `W_2`, `W_z` at top level
-    eagle        EAGLE-1 and EAGLE-2: `fc.weight` and `layers.0.*`
-    eagle3       EAGLE-3: `midlayer.*`
-    speculators  vllm-project/speculators: its config; tensors as EAGLE-3 with `layers.0.` for `midlayer.`
+    paper        the Dovetail paper: tensors `W_1`, `W_2` and `W_z`
+    eagle        EAGLE-1 and EAGLE-2: tensors `fc.weight` and `layers.0.*`
+    eagle3       EAGLE-3: tensors `midlayer.*`
+    speculators  vllm-project/speculators: its config; tensors as in EAGLE-3, but `layers.0.` instead of `midlayer.`
 
-Pickled files are read with `weights_only=True`, which runs no code. This module knows nothing of models or devices.
+Pickled files are read with `weights_only=True`, which runs no code. This module does not know models or devices.
 """
 
 import json
@@ -31,14 +31,18 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Looked for in this order."""
+"""Names of weight files, in the order in which they are looked for."""
 
 BORROWED = ("embed_tokens.weight", "lm_head.weight")
-"""Tables that some checkpoints copy from their target; it has them, so they are left out."""
+"""Tables that some checkpoints copy from their target. They are left out, because the target has them."""
 
 
 class UnknownFormat(ValueError):
-    """A checkpoint is of no known draft. is_language_model: whether its config is one of a causal language model."""
+    """The format of a checkpoint is unknown.
+
+    Attributes:
+        is_language_model: whether the config belongs to a causal language model.
+    """
 
     def __init__(self, config: dict[str, Any], message: str) -> None:
         super().__init__(message)
@@ -47,7 +51,13 @@ class UnknownFormat(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A draft of any format, in our terms. kind: "paper", "eagle", "eagle3" or "speculators"."""
+    """A checkpoint of another project, translated.
+
+    Attributes:
+        kind: its format: "paper", "eagle", "eagle3" or "speculators".
+        config: config of the draft.
+        tensors: tensors under the names that `DovetailDraft` uses.
+    """
 
     kind: str
     config: DovetailConfig
@@ -55,38 +65,43 @@ class Checkpoint:
 
 
 def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
-    """The config.json of a checkpoint, as it is; `name` may be that file.
+    """Read the config.json of a checkpoint.
+
+    Args:
+        name: directory, hub id, or path of the file itself.
+        hub_kwargs: see `load_checkpoint`.
 
     Raises:
-        OSError: there is none; says how to use a local directory where the hub is out of reach.
-        ValueError: it is no JSON object.
+        OSError: there is no such file, or the hub cannot be reached.
+        ValueError: the file does not contain a JSON object.
     """
     try:
         file = name if Path(name).is_file() else require_file(name, "config.json", **hub_kwargs)
     except OSError as error:
         raise OSError(
-            f"{name}: no config.json there, as a directory or on the hub ({error}). Where the hub cannot be reached, "
-            "download the repository elsewhere and give the directory."
+            f"{name} has no config.json, neither as a directory nor on the hub ({error}). If the hub cannot be reached "
+            "from here, download the repository on another machine and give the directory."
         ) from error
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: the config is not JSON ({error}).") from error
+        raise ValueError(f"{name}: the config is not JSON ({error}). Download it again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{name}: the config holds no object.")
+        raise ValueError(f"{name}: the config is a JSON {type(config).__name__}, not an object. Download it again.")
     return config
 
 
 def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwargs: Any) -> Checkpoint:
-    """Read a checkpoint of any format but ours.
+    """Read a checkpoint of another project.
 
     Args:
-        config: of `read_config`, if it was read already.
+        name: directory or hub id.
+        config: result of `read_config`, if it was read already.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
     Raises:
-        ValueError: the format is unknown (says what was looked for), a file is damaged or holds more than tensors,
-            ids of a reduced vocabulary are out of range.
+        ValueError: the format is unknown, a file is damaged or contains other things than tensors, or the ids of a
+            reduced vocabulary are not valid.
         OSError: there are no weights.
     """
     config = read_config(name, **hub_kwargs) if config is None else config
@@ -96,25 +111,34 @@ def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwarg
 
 
 def translate(name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
-    """A checkpoint of any format but ours, in our terms; `name` is for messages.
+    """Translate config and tensors of another project.
+
+    Args:
+        name: of the checkpoint, for messages.
+        config: content of config.json.
+        tensors: all tensors, without the prefix `model.`.
 
     Raises:
-        ValueError: as `load_checkpoint`.
+        ValueError: see `load_checkpoint`.
     """
     kind = kind_of(config, tensors)
     try:
         return Checkpoint(kind, *_READERS[kind](config, tensors))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{name} looks like {kind}, but its config lacks {error}.") from error
+        raise ValueError(f"{name} has the format {kind}, but its config lacks {error}.") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 def kind_of(config: dict[str, Any], names: Any) -> str:
-    """Which format a config and tensor names are.
+    """Return the format of a checkpoint.
+
+    Args:
+        config: content of config.json.
+        names: tensor names, as a container.
 
     Raises:
-        ValueError: none that is known.
+        UnknownFormat: the format is unknown.
     """
     if "speculators_model_type" in config or "speculators_config" in config:
         return "speculators"
@@ -126,8 +150,8 @@ def kind_of(config: dict[str, Any], names: Any) -> str:
         return "eagle"
     raise UnknownFormat(
         config,
-        f"this is no draft that is known: its model_type is {config.get('model_type')!r}, and its tensors are "
-        f"{', '.join(sorted(names)[:6]) or 'none'}, ... Looked for: W_1 and W_z (the Dovetail paper), fc.weight with "
+        f"the format of this draft is unknown: its model_type is {config.get('model_type')!r}, and its first tensors "
+        f"are {', '.join(sorted(names)[:6]) or 'none'}. Supported: W_1 and W_z (the Dovetail paper), fc.weight and "
         "layers.0.* (EAGLE-1, EAGLE-2), midlayer.* (EAGLE-3), speculators_config (speculators), model_type dovetail.",
     )
 
@@ -136,10 +160,15 @@ def kind_of(config: dict[str, Any], names: Any) -> str:
 
 
 def read_tensors(name: str, **hub_kwargs: Any) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU.
+    """Read all tensors of a checkpoint, on the CPU.
+
+    Args:
+        name: directory or hub id.
+        hub_kwargs: see `load_checkpoint`.
 
     Raises:
-        OSError: there are no weight files. ValueError: one is damaged, or is a pickle of more than tensors.
+        OSError: there are no weight files.
+        ValueError: a weight file is damaged, or contains other things than tensors.
     """
     for candidate in WEIGHT_FILES:
         file = find_file(name, candidate, **hub_kwargs)
@@ -150,21 +179,23 @@ def read_tensors(name: str, **hub_kwargs: Any) -> dict[str, Tensor]:
             shards = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
             found = {shard: find_file(name, shard, **hub_kwargs) for shard in shards}
             if missing := [shard for shard, path in found.items() if path is None]:
-                raise OSError(f"{name}: {candidate} names {', '.join(missing)}, which is not there.")
+                raise OSError(
+                    f"{name}: {candidate} names {', '.join(missing)}, which is missing. Download the checkpoint again."
+                )
             files = [path for path in found.values() if path is not None]
         tensors: dict[str, Tensor] = {}
         for each in files:
             tensors |= _read_safetensors(each) if each.endswith(".safetensors") else _read_pickle(each)
         return tensors
-    raise OSError(f"{name}: no weights there; looked for {', '.join(WEIGHT_FILES)}.")
+    raise OSError(f"{name} has no weights. One of these files is needed: {', '.join(WEIGHT_FILES)}.")
 
 
 def _read_safetensors(file: str) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as stored:
-            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is no dict
+            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is not a dict
     except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not safetensors ({error}); copy or download it again.") from error
+        raise ValueError(f"{file} is truncated or not safetensors ({error}). Copy or download it again.") from error
 
 
 def _read_pickle(file: str) -> dict[str, Tensor]:
@@ -172,11 +203,11 @@ def _read_pickle(file: str) -> dict[str, Tensor]:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{file}: damaged, or a pickle of more than plain tensors, which is not run "
-            f"({str(error).splitlines()[0]}). Ask its author for safetensors."
+            f"{file} is damaged, or a pickle with code, which is not run ({str(error).splitlines()[0]}). "
+            "Download it again, or ask its author for safetensors."
         ) from error
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise ValueError(f"{file}: holds other things than named tensors.")
+        raise ValueError(f"{file} contains other things than named tensors. Ask its author for safetensors.")
     return stored
 
 
@@ -186,7 +217,7 @@ _Translated = tuple[DovetailConfig, dict[str, Tensor]]
 
 
 def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """What all formats call as Llama does."""
+    """Return the fields of `DovetailConfig` that have the same meaning in all formats and are named as in Llama."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope = {key: value for key, value in rope.items() if key != "type"} | {"rope_type": kind}
@@ -217,7 +248,7 @@ def _paper(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
 def _eagle(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
     bias = "fc.bias" in tensors
     if config.get("bias", bias) != bias:
-        raise ValueError(f"config.json says bias={config['bias']}, but fc.bias is {'' if bias else 'not '}there.")
+        raise ValueError(f"config.json has bias={config['bias']}, but fc.bias is {'present' if bias else 'missing'}.")
     ours = DovetailConfig(
         **_llama_fields(config), num_hidden_layers=_blocks(tensors), fusion="concat", fusion_bias=bias
     )
@@ -255,22 +286,23 @@ def _eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
 
 
 def _token_ids(tensors: dict[str, Tensor], config: DovetailConfig) -> Tensor:
-    """(Vd,) int64 of the target's ids: draft id + d2t[draft id].
+    """Return the target's id of each token of the head, (v,) int64: draft id + d2t[draft id].
 
     Raises:
-        ValueError: d2t is missing, of another size or leads outside the vocabulary; t2d tells otherwise.
+        ValueError: d2t is missing, has the wrong shape, gives ids that are out of range or used twice, or contradicts
+            t2d.
     """
     size = config.draft_vocab_size
     assert size is not None
     if "d2t" not in tensors:
-        raise ValueError(f"the head has {size} tokens of {config.vocab_size}, but d2t, which says which, is missing.")
+        raise ValueError(f"the head has {size} of {config.vocab_size} tokens, but d2t, which lists them, is missing.")
     offsets = tensors["d2t"].long()
     if offsets.shape != (size,):
         raise ValueError(f"d2t has shape {tuple(offsets.shape)}, expected ({size},).")
     ids = torch.arange(size) + offsets
     wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
     if len(wrong):
-        raise ValueError(f"d2t leads to token {int(wrong[0])}, outside the vocabulary of {config.vocab_size}.")
+        raise ValueError(f"d2t gives token {int(wrong[0])}, outside the vocabulary of {config.vocab_size}.")
     if len(ids.unique()) != size:
         raise ValueError("d2t gives two draft tokens the same id of the target.")
     mask = tensors.get("t2d")
@@ -282,7 +314,7 @@ def _token_ids(tensors: dict[str, Tensor], config: DovetailConfig) -> Tensor:
 def _speculators(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
     algorithm = config.get("speculators_model_type", (config.get("speculators_config") or {}).get("algorithm"))
     if algorithm != "eagle3":
-        raise ValueError(f"speculators' {algorithm!r} is not read; eagle3 is.")
+        raise ValueError(f"speculators drafts of type {algorithm!r} are not supported. Use one of type eagle3.")
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     flat = config["transformer_layer_config"] | {
         name: config[name]
