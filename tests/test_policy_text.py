@@ -7,7 +7,6 @@ import pytest
 import torch
 from families import prompt, tiny_target
 
-import dovetail_plugin.generation.generate
 import dovetail_plugin.generation.loop
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
@@ -101,7 +100,13 @@ def test_a_drafter_that_fails_while_it_is_measured(llama, adaptive, monkeypatch,
                 raise RuntimeError("out of memory")
             return super().grow(budget, judge)
 
-    monkeypatch.setattr(dovetail_plugin.generation.generate, "FeatureDrafter", Failing)
+    new_drafter = DovetailDraft.new_drafter
+
+    def new_failing(self, engine, *, capacity, clock):
+        runner = new_drafter(self, engine, capacity=capacity, clock=clock).runner
+        return Failing(self, runner, capacity=capacity, clock=clock)
+
+    monkeypatch.setattr(DovetailDraft, "new_drafter", new_failing)
     plain = generate(llama)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(generate(llama, adaptive), plain)

@@ -1,7 +1,8 @@
 """The loop: prefill, then rounds of draft, verify, accept and keep. Only this module knows their order.
 
     prompt -> session.prefill -> drafter.begin -> (once on this machine) probe
-    round:  planner.plan -> drafter.grow -> session.score -> accept -> session.keep -> drafter.advance -> planner.observe
+    round:  planner.plan -> drafter.grow -> session.score -> accept -> session.keep -> drafter.advance
+            -> planner.observe
 
 Its input is a session, a drafter, the text and the budgets of its rounds, all prepared. Its results are the finished
 text and a report. If the drafter fails, the loop continues with trees of one node, which is plain decoding, so the text
