@@ -24,6 +24,11 @@ def drafters(draft, capacity=64, runner=None):
     )
 
 
+def tensors_of(predicted):
+    """Features and logits of a pass."""
+    return predicted.features, predicted.logits
+
+
 def assert_same_trees(one, other, tolerance=1e-5):
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.parents, other.parents)
     torch.testing.assert_close(one.scores, other.scores, atol=tolerance, rtol=tolerance)
