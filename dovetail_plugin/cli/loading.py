@@ -16,11 +16,14 @@ from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
 from ..drafts.known_pairs import LOOKUP, draft_name_for
 from ..drafts.model import DovetailDraft
+from ..hf import register
 from ..planning.apply import apply_plan
 from ..planning.device_plan import parse_bytes
 from ..policy.device_split import DeviceSplitPolicy
 from ..tree import TreeBudget
 from .common import hub_options
+
+register()  # importing the package does not do this in the process of the command
 
 
 @dataclass(frozen=True)
