@@ -12,8 +12,8 @@ from support.graphs import BUDGETS, assert_same_trees, drafters, record, tensors
 from dovetail_plugin.drafts import cuda_graphs as graph_runner
 from dovetail_plugin.drafts.cuda_graph_rows import MAX_STATIC_ROWS
 from dovetail_plugin.drafts.cuda_graphs import GraphRunner
-from dovetail_plugin.drafts.feature_drafter import TorchRunner
 from dovetail_plugin.drafts.runners import graph_runner_for
+from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.runner import Pass
 
 STEPS = st.lists(st.tuples(st.integers(1, MAX_STATIC_ROWS + 3), st.integers(0, 30)), min_size=1, max_size=8)
