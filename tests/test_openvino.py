@@ -196,10 +196,10 @@ def rows(monkeypatch):
 
     def spy(session, path):
         keep(session, path)
-        engine = session._engine
-        held = [state.state.shape[engine.row_axis] for state in engine.request.query_state()]
+        owned = session._state
+        held = [state.state.shape[owned.row_axis] for state in owned.request.query_state()]
         assert len(set(held)) == 1
-        seen.append((session._cache.tokens, held[0], session._cache.slots))
+        seen.append((session._cache.length, held[0], session._cache.slots))
 
     monkeypatch.setattr(openvino_session.OpenVINOSession, "keep", spy)
     return seen
