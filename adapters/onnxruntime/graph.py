@@ -85,13 +85,14 @@ class Links:
         self.graph = graph
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.maker = {name: node for node in graph.node for name in node.output if name}
+        self._constants = {"", *self.weights}
+        for node in graph.node:  # nodes are sorted: values are made before they are read
+            if self._constants.issuperset(node.input):
+                self._constants.update(node.output)
 
     def is_constant(self, name: str) -> bool:
         """Return whether a value depends on weights alone."""
-        if name in self.weights or not name:
-            return True
-        node = self.maker.get(name)
-        return node is not None and all(self.is_constant(source) for source in node.input)
+        return name in self._constants
 
     def readers(self, name: str) -> Iterator[NodeProto]:
         """Return the nodes that read a value."""
