@@ -269,6 +269,21 @@ def test_stale_cache(llama, draft):
     assert torch.equal(other, llama.generate(prompt(9), **GREEDY))
 
 
+def test_an_interrupted_round_leaves_a_valid_cache(llama):
+    """Rows that were scored and neither kept nor rejected stay hidden when the text goes on."""
+    text, cache = prompt(), engine_of(llama).cache(None)
+    with open_session(llama) as session:
+        wanted = session.prefill(text, None)
+    with open_session(llama, cache) as session:
+        session.prefill(text[:, :-1], None)
+        session.score(random_tree(5, [], TreeBudget(14, 5, 4), random.Random(4), VOCAB))
+    assert cache.get_seq_length() == text.shape[1] - 1
+    with open_session(llama, cache) as session:
+        output = session.prefill(text[:, -1:], None)
+    close(output.logits, wanted.logits)
+    close(output.features, wanted.features[-1:])
+
+
 def test_prompt_in_chunks(llama, draft, monkeypatch):
     plain = llama.generate(prompt(50), **GREEDY)
     monkeypatch.setattr(openvino_session, "PREFILL_ROWS", 7)
