@@ -21,7 +21,7 @@ def load_exported(name: str, **options: Any) -> "StoredTarget":
 
     Args:
         name: directory or hub id with an OpenVINO IR or an ONNX graph.
-        options: options of `OpenVINOTarget.from_pretrained` or `OnnxRuntimeTarget.from_pretrained`, such as `threads` or
+        options: of `OpenVINOTarget.from_pretrained` or `OnnxRuntimeTarget.from_pretrained`, for example `threads` or
             `revision`.
 
     Raises:
