@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -91,8 +92,11 @@ if os.path.isfile(os.path.join(_beside, "adapters", "stored_target.py")):
 def _is_command() -> bool:
     """Return whether this is the process of the `dovetail` command, or of `python -m dovetail_plugin`."""
     if sys.argv[:1] == ["-m"]:  # while Python looks for the module to run
-        return __name__ in sys.orig_argv
-    return os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "dovetail"
+        after = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+        return after[:1] == [__name__]
+    script = os.path.abspath(sys.argv[0]) if sys.argv else ""
+    directory, name = os.path.split(script)
+    return name.removesuffix(".exe") == "dovetail" and directory == os.path.abspath(sysconfig.get_path("scripts"))
 
 
 @functools.cache

@@ -69,7 +69,15 @@ def _decode(original: Callable[..., Any]) -> Callable[..., Any]:
     def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = compat.bound_arguments(original, (self, *args), kwargs)
         draft = arguments.get("assistant_model")
-        if not isinstance(draft, Draft) or draft.verification == "stock":
+        if not isinstance(draft, Draft):
+            return original(self, *args, **kwargs)
+        if draft.verification == "stock":
+            cache = compat.take_cache(dict(arguments))
+            if cache is not None and cache.get_seq_length():
+                raise ValueError(
+                    "transformers' assisted loop gives wrong text behind a cache with rows of an earlier turn. Use "
+                    'draft.verification = "tree", or pass the whole text without a cache.'
+                )
             return original(self, *args, **kwargs)
         del arguments["self"], arguments["assistant_model"]
         return generate_with_draft(self, draft=draft, **arguments)

@@ -7,6 +7,7 @@ no model and never sees the target's logits.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +92,31 @@ class DraftTree:
     def to(self, device: torch.device | str) -> "DraftTree":
         """Return the tree on `device`."""
         return DraftTree(*(t.to(device) for t in (self.tokens, self.parents, self.depths, self.scores)))
+
+    def check(self, root: int, budget: TreeBudget, vocab_size: int) -> None:
+        """Refuse a tree that the target cannot verify: it would give wrong text, or an error in the middle of a pass.
+
+        Args:
+            root: the last token of the text.
+            budget: the largest tree allowed.
+            vocab_size: tokens of the target (V).
+
+        Raises:
+            ValueError: names what is wrong.
+        """
+        columns = (self.tokens, self.parents, self.depths)
+        if any(column.device.type != "cpu" or column.dtype != torch.int64 for column in columns):
+            raise ValueError("a draft tree must hold int64 tensors on the CPU")
+        tokens, parents, depths = (column.numpy() for column in columns)
+        if not 1 <= len(tokens) <= budget.nodes:
+            raise ValueError(f"a draft tree has {len(tokens)} nodes, and the budget allows 1 to {budget.nodes}")
+        if tokens[0] != root or parents[0] != -1 or depths[0] != 0:
+            raise ValueError(f"a draft tree must start at the text's last token {root}, with parent -1 and depth 0")
+        above = parents[1:]
+        if (above < 0).any() or (above >= np.arange(1, len(tokens))).any() or (depths[1:] != depths[above] + 1).any():
+            raise ValueError("each node of a draft tree must come after its parent, one level below it")
+        if depths.max() > budget.depth or tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ValueError(f"a draft tree has tokens outside of the {vocab_size} known ones, or too many levels")
 
     @staticmethod
     def root(token: int, device: torch.device | str = "cpu") -> "DraftTree":

@@ -70,6 +70,44 @@ def test_third_party_draft_follows_turns():
     assert turn.drafter.tokens == second[0].tolist()
 
 
+class Scripted(BigramDrafter):
+    """Returns one tree, whatever the text is."""
+
+    def grow(self, budget, judge=None):
+        return self.tree(self.tokens[-1])
+
+
+WRONG_TREES = {
+    "no tree": lambda root: None,
+    "empty": lambda root: DraftTree.chain([]),
+    "another root": lambda root: DraftTree.chain([root + 1, 3]),
+    "tokens as floats": lambda root: DraftTree.chain([float(root), 3.0]),
+    "a token below 0": lambda root: DraftTree.chain([root, -1]),
+    "a token beyond the vocabulary": lambda root: DraftTree.chain([root, 97]),
+    "more nodes than allowed": lambda root: DraftTree.chain([root, *range(9)]),
+    "wrong depths": lambda root: DraftTree(*(torch.tensor(c) for c in ([root, 3], [-1, 0], [0, 0], [0.0, 0.0]))),
+    "a parent that comes later": lambda root: DraftTree(
+        *(torch.tensor(c) for c in ([root, 3, 4], [-1, 2, 0], [0, 2, 1], [0.0, 0.0, 0.0]))
+    ),
+    "a second root": lambda root: DraftTree(*(torch.tensor(c) for c in ([root, 3], [-1, -1], [0, 0], [0.0, 0.0]))),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TREES)
+def test_wrong_trees_stop_drafting_and_not_the_text(what):
+    class WrongDraft(BigramDraft):
+        def new_drafter(self, engine, *, capacity, clock):
+            drafter = Scripted(clock)
+            drafter.tree = WRONG_TREES[what]
+            return drafter
+
+    target, draft = tiny_target("llama"), WrongDraft()
+    draft.budget = TreeBudget(6, 5, 1)
+    drafted = target.generate(prompt(), **OPTIONS, assistant_model=draft)
+    assert torch.equal(drafted, target.generate(prompt(), **OPTIONS))
+    assert len(draft.report.warnings) == 1
+
+
 def test_abstract_methods_are_required():
     class Incomplete(Draft):
         def identity(self):
@@ -133,6 +171,52 @@ def test_settings_belong_to_one_draft(lookup):
     lookup.budget = TreeBudget(4, 2, 2)
     assert PromptLookupDraft().budget is None
     assert copy.deepcopy(lookup).budget == pickle.loads(pickle.dumps(lookup)).budget == TreeBudget(4, 2, 2)
+
+
+def test_settings_keep_their_value_when_they_cannot_be_applied(llama, draft, monkeypatch):
+    monkeypatch.setattr(DovetailDraft, "attach", lambda *_: (_ for _ in ()).throw(OSError("no such file")))
+    with pytest.raises(OSError, match="no such file"):
+        draft.draft_vocab_size = 9
+    assert draft.draft_vocab_size is None
+    with pytest.raises(ValueError, match="that torch can use here, got 'cuda:99'"):
+        draft.embedding_device = "cuda:99"
+
+
+def test_other_defaults_of_subclasses_stay_checked():
+    class Wide(PromptLookupDraft):
+        budget = TreeBudget(8, 4, 4)
+
+    assert Wide().budget == TreeBudget(8, 4, 4) and PromptLookupDraft().budget is None
+    with pytest.raises(ValueError, match="budget must be a TreeBudget"):
+        Wide().budget = (1, 2, 3)
+    with pytest.raises(ValueError, match="budget must be a TreeBudget"):
+        type("Wrong", (PromptLookupDraft,), {"budget": 3})
+
+
+def test_modules_are_no_settings(draft):
+    with pytest.raises(ValueError, match="budget must be a TreeBudget"):
+        draft.budget = torch.nn.Linear(2, 2)
+    assert "budget" not in dict(draft.named_children())
+
+
+def test_used_drafts_can_be_copied_and_pickled(llama, draft):
+    lookup = PromptLookupDraft()
+    for each in (draft, lookup):
+        each.budget = TreeBudget(4, 2, 2)
+        llama.generate(prompt(), **OPTIONS, assistant_model=each)
+        for again in (copy.deepcopy(each), pickle.loads(pickle.dumps(each))):
+            assert again.budget == each.budget
+            text = llama.generate(prompt(), **OPTIONS, assistant_model=again)
+            assert torch.equal(text, llama.generate(prompt(), **OPTIONS))
+
+
+def test_settings_can_be_given_when_a_draft_is_loaded(draft, tmp_path):
+    draft.save_pretrained(tmp_path)
+    loaded = DovetailDraft.from_pretrained(tmp_path, draft_vocab_size=10, budget=TreeBudget(4, 2, 2), runner="torch")
+    assert (loaded.draft_vocab_size, loaded.budget, loaded.runner) == (10, TreeBudget(4, 2, 2), "torch")
+    assert loaded.identity() != draft.identity()
+    with pytest.raises(ValueError, match="runner must be"):
+        DovetailDraft.from_pretrained(tmp_path, runner="troch")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +294,15 @@ def test_stock_loop_is_for_drafts_that_support_it(llama, draft):
     assert DovetailDraft.supports_stock_loop and not small.supports_stock_loop
     with pytest.raises(ValueError, match='"tree" for a SmallModelDraft'):
         small.verification = "stock"
+
+
+def test_stock_loop_is_refused_behind_a_filled_cache(llama, draft):
+    first = llama.generate(prompt(), **OPTIONS, return_dict_in_generate=True)
+    name = "cache" if "cache" in first else "past_key_values"
+    draft.verification = "stock"
+    more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    with pytest.raises(ValueError, match="assisted loop gives wrong text behind a cache"):
+        llama.generate(more, **OPTIONS, assistant_model=draft, **{name: first[name]})
 
 
 def test_drafts_say_how_they_compute(llama, draft):

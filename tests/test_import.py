@@ -41,9 +41,21 @@ def test_drafts_are_registered_in_every_order(first, tmp_path):
 
 
 COMMANDS = [
-    "sys.argv = ['/usr/bin/dovetail']",
+    "import os, sysconfig; sys.argv = [os.path.join(sysconfig.get_path('scripts'), 'dovetail')]",
     "sys.argv, sys.orig_argv = ['-m'], [sys.executable, '-m', 'dovetail_plugin']",
 ]
+
+
+OTHERS = [
+    "sys.argv = ['/usr/bin/dovetail']",
+    "sys.argv = ['dovetail']",
+    "sys.argv, sys.orig_argv = ['-m'], [sys.executable, '-m', 'other', 'dovetail_plugin']",
+]
+
+
+@pytest.mark.parametrize("program", OTHERS)
+def test_other_programs_of_the_name_register_at_once(program, tmp_path):
+    run(f"import sys; {program}; import dovetail_plugin{KNOWN}", tmp_path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,14 +20,14 @@ def untested(monkeypatch):
 
 
 def test_tested_versions_are_not_checked(monkeypatch, llama, draft):
-    monkeypatch.setattr(self_check, "first_difference", lambda: pytest.fail("not needed"))
+    monkeypatch.setattr(self_check, "first_difference", lambda door: pytest.fail("not needed"))
     draft.budget = TreeBudget(6, 3, 2)
     llama.generate(prompt(), **OPTIONS, assistant_model=draft)
 
 
 def test_untested_version_that_works_is_checked_once(untested, monkeypatch, llama, draft):
     counted, check = [], self_check.first_difference
-    monkeypatch.setattr(self_check, "first_difference", lambda: counted.append(1) or check())
+    monkeypatch.setattr(self_check, "first_difference", lambda door: counted.append(1) or check(door))
     draft.budget = TreeBudget(6, 3, 2)
     state = torch.get_rng_state()
     plain = llama.generate(prompt(), **OPTIONS)
@@ -66,3 +66,27 @@ def test_untested_version_that_fails_is_refused(untested, monkeypatch, llama, dr
     monkeypatch.setattr(TorchSession, "keep", fails)
     with pytest.raises(RuntimeError, match="unexpected keyword argument"):
         llama.generate(prompt(), **OPTIONS, assistant_model=draft)
+
+
+def test_check_that_fails_is_a_refusal(untested, monkeypatch, llama, draft):
+    def fails(config):
+        raise KeyError("rope")
+
+    monkeypatch.setattr(self_check, "LlamaConfig", lambda **_: fails(None))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"the check fails \(KeyError"):
+            llama.generate(prompt(), **OPTIONS, assistant_model=draft)
+
+
+def test_interrupted_check_runs_again(untested, monkeypatch, llama, draft):
+    def interrupted(door):
+        raise KeyboardInterrupt
+
+    draft.budget = TreeBudget(6, 3, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(self_check, "first_difference", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llama.generate(prompt(), **OPTIONS, assistant_model=draft)
+    assert self_check._result is None
+    llama.generate(prompt(), **OPTIONS, assistant_model=draft)
+    assert self_check._result == ""

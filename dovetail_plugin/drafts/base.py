@@ -8,6 +8,7 @@ import difflib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from inspect import getattr_static
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
@@ -93,6 +94,9 @@ class BudgetPolicy(Protocol):
     limits: TreeBudget
     threads: str
 
+    def planner(self, key: str, *, temperature: float, shape: Any, calibration: Any) -> Any:
+        """Return what plans the rounds of one generation; see `DeviceSplitPolicy.planner`."""
+
 
 class Setting(Generic[Value]):
     """An attribute of drafts that is checked when it is set.
@@ -109,6 +113,16 @@ class Setting(Generic[Value]):
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
+    def with_default(self, default: Value) -> "Setting[Value]":
+        """Return the same setting with another default.
+
+        Raises:
+            ValueError: the default is not valid.
+        """
+        if problem := self._check(None, default):
+            raise ValueError(f"{self._name} must be {problem}, got {default!r}.")
+        return Setting(default, self._check, self._after)
+
     @overload
     def __get__(self, draft: None, owner: type) -> Value: ...
     @overload
@@ -119,10 +133,20 @@ class Setting(Generic[Value]):
     def __set__(self, draft: Any, value: Value) -> None:
         if problem := self._check(draft, value):
             raise ValueError(f"{self._name} must be {problem}, got {value!r}.")
-        changed = value != self.__get__(draft, type(draft))
+        before = self.__get__(draft, type(draft))
         draft.__dict__[self._name] = value
-        if changed and self._after is not None:
+        if self._after is None or value == before:
+            return
+        try:
             getattr(draft, self._after)()
+        except BaseException:
+            draft.__dict__[self._name] = before
+            raise
+
+
+def without_references(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a draft's state without weak references, for copies and pickles."""
+    return {k: v for k, v in state.items() if not isinstance(v, (weakref.ref, weakref.WeakKeyDictionary))}
 
 
 def one_of(*names: str) -> Callable[[Any, Any], str | None]:
@@ -174,10 +198,28 @@ class Draft(ABC):
 
     _attached_to: "weakref.ref[TargetModel] | None" = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep a setting checked where a subclass gives it another default, as in `budget = TreeBudget(8, 4, 4)`."""
+        super().__init_subclass__(**kwargs)
+        for name, value in list(vars(cls).items()):
+            inherited = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
+            if isinstance(inherited, Setting) and not isinstance(value, Setting):
+                setting = inherited.with_default(value)
+                setting.__set_name__(cls, name)
+                setattr(cls, name, setting)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process: targets that were met, and drafters of conversations."""
+        return without_references(self.__dict__)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in self.__dict__ and not hasattr(type(self), name):
             self._refuse_misspelled(name)
         super().__setattr__(name, value)
+
+    @classmethod
+    def _is_setting(cls, name: str) -> bool:
+        return isinstance(getattr_static(cls, name, None), Setting)
 
     def _refuse_misspelled(self, name: str) -> None:
         settings = [n for base in type(self).__mro__ for n, v in vars(base).items() if isinstance(v, Setting)]

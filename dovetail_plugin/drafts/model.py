@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..report import PhaseClock
 from ..targets.base import Engine, Tables, TargetModel
 from ..targets.engine import engine_of
-from .base import Draft, Drafter, Setting, one_of
+from .base import Draft, Drafter, Setting, one_of, without_references
 from .checkpoints.load import HUB_KWARGS, check_loaded, dtype_for, foreign_arguments, frequent_tokens
 from .checkpoints.read import load_checkpoint, read_config
 from .compatibility import check_fits, note_positions, warn_of_other_target
@@ -30,9 +30,9 @@ def _check_embedding_device(_draft: Any, value: Any) -> str | None:
     if not isinstance(value, (str, torch.device)):
         return problem
     try:
-        torch.device(value)
-    except RuntimeError:
-        return problem
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
+        return f"{problem}, that torch can use here"
     return None
 
 
@@ -74,6 +74,17 @@ class DovetailDraft(DraftNetwork, Draft):
 
     supports_stock_loop = True
     supports_placement = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check settings before torch takes modules and parameters among the values for its own."""
+        if self._is_setting(name):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process, which torch's own method would keep."""
+        return without_references(super().__getstate__())
 
     # --- the target's tables -------------------------------------------------------------------
 
@@ -169,9 +180,11 @@ class DovetailDraft(DraftNetwork, Draft):
         return self.config.layers_of(target)
 
     def identity(self) -> list[Any]:
-        """Return config, device and dtype; the device may change between generations."""
+        """Return config, device, dtype, and the settings of the borrowed tables."""
         weight = next(self.parameters())
-        return ["dovetail", self.config.to_json_string(use_diff=False), str(weight.device), str(weight.dtype)]
+        parts = ["dovetail", self.config.to_json_string(use_diff=False), str(weight.device), str(weight.dtype)]
+        settings = {"embedding_device": self.embedding_device, "draft_vocab_size": self.draft_vocab_size}
+        return parts + [f"{name}={value}" for name, value in settings.items() if value is not None]
 
     def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> FeatureDrafter:
         """Make a drafter. The `runner` setting selects what runs its steps."""
@@ -190,7 +203,7 @@ class DovetailDraft(DraftNetwork, Draft):
         """Load a draft of this project or of the Dovetail paper, an EAGLE-1, 2 or 3 head, or speculators' eagle3.
 
         All tensors of the architecture must be present in the right shape. Accepts the arguments of transformers'
-        `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+        `from_pretrained` (`dtype`, `device_map`, `revision`, ...), and the settings of the draft (`budget`, ...).
 
         Raises:
             ValueError: the format is unknown, a file cannot be read, or tensors are missing, unexpected or of the wrong
@@ -198,6 +211,7 @@ class DovetailDraft(DraftNetwork, Draft):
             OSError: there is no such directory or hub repository.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if cls._is_setting(name)}
         kwargs.setdefault("dtype", "auto")
         name, source = pretrained_model_name_or_path, [pretrained_model_name_or_path]
         if name is not None and "config" not in kwargs and "state_dict" not in kwargs:
@@ -220,4 +234,6 @@ class DovetailDraft(DraftNetwork, Draft):
             draft.name_or_path = draft.config.name_or_path = str(name)
         if kwargs["dtype"] == "auto":
             draft.to(dtype_for(draft.dtype, draft.device))
+        for name, value in settings.items():
+            setattr(draft, name, value)
         return (draft, info) if wants_info else draft

@@ -24,7 +24,7 @@ from ..runner import Pass, Predicted
 from ..targets.base import Engine, TargetModel
 from ..targets.engine import engine_of
 from ..targets.transformers_model import TREE_ATTENTION
-from .base import Draft, DraftError
+from .base import Draft, Drafter, DraftError
 from .feature_drafter import FeatureDrafter
 
 
@@ -202,6 +202,11 @@ class SmallModelDraft(Draft):
         own = self.config.get_text_config(decoder=True).vocab_size
         runner = SmallModelRunner(self.model, min(own, _vocab_size(engine.config)))
         return SmallModelDrafter(self, runner, capacity=capacity, clock=clock)
+
+    def can_resume(self, drafter: Drafter, engine: Engine) -> bool:
+        """Return whether the model is still on the device and in the dtype of the drafter's rows."""
+        assert isinstance(drafter, FeatureDrafter), "new_drafter made it"
+        return drafter.fits(SmallModelRunner(self.model, _vocab_size(engine.config)))
 
     # --- `DraftModel` protocol --------------------------------------------------------------------
 

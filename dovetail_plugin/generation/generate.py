@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,7 +39,7 @@ def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
             cannot be combined with drafting.
         RuntimeError: an untested version of transformers gives wrong text with drafts.
     """
-    check_transformers()
+    check_transformers(_door)
     engine_of(model).check()
     draft.check_target(model)
     if draft.verification == "stock" and not isinstance(model, PreTrainedModel):
@@ -46,6 +47,13 @@ def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
             f'verification="stock" works with transformers\' own models, not with a {type(model).__name__}. Use "tree".'
         )
     check_options(config)
+
+
+def _door(draft: Draft) -> dict[str, Any]:
+    """Return the arguments by which `generate` uses a draft: as an assistant once `hf.py` has wrapped its methods."""
+    if hasattr(GenerationMixin._assisted_decoding, "__wrapped__"):
+        return {"assistant_model": draft}
+    return {"custom_generate": generate_with_draft, "draft": draft}
 
 
 def check_options(config: GenerationConfig) -> None:

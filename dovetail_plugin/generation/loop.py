@@ -60,6 +60,7 @@ class Decoder:
         report.prompt_tokens = text.length
         start_s = time.perf_counter()
         output = self.session.prefill(text.ids[:, self.cached :], self.attention_mask)
+        self._vocab_size = output.logits.shape[-1]
         choice = text.choose(output.logits)
         self._begin(output)
         report.prefill_s = time.perf_counter() - start_s
@@ -156,7 +157,9 @@ class Decoder:
     def _grow(self, last: int, plan: RoundPlan) -> DraftTree:
         if self.drafter is not None and plan.budget.nodes > 1:
             try:
-                return self.drafter.grow(plan.budget, plan.judge)
+                tree = self.drafter.grow(plan.budget, plan.judge)
+                tree.check(last, plan.budget, self._vocab_size)
+                return tree
             except Exception as error:
                 self._give_up(error)
         return DraftTree.root(last)

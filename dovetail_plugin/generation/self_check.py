@@ -5,6 +5,8 @@ the first draft is used with an untested version, texts of a tiny random model a
 """
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -21,23 +23,36 @@ NEW_TOKENS = 24
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 3, 1, 4, 1]
 
 _lock = threading.RLock()
+_running = False
 _result: str | None = None
-"""None: not checked yet. "": texts are right, or the check is running. Else the first difference."""
+"""None: not checked yet. "": texts are right. Else the first difference."""
 
 
-def check_transformers() -> None:
+Door = Callable[[Draft], dict[str, Any]]
+"""Returns the arguments of `generate` by which a draft is used."""
+
+
+def check_transformers(door: Door) -> None:
     """Refuse drafts if they give wrong text with an untested version of transformers. The check runs once.
+
+    Args:
+        door: the way by which drafts are used.
 
     Raises:
         RuntimeError: names both versions and the first difference.
     """
-    global _result
+    global _result, _running
     if compat.is_tested():
         return
     with _lock:
-        if _result is None:
-            _result = ""  # generations of the check itself pass
-            _result = first_difference()
+        if _result is None and not _running:  # generations of the check itself pass
+            _running = True
+            try:
+                _result = first_difference(door)
+            except Exception as error:
+                _result = f"the check fails ({type(error).__name__}: {error})"
+            finally:
+                _running = False
         if _result:
             raise RuntimeError(
                 f"drafts do not work with transformers {transformers.__version__}: {_result}. Dovetail is tested with "
@@ -46,18 +61,18 @@ def check_transformers() -> None:
             )
 
 
-def first_difference() -> str:
+def first_difference(door: Door) -> str:
     """Compare drafted and plain texts of a tiny model; return the first difference in words, or an empty string."""
     if missing := compat.missing_names():
         return f"transformers lacks {', '.join(missing)}"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():  # of all devices, because `torch.manual_seed` sets all
         torch.manual_seed(0)
         target = _tiny_target()
         drafts: list[Draft] = [DovetailDraft.for_target(target), PromptLookupDraft(shortest=1)]
         for draft in drafts:
             draft.budget = TreeBudget(nodes=6, depth=3, top_k=2)
             for do_sample in (False, True):
-                if difference := _compare(target, draft, do_sample):
+                if difference := _compare(target, draft, door, do_sample):
                     return difference
     return ""
 
@@ -76,7 +91,7 @@ def _tiny_target() -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def _compare(target: PreTrainedModel, draft: Draft, do_sample: bool) -> str:
+def _compare(target: PreTrainedModel, draft: Draft, door: Door, do_sample: bool) -> str:
     kind = f"{'sampled' if do_sample else 'greedy'} text with a {type(draft).__name__}"
 
     def generate(**kwargs: object) -> Tensor:
@@ -87,7 +102,7 @@ def _compare(target: PreTrainedModel, draft: Draft, do_sample: bool) -> str:
 
     plain = generate()
     try:
-        drafted = generate(assistant_model=draft)
+        drafted = generate(**door(draft))
     except Exception as error:
         return f"{kind} fails ({type(error).__name__}: {error})"
     if draft.report is None or draft.report.warnings:
