@@ -121,7 +121,7 @@ def test_bench_plot_needs_matplotlib(here, monkeypatch, capsys):
     """It is refused before anything is measured."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = refusal(capsys, "bench", "--target", "no/such", "--draft", "none", "--plot", "bench.png")
-    assert "pip install 'dovetail-plugin[plot]'" in line
+    assert "pip install '.[plot]'" in line
 
 
 MISTAKES = {

@@ -118,6 +118,23 @@ def test_tokenizers_that_differ(tmp_path):
         SmallModelDraft(draft.model, swapped).check_target(target)
 
 
+@pytest.mark.torch_only("tokenizers beside checkpoints")
+def test_the_tokenizer_comes_from_where_the_model_comes_from(tmp_path, monkeypatch):
+    """With `subfolder` there is a tokenizer only in that folder; the other arguments reach its loader as they are."""
+    from support.bundled import TARGET
+    from transformers import AutoTokenizer
+
+    (tmp_path / "inner").symlink_to(TARGET)
+    draft = SmallModelDraft.from_pretrained(str(tmp_path), subfolder="inner", local_files_only=True)
+    assert draft.vocabulary == AutoTokenizer.from_pretrained(TARGET).get_vocab()
+
+    asked = {"revision": "main", "token": "secret", "cache_dir": str(tmp_path), "trust_remote_code": False}
+    seen, load = {}, AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **given: (seen.update(given), load(name))[1])
+    SmallModelDraft.from_pretrained(TARGET, **asked)
+    assert seen == asked
+
+
 # --- lookup ----------------------------------------------------------------------------------------
 
 

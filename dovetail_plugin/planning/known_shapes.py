@@ -8,9 +8,10 @@ module knows nothing of drafts, devices or bytes.
 import difflib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _shape(
@@ -129,7 +130,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Name -> the fields of a config, as the published config.json files have them (Mistral: v0.3)."""
 
 
-def shape_config(name: str) -> PretrainedConfig:
+def shape_config(name: str) -> "PretrainedConfig":
     """Return the config of a well-known shape; its `name_or_path` is the shape's name.
 
     Raises:
@@ -137,12 +138,14 @@ def shape_config(name: str) -> PretrainedConfig:
     """
     if name not in SHAPES:
         raise ValueError(_unknown(name))
+    from transformers import AutoConfig
+
     config = AutoConfig.for_model(**SHAPES[name])
     config.name_or_path = name
     return config
 
 
-def load_config(name: str | Path) -> PretrainedConfig:
+def load_config(name: str | Path) -> "PretrainedConfig":
     """Read the config of a shape, a config.json file, a model directory or a hub id.
 
     Raises:
@@ -153,6 +156,8 @@ def load_config(name: str | Path) -> PretrainedConfig:
         return shape_config(str(name))
     if not Path(name).exists() and "/" not in str(name) and close_shapes(str(name)):
         raise ValueError(_unknown(str(name)))
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
