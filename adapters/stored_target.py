@@ -1,9 +1,11 @@
-"""What stored targets of several engines share: masks, positions, tables, and the class that `generate` is called on.
+"""The parts of a stored target that do not depend on its engine.
 
-This module knows trees and transformers' generation, but no engine.
+Holds the masks and positions of a pass, and `StoredTarget`, the class that users call `generate` on. This module knows
+trees and transformers' generation, but no engine and no graph.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +16,10 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from dovetail_plugin.generation.generate import generate_plainly
-from dovetail_plugin.targets.base import Engine, Tables, TargetSession
+from dovetail_plugin.targets.base import Engine, TargetSession, TextCache
 from dovetail_plugin.tree import DraftTree, ancestor_mask
 
-HIDDEN = float(np.finfo(np.float16).min)
-"""Added to a mask where a row must not attend. It fits the half precision in which some graphs keep masks."""
-
-NO_BIAS = np.zeros((1, 1, 1, 1), dtype=np.float32)
-"""The tree bias of a pass without a tree."""
+from .stored_graph import FEATURES, HIDDEN, state_name
 
 PREFILL_ROWS = 512
 """Prompt rows per pass, which bounds the memory of activations and masks."""
@@ -35,8 +33,8 @@ def seen_and_positions(
     Args:
         total: number of tokens.
         attention_mask: (1, total), 0 at padding; None without padding.
-        tokens: how many of them the cache holds.
-        position: of the first token that it does not hold.
+        tokens: number of tokens that the cache holds.
+        position: position of the first token that the cache does not hold.
     """
     if attention_mask is None or bool(attention_mask.all()):
         return np.ones(total, dtype=np.int64), np.arange(total) + position - tokens
@@ -49,7 +47,7 @@ def tree_bias(tree: DraftTree, slots: int) -> np.ndarray | None:
 
     Args:
         tree: N nodes.
-        slots: columns of the cache in front of the tree's.
+        slots: columns of the mask in front of the tree's, one for each row of the cache.
     """
     nodes = len(tree)
     if np.array_equal(tree.parents.numpy(), np.arange(nodes) - 1):
@@ -60,35 +58,47 @@ def tree_bias(tree: DraftTree, slots: int) -> np.ndarray | None:
     return bias
 
 
-def state_name(layer: int) -> str:
-    """Return the name of a graph's output for a hidden state, in transformers' numbering."""
-    return f"hidden_state.{layer}"
+@dataclass(frozen=True)
+class GraphTraits:
+    """Properties of a stored graph that a session has to respect.
+
+    Attributes:
+        takes_positions: whether position ids are an input. If not, the graph takes a row's place in the cache for its
+            position.
+        window: rows that sliding layers attend to, or None without such layers.
+        max_length: positions of the model, or None if it has no limit.
+    """
+
+    takes_positions: bool
+    window: int | None
+    max_length: int | None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, *, takes_positions: bool) -> "GraphTraits":
+        """Read the traits that stand in the config of a text model."""
+        return cls(takes_positions, sliding_window(config), getattr(config, "max_position_embeddings", None))
 
 
-def states_before_layers(stream: list[Any], count: int) -> list[Any]:
-    """Return the hidden state before each of `count` layers.
+def feature_outputs(layers: tuple[int, ...] | None) -> list[str]:
+    """Return the names of the outputs that features are read from; see `Draft.feature_layers`."""
+    return [state_name(layer) for layer in layers or ()] or [FEATURES]
 
-    Args:
-        stream: values of a graph's residual stream, in order, without the last one.
-        count: number of layers.
+
+def refuse_model_kwargs(model_kwargs: dict[str, Any] | None) -> None:
+    """Refuse arguments of the forward pass, which a stored graph has no inputs for.
 
     Raises:
-        ValueError: there are not one or two values for each layer.
+        ValueError: there are such arguments.
     """
-    per_layer, rest = divmod(len(stream), count)
-    if rest or per_layer not in (1, 2):
-        raise ValueError(
-            f"expected one or two residual Add nodes in each of {count} layers and found {len(stream)} in all, so "
-            "hidden states of single layers cannot be read. EAGLE-3 drafts need them."
-        )
-    return stream[::per_layer]
+    if model_kwargs:
+        raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}. Leave it out.")
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Return the number of rows that sliding layers attend to, or None without such layers.
 
     Args:
-        config: of the text model.
+        config: config of the text model.
     """
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
@@ -97,16 +107,8 @@ def sliding_window(config: PretrainedConfig) -> int | None:
     return window if getattr(config, "use_sliding_window", True) else None
 
 
-def tables_of(embedding: np.ndarray, head: np.ndarray, bias: np.ndarray | None) -> Tables:
-    """Make tables from arrays (V, H), (V, H) and (V,) without copies; equal ones become tied."""
-    first, second = torch.from_numpy(embedding), torch.from_numpy(head)
-    if first.shape == second.shape and torch.equal(first, second):
-        second = first
-    return Tables(first, second, None if bias is None else torch.from_numpy(bias))
-
-
 def stored_generation_config(name: str | Path, config: PretrainedConfig, **hub_kwargs: Any) -> GenerationConfig:
-    """Read generation_config.json beside a stored model; without one, take what the model's config says."""
+    """Read generation_config.json beside a stored model, or derive it from the model's config if there is none."""
     try:
         return GenerationConfig.from_pretrained(name, **hub_kwargs)
     except OSError:
@@ -117,7 +119,15 @@ class StoredSession(TargetSession, Protocol):
     """A session that can also score a whole text."""
 
     def score_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return logits (1, T, V) of every row of a text (1, T), in one pass."""
+        """Run a whole text in one pass. The session's cache is empty before it and holds no tokens after it.
+
+        Args:
+            input_ids: (1, T) int64.
+            attention_mask: (1, T), 0 at padding; None without padding.
+
+        Returns:
+            Logits (1, T, V) float32 of every row.
+        """
 
 
 class StoredEngine(Engine, Protocol):
@@ -142,8 +152,8 @@ class StoredTarget(GenerationMixin):
     Plain generation runs through the same loop as drafted generation.
 
     Args:
-        config: of the model.
-        engine: runs the model.
+        config: config of the model.
+        engine: engine that runs the model.
         generation_config: defaults of `generate`.
     """
 
@@ -156,7 +166,7 @@ class StoredTarget(GenerationMixin):
         self.config, self.dovetail_engine, self.generation_config = config, engine, generation_config
 
     def can_generate(self) -> bool:
-        """Return True, for transformers."""
+        """Return True. transformers asks this before it generates."""
         return True
 
     def num_parameters(self) -> int:
@@ -164,7 +174,15 @@ class StoredTarget(GenerationMixin):
         return self.dovetail_engine.num_parameters()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
-        """Return logits (1, T, V) of a text from scratch. `generate` does not use this."""
+        """Run a whole text without a cache. `generate` does not use this.
+
+        Args:
+            input_ids: (1, T) int64.
+            attention_mask: (1, T), 0 at padding; None without padding.
+
+        Returns:
+            Logits (1, T, V) float32 of every row.
+        """
         engine = self.dovetail_engine
         rows = input_ids.shape[1]
         with engine.session(engine.cache(None), max_length=rows, max_nodes=1, prefill_chunk=rows) as session:
@@ -173,13 +191,13 @@ class StoredTarget(GenerationMixin):
     __call__ = forward
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, cache: Any = None, **kwargs: Any
+        self, input_ids: Tensor, past_key_values: TextCache | None = None, cache: TextCache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Tell transformers by these parameters what `generate` accepts. The loop builds its inputs itself."""
+        """Return the arguments. transformers reads from the signature what `generate` accepts."""
         return {"input_ids": input_ids, "past_key_values": past_key_values, "cache": cache, **kwargs}
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Make no cache: the engine has its own kind."""
+        """Make no cache, because the engine makes its own."""
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         return generate_plainly(self, *args, **kwargs)

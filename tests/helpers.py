@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import engines
 import torch
-from families import tiny_target
+from families import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.cli import main
@@ -42,15 +44,20 @@ def byte_tokenizer(chat_template: str | None = MARKED_TEMPLATE) -> PreTrainedTok
     )
 
 
-def byte_target(**overrides):
+def byte_target(**overrides: Any) -> Any:
+    """The model of `byte_model` as a target of the engine under test."""
+    return engines.current().target(byte_model(**overrides))
+
+
+def byte_model(**overrides: Any) -> PreTrainedModel:
     """A tiny Llama for `byte_tokenizer`. It has no EOS token, so texts have their full length."""
     fields = dict(vocab_size=BYTE_VOCAB, num_hidden_layers=2, eos_token_id=None, bos_token_id=None)
-    return tiny_target("llama", **(fields | {"max_position_embeddings": 1024} | overrides))
+    return tiny_model("llama", **(fields | {"max_position_embeddings": 1024} | overrides))
 
 
 def save_pair(directory: Path) -> tuple[Path, Path]:
     """A byte-level target and an untrained draft as checkpoints: (target directory, draft directory)."""
-    target = byte_target()
+    target = byte_model()
     target.save_pretrained(directory / "target")
     byte_tokenizer().save_pretrained(directory / "target")
     torch.manual_seed(7)

@@ -182,7 +182,7 @@ def test_engine_that_is_not_installed(engine):
     done = run_python("-c", code, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("ImportError: ")
-    assert f"pip install 'dovetail-plugin[{engine}]'" in done.stderr
+    assert f"pip install '.[{engine}]'" in done.stderr
 
 
 @pytest.mark.parametrize("field", ["nodes", "depth", "top_k"])

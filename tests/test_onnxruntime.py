@@ -156,7 +156,7 @@ def test_cache_of_another_target_is_refused():
     first = engines.current().target(tiny_model("llama"))
     other = engines.current().target(tiny_model("llama", num_hidden_layers=2))
     cache = engine_of(other).cache(None)
-    with pytest.raises(ValueError, match="is not of this target"):
+    with pytest.raises(ValueError, match="does not belong to this target"):
         first.generate(prompt(), past_key_values=cache, **GREEDY)
 
 
@@ -181,7 +181,7 @@ def test_interrupted_prompt(monkeypatch):
     """After an interrupted prompt the cache is valid: the rest of the prompt can be run after it."""
     target, ids = engines.current().target(tiny_model("llama")), prompt(30)
     engine, passes = engine_of(target), []
-    cache, run = engine.cache(None), engine.run
+    cache, run = engine.cache(None), engine._runtime.run_with_ort_values
 
     def second_pass_fails(*arguments):
         passes.append(arguments)
@@ -189,7 +189,7 @@ def test_interrupted_prompt(monkeypatch):
             raise KeyboardInterrupt
         return run(*arguments)
 
-    monkeypatch.setattr(engine, "run", second_pass_fails)
+    monkeypatch.setattr(engine._runtime, "run_with_ort_values", second_pass_fails)
     with pytest.raises(KeyboardInterrupt):
         target.generate(ids, past_key_values=cache, prefill_chunk_size=10, **GREEDY)
     assert cache.get_seq_length() == cache.position == 10

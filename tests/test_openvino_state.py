@@ -1,19 +1,23 @@
 """OpenVINO targets: the key/value state, its holes, and prompts in chunks. Runs with `--engine openvino`."""
 
 import itertools
+import random
 
 import engines
 import pytest
 import torch
-from families import prompt, tiny_model
+from families import VOCAB, prompt, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from support.sessions import assert_close, open_session
+from support.trees import random_tree
 
 if not engines.is_current("openvino"):
     pytest.skip("runs with --engine openvino", allow_module_level=True)
 
-from dovetail_plugin import DovetailDraft, machine
+from dovetail_plugin import DovetailDraft, TreeBudget, machine
 from dovetail_plugin.adapters.openvino import session as openvino_session
+from dovetail_plugin.targets.engine import engine_of
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
 
@@ -27,10 +31,10 @@ def rows(monkeypatch):
 
     def spy(session, path):
         keep(session, path)
-        engine = session._engine
-        held = [state.state.shape[engine.row_axis] for state in engine.request.query_state()]
+        owned = session._state
+        held = [state.state.shape[owned.row_axis] for state in owned.request.query_state()]
         assert len(set(held)) == 1
-        seen.append((session._cache.tokens, held[0], session._cache.slots))
+        seen.append((session._cache.length, held[0], session._cache.slots))
 
     monkeypatch.setattr(openvino_session.OpenVINOSession, "keep", spy)
     return seen
@@ -98,6 +102,21 @@ def test_stale_cache(llama, draft):
     with pytest.raises(ValueError, match=r"earlier generation.*whole text without past_key_values"):
         llama.generate(more, **GREEDY, past_key_values=first.past_key_values, assistant_model=draft)
     assert torch.equal(other, llama.generate(prompt(9), **GREEDY))
+
+
+def test_an_interrupted_round_leaves_a_valid_cache(llama):
+    """Rows that were scored and neither kept nor rejected stay hidden when the text goes on."""
+    text, cache = prompt(), engine_of(llama).cache(None)
+    with open_session(llama) as session:
+        wanted = session.prefill(text, None)
+    with open_session(llama, cache) as session:
+        session.prefill(text[:, :-1], None)
+        session.score(random_tree(5, [], TreeBudget(14, 5, 4), random.Random(4), VOCAB))
+    assert cache.get_seq_length() == text.shape[1] - 1
+    with open_session(llama, cache) as session:
+        output = session.prefill(text[:, -1:], None)
+    assert_close(output.logits, wanted.logits)
+    assert_close(output.features, wanted.features[-1:])
 
 
 def test_prompt_in_chunks(llama, draft, monkeypatch):

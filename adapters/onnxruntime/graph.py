@@ -1,14 +1,15 @@
-"""Edits of an exported ONNX language model that make it a target; nothing here runs it or reads its weights.
+"""Edits an exported ONNX language model so that it can be a target.
 
-Enters: the graph that optimum's exporter wrote, quantised or not, with explicit past keys and values. Leaves:
-the same graph in memory with
+The graph that optimum's exporter wrote, quantized or not, with past keys and values as inputs, goes in. The same graph
+comes out, in memory, with
 
     input  tree_bias         f32 (1, 1, n or 1, m or 1)   added to the mask of every attention
     input  first_logit_row   i64 (1,)                     rows before it skip the head
     input  position_ids      i64 (1, n)                   where the export counts positions itself
     output features          f32 (1, n, F)                what the head reads: the state after the final norm
 
-and with the new rows of keys and values as outputs, in place of `present.*` (the old rows and the new ones).
+and with the new rows of keys and values as outputs in place of `present.*`, which hold the old rows and the new ones.
+This module does not run the graph and does not read its weights.
 """
 
 from collections.abc import Iterator
@@ -16,34 +17,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..stored_graph import FEATURES, FIRST_LOGIT_ROW, TREE_BIAS, GraphError, missing_package
+
 try:
     import onnx
     from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
-except ImportError as error:  # the message is what a user reads first
-    raise ImportError(
-        "ONNX Runtime targets need the `onnx` package: pip install 'dovetail-plugin[onnxruntime]'."
-    ) from error
+except ImportError as error:  # a user reads this message first
+    raise ImportError(missing_package("ONNX Runtime targets", "onnx", extra="onnxruntime")) from error
 
-TREE_BIAS, FIRST_LOGIT_ROW, FEATURES, POSITIONS = "tree_bias", "first_logit_row", "features", "position_ids"
+POSITIONS = "position_ids"
 HEADS = {"MatMul", "MatMulNBits"}
-BEHIND_THE_HEAD = {"Cast", "Mul", "Div", "Tanh", "Add", "Identity"}
-"""What may stand between the head's product and the logits: scaling, a soft cap, a bias."""
+AFTER_THE_HEAD = {"Cast", "Mul", "Div", "Tanh", "Add", "Identity"}
+"""Nodes that can stand between the head's product and the logits: scaling, a soft cap, a bias."""
 ON_SCORES = {"Cast", "Mul", "Div", "Tanh", "Add", "Reshape"}
-"""What may stand between the product of queries and keys and the mask's Add: scaling, a soft cap, ALiBi."""
+"""Nodes that can stand between the product of queries and keys and the mask's Add: scaling, a soft cap, ALiBi."""
 ON_ANGLES = {"Cast", "Concat", "Mul", "Transpose", "Identity", "MatMul", "Unsqueeze"}
-"""What may stand between position ids and the cosines of rotary embeddings."""
+"""Nodes that can stand between position ids and the cosines of rotary embeddings."""
 OVER_ALL_ROWS = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
 """Operators whose result for one row depends on the other rows of the pass."""
-EXPORT_AGAIN = "export it with `optimum-cli export onnx --task text-generation-with-past`"
-
-
-class GraphError(ValueError):
-    """The graph is not one that can be made a target; says which node was looked for."""
+EXPORT_AGAIN = "Export the model with `optimum-cli export onnx --task text-generation-with-past`"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One layer's keys or values: the input with old rows (1, heads, m, head_dim), the output with new ones."""
+    """Keys or values of one layer.
+
+    Attributes:
+        past: name of the input with the old rows, (1, heads, m, head_dim).
+        new: name of the output with the new rows, (1, heads, n, head_dim).
+        heads: number of key/value heads.
+        head_dim: size of a head.
+    """
 
     past: str
     new: str
@@ -53,7 +57,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made of a graph. dtype: of keys, values and logits; rounds: activations to fewer bits."""
+    """Result of `prepare`.
+
+    Attributes:
+        rows: keys and values of every layer, keys first.
+        dtype: dtype of keys, values and logits.
+        takes_positions: whether position ids are an input.
+        rounds: whether the graph rounds activations to fewer bits.
+    """
 
     rows: list[Rows]
     dtype: np.dtype
@@ -62,63 +73,75 @@ class Prepared:
 
 
 class Links:
-    """Who makes and who reads each value of a graph."""
+    """The nodes that make and read each value of a graph.
 
-    def __init__(self, graph: "onnx.GraphProto") -> None:
+    Attributes:
+        graph: the graph.
+        weights: name -> stored tensor.
+        maker: name of a value -> the node that makes it. Inputs and weights have none.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.maker = {name: node for node in graph.node for name in node.output if name}
+        self._constants = {"", *self.weights}
+        for node in graph.node:  # nodes are sorted: values are made before they are read
+            if self._constants.issuperset(node.input):
+                self._constants.update(node.output)
 
     def is_constant(self, name: str) -> bool:
-        """Whether a value depends on weights alone."""
-        if name in self.weights or not name:
-            return True
-        node = self.maker.get(name)
-        return node is not None and all(self.is_constant(source) for source in node.input)
+        """Return whether a value depends on weights alone."""
+        return name in self._constants
 
-    def readers(self, name: str) -> Iterator["NodeProto"]:
-        """Who reads a value."""
+    def readers(self, name: str) -> Iterator[NodeProto]:
+        """Return the nodes that read a value."""
         return (node for node in self.graph.node if name in node.input)
 
     def kind(self, name: str) -> str:
-        """The operator that makes a value; "" for inputs and weights."""
+        """Return the operator that makes a value, or "" for inputs and weights."""
         return self.maker[name].op_type if name in self.maker else ""
 
 
-def check_model(model: "onnx.ModelProto") -> None:
-    """Refuse what is no decoder-only language model with explicit past keys and values.
+def check_model(model: onnx.ModelProto) -> None:
+    """Refuse a graph that is not a decoder-only language model with past keys and values as inputs.
 
     Raises:
-        GraphError: says what is missing or what there is too much.
+        GraphError: an input or output is missing, an input is unknown, or rows of a pass influence each other.
     """
     graph = model.graph
     given = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
     outputs = [value.name for value in graph.output]
     if "input_ids" not in given:
-        raise GraphError(f"no input `input_ids` in the graph (inputs: {_listed(given)}); not a language model.")
+        raise GraphError(
+            f"the graph has no input `input_ids`, so it is not a language model (inputs: {_listed(given)})."
+        )
     if "logits" not in outputs:
-        raise GraphError(f"no output `logits` in the graph (outputs: {_listed(outputs)}); an encoder has none.")
+        raise GraphError(
+            f"the graph has no output `logits` (outputs: {_listed(outputs)}). A causal language model has it, an "
+            "encoder has none."
+        )
     past = {name for name in given if name.startswith("past_key_values.")}
     if not past:
-        raise GraphError(f"no inputs `past_key_values.*` in the graph (inputs: {_listed(given)}); {EXPORT_AGAIN}.")
+        raise GraphError(f"the graph has no inputs `past_key_values.*` (inputs: {_listed(given)}). {EXPORT_AGAIN}.")
     if "attention_mask" not in given:
-        raise GraphError(f"no input `attention_mask` in the graph (inputs: {_listed(given)}).")
+        raise GraphError(f"the graph has no input `attention_mask` (inputs: {_listed(given)}). {EXPORT_AGAIN}.")
     unknown = given - past - {"input_ids", "attention_mask", POSITIONS}
     if unknown:
-        raise GraphError(f"the graph has inputs that nobody here knows to fill: {_listed(unknown)}; {EXPORT_AGAIN}.")
+        raise GraphError(f"the graph has inputs that cannot be filled: {_listed(unknown)}. {EXPORT_AGAIN}.")
     for node in graph.node:
         if node.op_type in OVER_ALL_ROWS:
             raise GraphError(
                 f"{node.op_type} {node.name!r} scales all rows of a pass together, so drafted tokens would change "
-                "the logits of others; quantise weights only (MatMulNBits, or DequantizeLinear on weights)."
+                "the logits of others. Quantize weights only (MatMulNBits, or DequantizeLinear on weights)."
             )
 
 
-def prepare(model: "onnx.ModelProto") -> Prepared:
-    """Edit the graph as the module's docstring says, in place.
+def prepare(model: onnx.ModelProto) -> Prepared:
+    """Edit the graph as the module's docstring describes, in place.
 
     Raises:
-        GraphError: there is no head product, no attention with a mask, or no place where rows are joined.
+        GraphError: see `check_model`; or the head, an attention mask or the Concat of old and new rows was not found.
     """
     check_model(model)
     graph, links = model.graph, Links(model.graph)
@@ -126,7 +149,7 @@ def prepare(model: "onnx.ModelProto") -> Prepared:
     element = next(v for n, v in inputs.items() if n.startswith("past_key_values.")).type.tensor_type.elem_type
     rows = _rows(links, inputs)
     masks = _masks(links, len(rows) // 2)
-    before: dict[int, list[NodeProto]] = {}  # position in the graph -> nodes to put there
+    before: dict[int, list[NodeProto]] = {}  # index in the graph -> nodes to insert there
 
     _tap_head(links, head_of(links), before)
     _add_bias(links, masks, element, before)
@@ -138,24 +161,28 @@ def prepare(model: "onnx.ModelProto") -> Prepared:
     kinds = {"logits": element, FEATURES: TensorProto.FLOAT} | {each.new: element for each in rows}
     del graph.output[:]
     graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items())
-    del graph.value_info[:]  # shapes of values that are other values now
+    del graph.value_info[:]  # the shapes of values that were edited
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(element))
     return Prepared(rows, dtype, takes_positions, any(map(_rounds, graph.node)))
 
 
-def head_of(links: Links) -> "NodeProto":
-    """The product that makes the logits.
+def head_of(links: Links) -> NodeProto:
+    """Return the matrix product that makes the logits.
 
     Raises:
-        GraphError: names what stands there instead.
+        GraphError: another node makes them.
     """
-    return behind_head(links)[-1]
+    return path_to_head(links)[-1]
 
 
-def behind_head(links: Links) -> list["NodeProto"]:
-    """The nodes from the logits back to the head's product, the product last."""
+def path_to_head(links: Links) -> list[NodeProto]:
+    """Return the nodes from the logits back to the head's product, which comes last.
+
+    Raises:
+        GraphError: there is no such product.
+    """
     name, path = "logits", []
-    while links.kind(name) in BEHIND_THE_HEAD:
+    while links.kind(name) in AFTER_THE_HEAD:
         node = links.maker[name]
         path.append(node)
         name = next((source for source in node.input if not links.is_constant(source)), node.input[0])
@@ -165,25 +192,25 @@ def behind_head(links: Links) -> list["NodeProto"]:
     return [*path, links.maker[name]]
 
 
-def attribute(node: "NodeProto", name: str, default: int = 0) -> int:
-    """An integer attribute of a node."""
+def attribute(node: NodeProto, name: str, default: int = 0) -> int:
+    """Return an integer attribute of a node."""
     return next((a.i for a in node.attribute if a.name == name and a.type == AttributeProto.INT), default)
 
 
-def _rounds(node: "NodeProto") -> bool:
-    """Whether activations are rounded; ONNX Runtime makes such products of DequantizeLinear by itself."""
+def _rounds(node: NodeProto) -> bool:
+    """Return whether a node rounds activations, as ONNX Runtime does where it finds DequantizeLinear."""
     return node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level") > 1
 
 
-# --- finding and changing things -------------------------------------------------------------------
+# --- finding and editing nodes ---------------------------------------------------------------------
 
 
-def _listed(names: "set[str] | list[str]") -> str:
+def _listed(names: set[str] | list[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _rows(links: Links, inputs: dict[str, "onnx.ValueInfoProto"]) -> list[Rows]:
-    """Of every layer, keys before values."""
+def _rows(links: Links, inputs: dict[str, onnx.ValueInfoProto]) -> list[Rows]:
+    """Return keys and values of every layer, in the order of the inputs."""
     found = []
     for past, value in inputs.items():
         if not past.startswith("past_key_values."):
@@ -194,7 +221,7 @@ def _rows(links: Links, inputs: dict[str, "onnx.ValueInfoProto"]) -> list[Rows]:
             kinds = _listed({node.op_type for node in links.readers(past)})
             raise GraphError(
                 f"looked for one Concat that puts new rows behind `{past}` (1, heads, rows, head_dim) and found shape "
-                f"{tuple(dims)}, read by {kinds}; {EXPORT_AGAIN}, without fused attention."
+                f"{tuple(dims)}, read by {kinds}. {EXPORT_AGAIN}, without fused attention."
             )
         found.append(Rows(past, joined[0].input[1], dims[1], dims[3]))
     return found
@@ -202,14 +229,19 @@ def _rows(links: Links, inputs: dict[str, "onnx.ValueInfoProto"]) -> list[Rows]:
 
 @dataclass(frozen=True)
 class _Place:
-    """One input of one node."""
+    """One input of one node.
 
-    node: "NodeProto"
+    Attributes:
+        node: the node.
+        index: index of the input.
+    """
+
+    node: NodeProto
     index: int
 
 
 def _masks(links: Links, layers: int) -> list[_Place]:
-    """The mask's place at the Add in front of each attention's Softmax."""
+    """Return which input of which Add is the mask, for each attention: the Add in front of its Softmax."""
     found = []
     for node in links.graph.node:
         if node.op_type != "Softmax":
@@ -218,7 +250,7 @@ def _masks(links: Links, layers: int) -> list[_Place]:
         while links.kind(name) == "Cast":
             name = links.maker[name].input[0]
         if links.kind(name) != "Add":
-            continue  # a router's softmax, say
+            continue  # for example a router's softmax
         add = links.maker[name]
         products = [_is_product(links, source) for source in add.input]
         if sum(products) == 1 and not links.is_constant(add.input[products.index(False)]):
@@ -226,23 +258,31 @@ def _masks(links: Links, layers: int) -> list[_Place]:
     if len(found) != layers:
         raise GraphError(
             f"looked for Softmax nodes behind an Add of scores and mask, one for each of {layers} layers, and found "
-            f"{len(found)}; {EXPORT_AGAIN}, without fused attention (no --optimize above O1)."
+            f"{len(found)}. {EXPORT_AGAIN}, without fused attention (no --optimize above O1)."
         )
     return found
 
 
 def _is_product(links: Links, name: str) -> bool:
-    """Whether a value is a matrix product with at most some scaling after it."""
+    """Return whether a value is a matrix product, possibly scaled."""
     if links.kind(name) in ON_SCORES:
         return any(_is_product(links, source) for source in links.maker[name].input)
     return links.kind(name) in ("MatMul", "FusedMatMul")
 
 
-def _position(links: Links, reader: "NodeProto") -> int:
+def _position(links: Links, reader: NodeProto) -> int:
+    """Return the index of a node in the graph."""
     return next(index for index, node in enumerate(links.graph.node) if node is reader)
 
 
-def _tap_head(links: Links, head: "NodeProto", before: dict[int, list["NodeProto"]]) -> None:
+def _tap_head(links: Links, head: NodeProto, before: dict[int, list[NodeProto]]) -> None:
+    """Add the output of features, and let rows before `first_logit_row` skip the head.
+
+    Args:
+        links: the graph.
+        head: the head's product.
+        before: index in the graph -> nodes to insert there; new nodes are added to it.
+    """
     hidden, graph = head.input[0], links.graph
     for name, value in (("first_logit_row_end", np.iinfo(np.int64).max), ("first_logit_row_axis", 1)):
         graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
@@ -255,7 +295,15 @@ def _tap_head(links: Links, head: "NodeProto", before: dict[int, list["NodeProto
     head.input[0] = "logit_rows"
 
 
-def _add_bias(links: Links, masks: list[_Place], element: int, before: dict[int, list["NodeProto"]]) -> None:
+def _add_bias(links: Links, masks: list[_Place], element: int, before: dict[int, list[NodeProto]]) -> None:
+    """Add the tree bias to the mask of every attention.
+
+    Args:
+        links: the graph.
+        masks: the places of the masks.
+        element: element type of the masks.
+        before: index in the graph -> nodes to insert there; new nodes are added to it.
+    """
     links.graph.input.append(helper.make_tensor_value_info(TREE_BIAS, TensorProto.FLOAT, [1, 1, "n", "m"]))
     for number, mask in enumerate(masks):
         cast, biased = f"tree_bias_{number}", f"biased_mask_{number}"
@@ -267,9 +315,9 @@ def _add_bias(links: Links, masks: list[_Place], element: int, before: dict[int,
 
 
 def _add_positions(links: Links) -> bool:
-    """Make the positions of rotary embeddings an input, where the graph counts them; False if none are found.
+    """Make the positions of rotary embeddings an input of a graph that counts rows. Return False if none are found.
 
-    The count of rows goes on being what the causal mask is made of: only the way to the angles is changed.
+    The causal mask is still made from the count of rows. Only the input of the angles changes.
     """
     angles = [node for node in links.graph.node if node.op_type in ("Cos", "Sin")]
     found = [_reader_of_count(links, node) for node in angles]
@@ -282,8 +330,8 @@ def _add_positions(links: Links) -> bool:
     return True
 
 
-def _reader_of_count(links: Links, node: "NodeProto") -> _Place | None:
-    """Where a node's value comes from a Range made (1, n), what reads that."""
+def _reader_of_count(links: Links, node: NodeProto) -> _Place | None:
+    """Return which input reads the positions (1, n) that a Range counts and the node's value is made from, or None."""
     for index, source in enumerate(node.input):
         kind = links.kind(source)
         if kind == "Unsqueeze" and links.kind(links.maker[source].input[0]) == "Range":

@@ -1,31 +1,36 @@
-"""Hidden states of single layers as outputs of a prepared ONNX graph, which EAGLE-3 drafts read.
+"""Adds hidden states of single layers to the outputs of a prepared ONNX graph, for drafts of the EAGLE-3 kind.
 
-Enters: a graph after `onnxruntime_graph.prepare`. Leaves: the same graph with further outputs. An export does not name
-its decoder layers, so the residual stream is followed backwards from what the head reads.
+A graph after `graph.prepare` goes in, and the same graph with further outputs comes out. `stored_graph` has the search
+for the states.
 """
 
 from onnx import ModelProto, TensorProto, helper
 
-from ..stored_target import state_name, states_before_layers
-from .graph import FEATURES, Links
+from ..stored_graph import FEATURES, state_name, states_before_layers
+from .graph import Links
 
 
 def expose_states(model: ModelProto, layers: tuple[int, ...], count: int) -> bool:
-    """Add outputs f32 (1, n, F) for hidden states in transformers' numbering, in place; False if all were there.
+    """Add outputs f32 (1, n, F) for hidden states of a prepared graph, in place.
 
     Args:
-        layers: states wanted. count: decoder layers of the model.
+        model: the graph.
+        layers: hidden states, in transformers' numbering. Those that are outputs already are skipped.
+        count: number of decoder layers.
+
+    Returns:
+        Whether outputs were added.
 
     Raises:
         ValueError: the residual stream cannot be followed through the graph.
     """
     graph = model.graph
-    there = {value.name for value in graph.output}
-    wanted = [layer for layer in layers if state_name(layer) not in there]
-    if not wanted:
+    present = {value.name for value in graph.output}
+    missing = [layer for layer in layers if state_name(layer) not in present]
+    if not missing:
         return False
-    states = _residual_states(Links(graph), count)
-    for layer in wanted:
+    states = states_before_layers(_Names(Links(graph)), FEATURES, count)
+    for layer in missing:
         name = state_name(layer)
         graph.node.append(
             helper.make_node("Cast", [states[layer]], [name], name=f"dovetail/{name}", to=TensorProto.FLOAT)
@@ -34,40 +39,32 @@ def expose_states(model: ModelProto, layers: tuple[int, ...], count: int) -> boo
     return True
 
 
-def _residual_states(links: Links, count: int) -> list[str]:
-    """The residual stream before each of `count` layers.
+class _Names:
+    """The names in a graph as the values of a `ResidualGraph`."""
 
-    A residual sum adds two computed values; the one that goes on is the one that others read, too.
-    """
-    stream: list[str] = []
-    added = _nearest_sum(links, FEATURES)
-    while added is not None:
-        going_on = [name for name in links.maker[added].input if sum(1 for _ in links.readers(name)) > 1]
-        if len(going_on) != 1:
-            break
-        stream.append(going_on[0])
-        before = going_on[0]
-        while links.kind(before) == "Cast":
-            before = links.maker[before].input[0]
-        added = before if _is_sum(links, before) else None
-    return states_before_layers(stream[::-1], count)
+    def __init__(self, links: Links) -> None:
+        self._links = links
 
+    def addends(self, value: str) -> list[str]:
+        """Return both inputs of an Add that reads no weight."""
+        computed = self.sources(value)
+        return computed if self._links.kind(value) == "Add" and len(computed) == 2 else []
 
-def _is_sum(links: Links, name: str) -> bool:
-    """Whether a value is the sum of two computed ones."""
-    return links.kind(name) == "Add" and not any(links.is_constant(source) for source in links.maker[name].input)
+    def sources(self, value: str) -> list[str]:
+        """Return the inputs of a value's node that do not depend on weights alone."""
+        node = self._links.maker.get(value)
+        return [] if node is None else [name for name in node.input if not self._links.is_constant(name)]
 
+    def uses(self, value: str) -> int:
+        """Return how many nodes read a value."""
+        return sum(1 for _ in self._links.readers(value))
 
-def _nearest_sum(links: Links, name: str) -> str | None:
-    """The nearest value behind this one, or itself, that is the sum of two computed ones, breadth first."""
-    queue, seen = [name], {name}
-    while queue:
-        name = queue.pop(0)
-        if _is_sum(links, name):
-            return name
-        node = links.maker.get(name)
-        for source in () if node is None else node.input:
-            if source not in seen and not links.is_constant(source):
-                seen.add(source)
-                queue.append(source)
-    return None
+    def before_casts(self, value: str) -> str:
+        """Return the value that a chain of Casts starts from."""
+        while self._links.kind(value) == "Cast":
+            value = self._links.maker[value].input[0]
+        return value
+
+    def name(self, value: str) -> str:
+        """Return the value, which is a name."""
+        return value

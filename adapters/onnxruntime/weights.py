@@ -1,8 +1,8 @@
-"""Weights of a stored ONNX model: where they lie on disk, and the two tables that a draft borrows.
+"""Finds the weights of a stored ONNX model on disk, and reads the two tables that a draft borrows.
 
-Enters: a graph read without external data, and its file. Leaves: the same graph with every large weight named by
-file, offset and length, so ONNX Runtime maps it from the user's own files and no second copy is ever held; and
-embedding and head as float32, decompressed if they are stored in fewer bits.
+A graph that was read without external data and its file go in. The same graph comes out, with every large weight named
+by file, offset and length, so that ONNX Runtime maps it from the user's own files and no second copy is held. Embedding
+and head come out as float32, decompressed if they are stored in fewer bits.
 """
 
 import mmap
@@ -11,44 +11,48 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from .graph import GraphError, Links, attribute, behind_head, head_of
+from dovetail_plugin.targets.base import Tables
+
+from ..stored_graph import GraphError, tables_of
+from .graph import Links, attribute, head_of, path_to_head
 
 SMALL = 4096
-"""Bytes below which a weight stays in the graph: shapes and constants that ONNX Runtime wants to look at."""
+"""Bytes below which a weight stays in the graph: shapes and constants that ONNX Runtime reads while it loads."""
 
 LOOKUPS = {"Gather", "GatherBlockQuantized"}
 AROUND_A_LOOKUP = {"Cast", "Reshape", "Unsqueeze", "Identity"}
 
 
-@dataclass(frozen=True)
-class FloatTables:
-    """embedding, head: (V, H) float32; bias: (V,) float32 or None."""
-
-    embedding: np.ndarray
-    head: np.ndarray
-    bias: np.ndarray | None
-
-
-def external_files(model: "onnx.ModelProto") -> list[str]:
-    """Names of the files beside the graph that hold weights."""
+def external_files(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the files beside the graph that hold weights."""
     return sorted({_entry(tensor, "location") for tensor in model.graph.initializer if _is_external(tensor)})
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A graph without its large weights, and the directory that their locations in it are relative to."""
+    """A graph without its large weights.
 
-    model: "onnx.ModelProto"
+    Attributes:
+        model: the graph.
+        directory: directory that the locations of its weights are relative to.
+    """
+
+    model: onnx.ModelProto
     directory: Path
 
 
-def point_to_files(model: "onnx.ModelProto", file: Path) -> Stored:
-    """The graph, with the places of its large weights: in `file` itself, or beside it.
+def point_to_files(model: onnx.ModelProto, file: Path) -> Stored:
+    """Return the graph with the places of its large weights instead of their bytes.
 
-    Links are followed (a hub's snapshot consists of links into one directory). The given model is used up; its
-    memory still holds the weights and is free once the caller lets it go.
+    The weights lie in `file` itself or beside it. Links are followed, because a snapshot of the hub consists of links
+    into one directory.
+
+    Args:
+        model: graph that was read from `file` without external data. It is edited and must not be used afterwards.
+        file: file of the graph.
 
     Raises:
         GraphError: the weights lie in more than one directory.
@@ -71,12 +75,12 @@ def point_to_files(model: "onnx.ModelProto", file: Path) -> Stored:
             _point(tensor, target.name, start, length)
     if len(directories) > 1:
         listed = ", ".join(sorted(map(str, directories)))
-        raise GraphError(f"graph and weights lie in different directories ({listed}); put them into one.")
+        raise GraphError(f"graph and weights lie in different directories ({listed}). Put them into one.")
     return Stored(onnx.ModelProto.FromString(model.SerializeToString()), real.parent)
 
 
-def tables(stored: Stored) -> FloatTables:
-    """Embedding table and head.
+def tables(stored: Stored) -> Tables:
+    """Return embedding table and head as float32.
 
     Raises:
         GraphError: the embedding is not a lookup, or the head is packed in an unknown way.
@@ -91,14 +95,14 @@ def tables(stored: Stored) -> FloatTables:
             raise GraphError(f"the head {head.name!r} has no constant weight.")
         matrix = np.ascontiguousarray(_value(model, head.input[1], directory).T)
     bias = None
-    for node in behind_head(links)[:-1]:
+    for node in path_to_head(links)[:-1]:
         if node.op_type == "Add":
             bias = _value(model, next(n for n in node.input if links.is_constant(n)), directory).reshape(-1)
-    return FloatTables(_embedding(model, directory), matrix, bias)
+    return tables_of(_embedding(model, directory), matrix, bias)
 
 
-def num_parameters(model: "onnx.ModelProto") -> int:
-    """Numbers in weights of two dimensions and more; packed ones count as what they stand for."""
+def num_parameters(model: onnx.ModelProto) -> int:
+    """Return the number of weights of two and more dimensions. Packed ones count as if they were unpacked."""
     packed = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     inside = {name for node in packed for name in node.input[1:]}
     inside |= {name for node in model.graph.node if node.op_type == "GatherBlockQuantized" for name in node.input[2:]}
@@ -110,22 +114,22 @@ def num_parameters(model: "onnx.ModelProto") -> int:
 # --- bytes -----------------------------------------------------------------------------------------
 
 
-def _is_external(tensor: "TensorProto") -> bool:
+def _is_external(tensor: TensorProto) -> bool:
     return tensor.data_location == TensorProto.EXTERNAL
 
 
-def _entry(tensor: "TensorProto", key: str, default: str = "") -> str:
+def _entry(tensor: TensorProto, key: str, default: str = "") -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == key), default)
 
 
-def _size(tensor: "TensorProto") -> int:
+def _size(tensor: TensorProto) -> int:
     given = _entry(tensor, "length")
     return (
         int(given) if given else int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     )
 
 
-def _point(tensor: "TensorProto", location: str, start: int, length: int) -> None:
+def _point(tensor: TensorProto, location: str, start: int, length: int) -> None:
     tensor.ClearField("raw_data")
     tensor.ClearField("external_data")
     tensor.data_location = TensorProto.EXTERNAL
@@ -133,8 +137,8 @@ def _point(tensor: "TensorProto", location: str, start: int, length: int) -> Non
         tensor.external_data.add(key=key, value=value)
 
 
-def _array(tensor: "TensorProto", directory: Path) -> np.ndarray:
-    """A weight's numbers; those in files are mapped, not read."""
+def _array(tensor: TensorProto, directory: Path) -> np.ndarray:
+    """Return a weight as an array. Weights in files are mapped, not read."""
     if not _is_external(tensor):
         return numpy_helper.to_array(tensor)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -146,8 +150,8 @@ def _array(tensor: "TensorProto", directory: Path) -> np.ndarray:
 # --- constant expressions --------------------------------------------------------------------------
 
 
-def _embedding(model: "onnx.ModelProto", directory: Path) -> np.ndarray:
-    """What the lookup fed by `input_ids` answers to every id, (V, H)."""
+def _embedding(model: onnx.ModelProto, directory: Path) -> np.ndarray:
+    """Return the result of the lookup that reads `input_ids`, for every id: (V, H)."""
     links, names = Links(model.graph), ["input_ids"]
     while names:
         for node in links.readers(names.pop(0)):
@@ -158,28 +162,35 @@ def _embedding(model: "onnx.ModelProto", directory: Path) -> np.ndarray:
             if node.op_type in AROUND_A_LOOKUP:
                 names += node.output
     raise GraphError(
-        f"looked for the {' or '.join(sorted(LOOKUPS))} that turns `input_ids` into embeddings, found none."
+        f"looked for the {' or '.join(sorted(LOOKUPS))} that turns `input_ids` into embeddings and found none."
     )
 
 
 def _rows_of(links: Links, name: str) -> int:
+    """Return the number of rows of a stored table."""
     if name not in links.weights:
-        raise GraphError(f"the embedding's table {name!r} is no stored weight.")
+        raise GraphError(f"the embedding table {name!r} is not a stored weight.")
     return links.weights[name].dims[0]
 
 
-def _value(model: "onnx.ModelProto", name: str, directory: Path) -> np.ndarray:
-    """What a constant expression comes to, as float32."""
+def _value(model: onnx.ModelProto, name: str, directory: Path) -> np.ndarray:
+    """Compute a constant expression as float32."""
     stored = next((tensor for tensor in model.graph.initializer if tensor.name == name), None)
     if stored is not None:
         return np.array(_array(stored, directory), dtype=np.float32)
     return _run(model, name, directory)
 
 
-def _run(model: "onnx.ModelProto", name: str, directory: Path, *, fed: str | None = None, count: int = 0) -> np.ndarray:
-    """Compute one value by the graph's own nodes; the value `fed` is 0 .. count-1, of any shape to the node."""
-    import onnxruntime as ort
+def _run(model: onnx.ModelProto, name: str, directory: Path, *, fed: str | None = None, count: int = 0) -> np.ndarray:
+    """Compute one value with the graph's own nodes.
 
+    Args:
+        model: the graph.
+        name: the value.
+        directory: directory of the graph's weights.
+        fed: a value to replace by the ids 0 .. count - 1, or None.
+        count: number of ids.
+    """
     links, needed, wanted = Links(model.graph), set(), [name]
     while wanted:
         current = wanted.pop()
@@ -197,21 +208,19 @@ def _run(model: "onnx.ModelProto", name: str, directory: Path, *, fed: str | Non
     return session.run(None, {} if fed is None else {fed: np.arange(count)})[0]
 
 
-def session_options(directory: Path):
-    """Options of a session whose weights lie in `directory`, and whose idle threads leave the cores to the draft."""
-    import onnxruntime as ort
-
+def session_options(directory: Path) -> ort.SessionOptions:
+    """Return options for a graph whose weights lie in `directory`. Idle threads leave the cores to the draft."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
-def _unpacked(links: Links, node: "onnx.NodeProto", directory: Path) -> np.ndarray:
-    """The (N, K) float32 matrix that a MatMulNBits stands for.
+def _unpacked(links: Links, node: onnx.NodeProto, directory: Path) -> np.ndarray:
+    """Return the matrix (N, K) float32 of a MatMulNBits node.
 
-    Stored are N rows of blocks of K, `bits` each, low bits first; a scale for each block, and a zero point, packed
-    the same way or float, by default in the middle of the range.
+    The node stores N rows of K numbers of `bits` bits, low bits first, in blocks. Each block has a scale and a zero
+    point. Zero points are packed like the numbers or are floats; without them the zero is the middle of the range.
     """
     arrays = [_array(links.weights[name], directory) if name else None for name in node.input[1:5]]
     packed, scales, zeros, order = [*arrays, None, None][:4]
@@ -219,7 +228,8 @@ def _unpacked(links: Links, node: "onnx.NodeProto", directory: Path) -> np.ndarr
     rows, columns = attribute(node, "N"), attribute(node, "K")
     if bits not in (2, 4, 8) or packed is None or scales is None or order is not None:
         raise GraphError(
-            f"the head {node.name!r} is packed in {bits} bits with inputs {list(node.input)}; cannot unpack."
+            f"the head {node.name!r} is packed in {bits} bits with inputs {list(node.input)}, which cannot be "
+            "unpacked. Quantize with 2, 4 or 8 bits and without a group index."
         )
     blocks = -(-columns // block)
     numbers = _bits(packed.reshape(rows, -1), bits).reshape(rows, blocks, block)
@@ -233,7 +243,7 @@ def _unpacked(links: Links, node: "onnx.NodeProto", directory: Path) -> np.ndarr
 
 
 def _bits(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Bytes (rows, n) as the numbers in them, (rows, n * 8 / bits) float32."""
+    """Unpack bytes (rows, n) uint8 into the numbers in them, (rows, n * 8 / bits) float32."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     numbers = (packed[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return numbers.reshape(len(packed), -1).astype(np.float32)

@@ -1,9 +1,9 @@
-"""A draft as an OpenVINO graph, for machines without a GPU: beside an OpenVINO target it is three times as fast as in
-torch, its weights being read as int4 or int8.
+"""Runs a draft as an OpenVINO graph, for machines without a GPU.
 
-Enters: a `DovetailDraft` attached to its target. Leaves: a `DraftRunner`. The graph is traced from the draft's
-own modules; the key/value rows live in the state of one request for each text, where rows of rejected nodes
-stay as holes that the mask hides, as in `openvino.py`.
+A `DovetailDraft` that is attached to its target goes in, and a `DraftRunner` comes out. The graph is traced from the
+draft's own modules and its weights are compressed to int4 or int8, which makes a step three times as fast as in torch.
+Keys and values are the state of one request for each text. Rows of rejected nodes stay there as holes that the mask
+hides. This module knows nothing of trees or targets.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,18 @@ from dovetail_plugin import machine
 from dovetail_plugin.drafts.network import DraftNetwork
 from dovetail_plugin.runner import Pass, Predicted
 
-from ..stored_target import HIDDEN
+from ..stored_graph import HIDDEN, missing_package
+from .rows import RowSlots
 
 try:
     import nncf
 except ImportError as error:
     raise ImportError(
-        "compressing a draft needs the `nncf` package: pip install 'dovetail-plugin[openvino]', or set "
-        'draft.runner = "torch".'
+        missing_package("Drafts on OpenVINO", "nncf", extra="openvino") + ' Set draft.runner = "torch" to do without.'
     ) from error
 
 GROUP = 128
-"""Inputs of a product that share a scale, of int4 weights and of activations rounded to int8."""
+"""Number of inputs of a matrix product that share a scale, in int4 weights and in activations rounded to int8."""
 
 COMPRESSION: dict[str, dict[str, Any]] = {
     "int4": {
@@ -49,11 +50,11 @@ COMPRESSION: dict[str, dict[str, Any]] = {
 }
 
 SPARE_HOLES = 512
-"""Holes that are let be whatever the number of live rows."""
+"""Holes that are left in the state whatever the number of rows in use."""
 
 
-class _Past:
-    """Stands in for `KVRows` while tracing: rows are concatenated."""
+class _TracedRows:
+    """Key/value rows while the graph is traced; implements `AttentionRows` by concatenation."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -63,15 +64,40 @@ class _Past:
 
 
 class _Step(nn.Module):
-    """What is traced: one draft step and the head, with explicit rows."""
+    """One draft step and the head, with rows as inputs and outputs, as it is traced."""
 
     def __init__(self, draft: DraftNetwork) -> None:
         super().__init__()
         self.fusion, self.layers, self._head = draft.fusion, draft.layers, draft.head
 
-    def forward(self, features, embeddings, cos, sin, mask, logit_rows, beam_idx, past):
+    def forward(
+        self,
+        features: Tensor,
+        embeddings: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        logit_rows: Tensor,
+        beam_idx: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Run one step over n rows behind m rows, for a head dimension d.
+
+        Args:
+            features: (1, n, H).
+            embeddings: (1, n, H) of the tokens after the features.
+            cos: (1, n, d) cosines of the rotary embedding.
+            sin: (1, n, d) sines of the rotary embedding.
+            mask: (n, m + n) additive.
+            logit_rows: (l,) int64 rows whose logits are computed.
+            beam_idx: (1,) int32 zeros. OpenVINO recognizes a key/value state by the Gather that this feeds.
+            past: keys and values of each block, (1, heads, m, d) each.
+
+        Returns:
+            Predicted features (1, n, H), logits (1, l, V), then keys and values of each block, (1, heads, m + n, d).
+        """
         pairs = zip(past[::2], past[1::2], strict=True)
-        rows = [_Past(keys.index_select(0, beam_idx), values.index_select(0, beam_idx)) for keys, values in pairs]
+        rows = [_TracedRows(keys.index_select(0, beam_idx), values.index_select(0, beam_idx)) for keys, values in pairs]
         x = self.fusion(features, embeddings)
         for layer, own in zip(self.layers, rows, strict=True):
             x = layer(x, (cos, sin), own, mask)
@@ -83,27 +109,27 @@ INPUTS = ("features", "embeddings", "cos", "sin", "mask", "logit_rows", "beam_id
 
 
 def default_weights() -> str:
-    """ "int4" where the CPU multiplies eight-bit numbers by itself, "int8" elsewhere.
+    """Return "int4" where the CPU has instructions for products of eight-bit numbers, "int8" elsewhere.
 
-    A draft's pass is bound by the bytes of its weights, and four bits cost it one accepted token in a hundred. How fast
-    CPUs without such instructions unpack them has not been measured.
+    The bytes of its weights limit a draft's pass, and four bits cost one accepted token in a hundred. How fast CPUs
+    without such instructions unpack four bits has not been measured.
     """
     return "int4" if {"avx512_vnni", "amx_int8"} & machine.vector_extensions() else "int8"
 
 
-def draft_graph(draft: DraftNetwork, weights: str) -> "ov.Model":
-    """The stateful graph of one draft step.
+def draft_graph(draft: DraftNetwork, weights: str) -> ov.Model:
+    """Make the stateful graph of one draft step.
 
     Args:
-        draft: attached; its tables and weights are copied into the graph.
-        weights: "int4" (the head and matrices that do not divide into groups stay int8), "int8" or "f32".
+        draft: draft that is attached to its target. Its tables and weights are copied into the graph.
+        weights: "int4", "int8" or "f32". With "int4" the head and matrices that do not divide into groups are int8.
     """
     config = draft.config
-    with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, take no draws from the user's text
+    with torch.random.fork_rng(devices=[]):  # initial weights must not take draws from the user's sampling
         exact = DraftNetwork(config).float().eval()
     exact.load_state_dict(draft.state_dict())
-    assert draft.head_weight is not None, "attach() comes first"
-    if draft.config.fusion != "eagle3":  # whose head is a parameter of its own, and loaded
+    assert draft.head_weight is not None, "the draft has to be attached first"
+    if draft.config.fusion != "eagle3":  # an EAGLE-3 draft has its own head, which the state dict holds
         exact.head_weight = draft.head_weight.float()
     exact.head_bias = None if draft.head_bias is None else draft.head_bias.float()
     n, past, size, heads, dim = 3, 5, config.hidden_size, config.num_key_value_heads, config.head_dim
@@ -119,18 +145,24 @@ def draft_graph(draft: DraftNetwork, weights: str) -> "ov.Model":
         [torch.zeros(1, heads, past, dim) for _ in range(2 * config.num_hidden_layers)],
     )
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: deprecation in torch, Python numbers that are constants here
+        warnings.simplefilter("ignore")  # tracing warns of deprecations and of numbers that become constants
         model = ov.convert_model(_Step(exact), example_input=example)
     _make_stateful(model, heads, dim)
     if weights == "f32":
         return model
     nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars: this takes a second
+    with contextlib.redirect_stdout(io.StringIO()):  # hides progress bars of a step that takes a second
         return nncf.compress_weights(model, **COMPRESSION[weights])
 
 
-def _make_stateful(model: "ov.Model", heads: int, dim: int) -> None:
-    """Name inputs and outputs, and turn the past rows into the request's state."""
+def _make_stateful(model: ov.Model, heads: int, dim: int) -> None:
+    """Name inputs and outputs, and turn the rows into the request's state.
+
+    Args:
+        model: the traced graph, edited in place.
+        heads: number of key/value heads.
+        dim: head dimension.
+    """
     for port, name in zip(model.inputs, INPUTS, strict=False):
         port.get_tensor().set_names({name})
     for port, name in zip(model.outputs, ("predicted", "logits"), strict=False):
@@ -149,58 +181,47 @@ def _make_stateful(model: "ov.Model", heads: int, dim: int) -> None:
     model.validate_nodes_and_infer_types()
 
 
-class StateRows:
-    """The draft's key/value rows in a request's state; `length` counts live ones and may be set back."""
+class StateRows(RowSlots):
+    """A draft's key/value rows in the state of a request, for one text; implements `RowStorage`.
 
-    def __init__(self, request: "ov.InferRequest", capacity: int) -> None:
+    Args:
+        request: a request for a graph from `draft_graph`.
+    """
+
+    def __init__(self, request: ov.InferRequest) -> None:
+        super().__init__()
         self.request = request
-        self.slots = 0  # rows of the state, holes included
-        self._live = np.zeros(capacity, dtype=np.int64)  # where the live rows lie
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """Live rows."""
-        return self._length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        assert length <= self._length
-        self._length = length
 
     def append(self, count: int) -> None:
-        """Make room for rows that the next pass writes; first takes out holes when they are most of the state."""
-        if self.slots - self._length > SPARE_HOLES + self._length:
+        """Add `count` rows that the next pass writes. Holes are removed first when they are most of the state."""
+        if self.holes > SPARE_HOLES + self.length:
             self._compact()
-        end = self._length + count
-        if end > len(self._live):
-            self._live = np.concatenate([self._live, np.zeros(end, dtype=np.int64)])
-        self._live[self._length : end] = np.arange(self.slots, self.slots + count)
-        self._length, self.slots = end, self.slots + count
+        self.use(self.grow(count))
 
     def spread(self, mask: Tensor | None, count: int) -> np.ndarray:
-        """The mask (count, length) over live rows as (count, slots); None is causal over the new rows."""
+        """Return the mask of a pass over all slots: (count, slots) float32.
+
+        Args:
+            mask: (count, length) additive over the rows in use; None means causal over the last `count` rows.
+            count: rows of the pass, appended already.
+        """
         if mask is None:
             mask = torch.full((count, count), HIDDEN).triu(1)
         spread = np.full((count, self.slots), HIDDEN, dtype=np.float32)
-        spread[:, self._live[: self._length]] = mask.float().clamp(min=HIDDEN).numpy()
+        spread[:, self.used] = mask.float().clamp(min=HIDDEN).numpy()
         return spread
 
     def _compact(self) -> None:
-        live = self._live[: self._length]
-        for state in self.request.query_state():
-            state.state = ov.Tensor(np.ascontiguousarray(np.take(state.state.data, live, axis=2)))
-        self._live[: self._length] = np.arange(self._length)
-        self.slots = self._length
+        self.compact(self.request, axis=2)
 
 
 class OpenVINORunner:
     """Runs a draft's steps in OpenVINO; implements `DraftRunner`.
 
     Args:
-        draft: attached, on the CPU.
-        weights: as `draft_graph`; None takes `default_weights`.
-        properties: of the CPU plugin, the target's own.
+        draft: draft that is attached to its target, on the CPU.
+        weights: see `draft_graph`; None takes `default_weights`.
+        properties: properties of the CPU plugin that the draft shares with the target.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
@@ -217,14 +238,14 @@ class OpenVINORunner:
         self._compiled = ov.Core().compile_model(graph, "CPU", own | (properties or {}))
         self._draft_ref = weakref.ref(draft)  # the runner is kept under its draft and must not keep it alive
 
-    def new_rows(self, capacity: int) -> StateRows:
-        """Make one object for all blocks, over a request of its own."""
-        return StateRows(self._compiled.create_infer_request(), capacity)
+    def new_rows(self, capacity: int) -> StateRows:  # noqa: ARG002 - the state grows by itself
+        """Make a request for one text, which holds the rows of all blocks."""
+        return StateRows(self._compiled.create_infer_request())
 
     def run(self, step: Pass, rows: StateRows) -> Predicted:
-        """Run the graph over the pass."""
+        """Run the graph over a pass; see `DraftRunner.run`."""
         draft = self._draft_ref()
-        assert draft is not None, "whoever runs a draft holds it"
+        assert draft is not None, "a draft that runs is held by its caller"
         count = step.rows
         rows.append(count)
         rope = draft.rope_for(step, torch.float32)

@@ -1,33 +1,42 @@
-"""One generation on an OpenVINO request: its rows, and the passes over them. `openvino.py` has the engine.
+"""One generation on the request of an OpenVINO target.
 
-Rows of rejected nodes stay in the request's state as holes that the mask hides, until there are so many that they are
-taken out; positions are given explicitly, so a row does not care where it lies.
+A session runs prompts and trees over a prepared graph. The keys and values of the text are the state of one request,
+which belongs to the cache of one text at a time (`RequestState`). Rows of rejected nodes stay in the state as holes
+until there are so many that they are removed. This module knows nothing of models and how they are loaded.
 """
 
-from typing import Protocol
+import weakref
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from dovetail_plugin.targets.base import TargetOutput
 from dovetail_plugin.tree import DraftTree
 
-from ..stored_target import NO_BIAS, PREFILL_ROWS, seen_and_positions, state_name, tree_bias
-from . import graph
+from ..stored_graph import FIRST_LOGIT_ROW, NO_BIAS, TREE_BIAS
+from ..stored_target import PREFILL_ROWS, GraphTraits, feature_outputs, seen_and_positions, tree_bias
 from .graph import ov
+from .rows import RowSlots
 
 FREE_HOLES = 128
-"""Holes that are let be whatever the length of the text; see `OpenVINOSession.keep`."""
+"""Holes that are left in the state whatever the length of the text; see `OpenVINOSession.keep`."""
 
 BLOCK, REST = 64, 48
-"""Rows that OpenVINO multiplies together, and how many more are better run by themselves: 65 rows of an int8 target
-take half as long again as 64 (420 ms and 288), 64 and then one a fifth less than that."""
+"""Rows that OpenVINO multiplies together, and the largest rest that is faster in a pass by itself: 65 rows of an int8
+target take 420 ms, 64 rows take 288 ms, and 64 rows followed by one row take a fifth less than 65."""
+
+NO_TOKEN = np.array([[-1]], dtype=np.int64)
+"""Token ids of a request between sessions. A request that others run has other token ids afterwards."""
 
 
 def prompt_passes(rows: int, most: int) -> list[int]:
-    """Rows of each pass over a prompt of `rows`, `most` at a time: whole blocks, and a short rest by itself."""
+    """Return the number of rows of each pass over a prompt: whole blocks, and a short rest by itself.
+
+    Args:
+        rows: rows of the prompt.
+        most: rows of the largest pass.
+    """
     passes = [most] * (rows // most)
     last = rows % most
     rest = last % BLOCK
@@ -37,102 +46,136 @@ def prompt_passes(rows: int, most: int) -> list[int]:
     return passes + [last] * (last > 0)
 
 
-class HoldsRequest(Protocol):
-    """What a session needs of its engine; see `OpenVINOEngine`."""
+class OpenVINOCache(RowSlots):
+    """The rows of a text in a request's state, as `past_key_values` of a later turn.
 
-    text_config: PretrainedConfig
-    request: "ov.InferRequest"
-    takes_positions: bool
-    row_axis: int
-    window: int | None
-    exact: bool
+    It is valid until the target runs another text.
 
-    def claim(self, cache: "OpenVINOCache") -> None:
-        """Give the request's state to `cache`."""
-
-    def set_neutral(self) -> None:
-        """Inputs that leave the graph's function as it was."""
-
-
-class OpenVINOCache:
-    """The rows of a request's state, as `past_key_values` of a later turn. Valid until another text is begun.
-
-    slots: rows of the state, holes included.
-    seen: (capacity,) int64, 1 where rows may look; 0 at padding and holes.
-    held: (capacity,) bool, True at tokens of the text, padding included; False at holes.
-    tokens: tokens of the text, padding included. position: of the next token.
+    Attributes:
+        seen: (n,) int64, 1 for each row in use that may be attended to, 0 at padding.
+        position: position of the next token.
     """
 
     def __init__(self) -> None:
-        self.slots = self.tokens = self.position = 0
-        self.seen = np.zeros(1024, dtype=np.int64)
-        self.held = np.zeros(1024, dtype=bool)
+        super().__init__()
+        self.seen = np.zeros(0, dtype=np.int64)
+        self.position = 0
 
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.tokens
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers hold the same rows
+        """Return the number of tokens held, padding included."""
+        return self.length
 
-    @property
-    def holes(self) -> int:
-        """Rows of the state that no token needs."""
-        return self.slots - self.tokens
+    def commit(self, slots: np.ndarray, seen: np.ndarray) -> None:
+        """Take rows into use that hold the next tokens of the text.
 
-    def append(self, seen: np.ndarray) -> None:
-        """Add rows (n,) that hold tokens."""
-        end = self.slots + len(seen)
-        if end > len(self.seen):
-            self.seen = np.concatenate([self.seen, np.zeros(end, dtype=np.int64)])
-            self.held = np.concatenate([self.held, np.zeros(end, dtype=bool)])
-        self.seen[self.slots : end] = seen
-        self.held[self.slots : end] = True
-        self.slots = end
+        Args:
+            slots: (n,) int64, see `use`.
+            seen: (n,) int64, 0 at padding.
+        """
+        self.use(slots)
+        self.seen = np.concatenate([self.seen, seen])
+
+    def mask(self) -> np.ndarray:
+        """Return the attention mask of the state: (slots,) int64, 0 at padding and holes."""
+        mask = np.zeros(self.slots, dtype=np.int64)
+        mask[self.used] = self.seen
+        return mask
+
+
+class RequestState:
+    """A request whose state holds the rows of one text at a time.
+
+    Args:
+        request: a request for a graph after `graph.prepare`.
+        row_axis: dimension of the state's tensors that counts rows.
+    """
+
+    def __init__(self, request: ov.InferRequest, row_axis: int) -> None:
+        self.request, self.row_axis = request, row_axis
+        self._owner: weakref.ref[OpenVINOCache] | None = None
+        self.set_neutral()
+
+    def claim(self, cache: OpenVINOCache) -> None:
+        """Give the state to `cache`. A new cache begins with an empty state.
+
+        Raises:
+            ValueError: the state has been used for another text since `cache` held it.
+        """
+        if cache.slots == 0:
+            self.request.reset_state()
+            self._owner = weakref.ref(cache)
+        elif self._owner is None or self._owner() is not cache or self._was_run_by_others():
+            raise ValueError(
+                "past_key_values is from an earlier generation, and its rows are gone: an OpenVINO target holds one "
+                "text at a time. Pass the whole text without past_key_values."
+            )
+
+    def set_neutral(self) -> None:
+        """Set inputs that leave the function of the graph as it is, for other users of the request."""
+        self.request.set_tensor(TREE_BIAS, ov.Tensor(NO_BIAS))
+        self.request.set_tensor(FIRST_LOGIT_ROW, ov.Tensor(np.zeros(1, dtype=np.int64)))
+        self.request.set_tensor("input_ids", ov.Tensor(NO_TOKEN))
+
+    def _was_run_by_others(self) -> bool:
+        """Return whether the request, which an optimum model shares, has run since `set_neutral`."""
+        return not np.array_equal(self.request.get_tensor("input_ids").data, NO_TOKEN)
 
 
 class OpenVINOSession:
-    """One generation on an engine's request; implements `Target`. Use as a context manager."""
+    """One generation on a target's request; implements `StoredSession`. Use it as a context manager.
+
+    Args:
+        state: the request.
+        cache: rows of the text so far.
+        traits: properties of the graph.
+        exact: draft chains only and remove holes in every round; see `OpenVINOEngine`.
+        max_nodes: rows of the largest tree (N).
+        prefill_chunk: prompt rows per pass; None takes `PREFILL_ROWS`.
+        feature_layers: see `Draft.feature_layers`. The graph must have these outputs.
+    """
 
     def __init__(
         self,
-        engine: HoldsRequest,
+        state: RequestState,
         cache: OpenVINOCache,
+        traits: GraphTraits,
         *,
+        exact: bool,
         max_nodes: int,
         prefill_chunk: int | None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> None:
-        names = None if feature_layers is None else [state_name(layer) for layer in feature_layers]
-        self._features = names or [graph.FEATURES]
-        self._engine, self._cache, self._max_nodes = engine, cache, max_nodes
+        self._state, self._cache, self._traits = state, cache, traits
+        self._exact, self._max_nodes = exact, max_nodes
         self._chunk = prefill_chunk or PREFILL_ROWS
-        self.max_length: int | None = getattr(engine.text_config, "max_position_embeddings", None)
-        self._base = 0  # slot of the latest tree's root
+        self._features = feature_outputs(feature_layers)
+        self.max_length = traits.max_length
+        self._scored = np.zeros(0, dtype=np.int64)  # slots of the latest tree
 
     def __enter__(self) -> "OpenVINOSession":
-        self._engine.claim(self._cache)
+        self._state.claim(self._cache)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._engine.set_neutral()
+        self._state.set_neutral()
 
     @property
     def _near_window(self) -> bool:
-        """Whether a sliding window could reach into the text: the graph counts its rows, not positions."""
-        window = self._engine.window
+        """Whether a sliding window could reach into the text. The graph's window counts rows, not positions."""
+        window = self._traits.window
         return window is not None and self._cache.slots + self._max_nodes >= window
 
     @property
     def supports_tree(self) -> bool:
         """False where the window counts rows: chains are exact there, trees are not."""
-        return self._engine.takes_positions and not self._near_window and not self._engine.exact
-
-    # --- Target protocol -----------------------------------------------------------------------
+        return self._traits.takes_positions and not self._near_window and not self._exact
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """As `Target.prefill`, in chunks."""
-        cache, first = self._cache, self._cache.tokens
+        """Run the prompt in chunks; see `TargetSession.prefill`."""
+        cache, first = self._cache, self._cache.length
         total = first + input_ids.shape[1]
         seen, positions = seen_and_positions(total, attention_mask, tokens=first, position=cache.position)
-        if self._engine.window is not None:
+        if self._traits.window is not None:
             self._compact()
         features, logits = [], np.empty(0)
         start = first
@@ -140,46 +183,38 @@ class OpenVINOSession:
             rows = slice(start, start + count)
             ids = input_ids[0, start - first : start - first + count].numpy()
             logits, hidden = self._infer(ids, seen[rows], positions[rows], first_logit_row=count - 1)
+            cache.commit(self._scored, seen[rows])
+            cache.position = int(positions[start + count - 1]) + 1  # an interrupted prompt leaves a valid cache
             features.append(torch.from_numpy(hidden))
-            cache.tokens += count
             start += count
-        cache.position = int(positions[-1]) + 1
         return TargetOutput(torch.from_numpy(logits), torch.cat(features))
 
     def score(self, tree: DraftTree) -> TargetOutput:
-        """As `Target.score`."""
+        """Run a tree; its rows are holes until `keep`. See `TargetSession.score`."""
         if self._near_window:
             self._compact()
-        cache, nodes = self._cache, len(tree)
-        bias = tree_bias(tree, cache.slots)
-        self._base = cache.slots
-        ones = np.ones(nodes, dtype=np.int64)
-        logits, hidden = self._infer(tree.tokens.numpy(), ones, cache.position + tree.depths.numpy(), bias)
+        positions = self._cache.position + tree.depths.numpy()
+        bias = tree_bias(tree, self._cache.slots)
+        logits, hidden = self._infer(tree.tokens.numpy(), np.ones(len(tree), dtype=np.int64), positions, bias)
         return TargetOutput(torch.from_numpy(logits), torch.from_numpy(hidden))
 
     def keep(self, path: list[int]) -> None:
-        """As `Target.keep`: the other rows become holes, taken out when they are half as many as the tokens.
+        """Take the path's rows into use. The others stay holes until those are half as many as the tokens.
 
-        Until then a hole costs what a row of the cache costs, which is little beside the weights, while taking
-        out copies every layer's state through the host.
+        A hole costs what a row of the cache costs in each pass, which is little beside the weights, while removing
+        holes copies the state of every layer through the host.
         """
         cache = self._cache
-        kept = [self._base + node for node in path]
-        for rows in (cache.seen, cache.held):
-            rows[self._base : cache.slots] = 0
-            rows[kept] = 1
-        cache.tokens += len(path)
+        cache.commit(self._scored[path], np.ones(len(path), dtype=np.int64))
         cache.position += len(path)
-        if self._engine.exact or cache.holes > FREE_HOLES + cache.tokens // 2:
+        if self._exact or cache.holes > FREE_HOLES + cache.length // 2:
             self._compact()
 
     def score_text(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits (1, T, V) of every row of a text, in one pass."""
+        """Run a whole text in one pass; see `StoredSession.score_text`."""
         seen, positions = seen_and_positions(input_ids.shape[1], attention_mask, tokens=0, position=0)
         logits, _ = self._infer(input_ids[0].numpy(), seen, positions)
         return torch.from_numpy(logits)[None]
-
-    # --- one pass ------------------------------------------------------------------------------
 
     def _infer(
         self,
@@ -189,31 +224,34 @@ class OpenVINOSession:
         bias: np.ndarray | None = None,
         first_logit_row: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Append n rows: logits (n, V) of those from `first_logit_row` on, features (n, F); both copies."""
-        cache = self._cache
-        cache.append(seen)
+        """Run n rows and append them to the state as holes.
+
+        Args:
+            ids: (n,) int64 tokens.
+            seen: (n,) int64, 0 at padding.
+            positions: (n,) int64.
+            bias: (1, 1, n, slots + n) float32 of a tree, or None.
+            first_logit_row: first row whose logits are computed.
+
+        Returns:
+            Logits (n - first_logit_row, V) and features (n, F), float32 copies.
+        """
         inputs = {
             "input_ids": ids[None],
-            "attention_mask": cache.seen[None, : cache.slots],
+            "attention_mask": np.concatenate([self._cache.mask(), seen])[None],
             "beam_idx": np.zeros(1, dtype=np.int32),
-            graph.TREE_BIAS: NO_BIAS if bias is None else bias,
-            graph.FIRST_LOGIT_ROW: np.array([first_logit_row], dtype=np.int64),
+            TREE_BIAS: NO_BIAS if bias is None else bias,
+            FIRST_LOGIT_ROW: np.array([first_logit_row], dtype=np.int64),
         }
-        if self._engine.takes_positions:
+        if self._traits.takes_positions:
             inputs["position_ids"] = positions[None].astype(np.int64)
-        request = self._engine.request
-        request.infer(inputs, share_inputs=True)  # tensors of our own each time: others may have left theirs
+        request = self._state.request
+        request.infer(inputs, share_inputs=True)  # sets every input: other users of the request may have left theirs
+        self._scored = self._cache.grow(len(ids))
         features = [request.get_tensor(name).data[0] for name in self._features]
-        return request.get_tensor("logits").data[0].copy(), np.concatenate(features, axis=-1)  # copies
+        return request.get_tensor("logits").data[0].copy(), np.concatenate(features, axis=-1)
 
     def _compact(self) -> None:
-        """Take the holes out of the state."""
-        cache = self._cache
-        if not cache.holes:
-            return
-        kept = np.flatnonzero(cache.held[: cache.slots])
-        for state in self._engine.request.query_state():
-            rows = np.take(state.state.data, kept, axis=self._engine.row_axis)
-            state.state = ov.Tensor(np.ascontiguousarray(rows))
-        cache.seen[: len(kept)], cache.held[: len(kept)] = cache.seen[kept], True
-        cache.slots = len(kept)
+        """Remove the holes from the state, if there are any."""
+        if self._cache.holes:
+            self._cache.compact(self._state.request, self._state.row_axis)

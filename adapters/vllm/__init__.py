@@ -1,7 +1,7 @@
-"""vLLM's plugin: drafts of this project as `speculative_config={"method": "eagle", "model": DIR, ...}`.
+"""A plugin of vLLM that runs Dovetail drafts: `speculative_config={"method": "eagle", "model": DIR, ...}`.
 
-vLLM finds `register` by its entry point, in every process that it starts. This module is imported by all of them and
-imports nothing of vLLM beyond its registry; the model is in `model.py`, which vLLM imports where it is needed.
+vLLM finds `register` by its entry point and calls it in every process that it starts. All of them import this module,
+so it imports vLLM only inside its functions. The model is in `model.py`, which vLLM imports where it is needed.
 """
 
 import logging
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 FIX_SAMPLING = "DOVETAIL_FIX_VLLM_SAMPLING"
-"""Environment variable: 1 repairs sampling with speculation on builds where it is wrong (see `check_sampling`)."""
+"""Environment variable. Set to 1, it repairs sampling with speculation on builds where it is wrong; see
+`check_sampling`."""
 
 ARCHITECTURES = ("DovetailDraft", "EagleDovetailDraft")
-"""The name in our config.json, which vLLM looks up first, and the one it makes of it for method "eagle"."""
+"""The name in a draft's config.json, which vLLM looks up first, and the name it makes of it for method "eagle"."""
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Make vLLM know Dovetail drafts. Idempotent; runs in every process of vLLM.
+    """Register Dovetail drafts with vLLM. Can be called several times.
 
-    Its transformers knows their config since this package was imported.
+    The config of the drafts is known to transformers as soon as this package is imported.
     """
     from vllm import ModelRegistry
 
@@ -36,28 +37,28 @@ def register() -> None:
 
 
 def sampling_is_right() -> bool:
-    """Whether this build gives every drafted token the temperature, top-k and top-p of its request.
+    """Return whether this build of vLLM gives every drafted token the temperature, top-k and top-p of its request.
 
-    The CPU build of vLLM 0.32 writes them into a copy and leaves what is used uninitialised, whatever the draft.
+    The CPU build of vLLM 0.32 writes them into a copy and reads uninitialized memory, with any kind of draft.
     """
     from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
     values = torch.tensor([0.5, 0.0, 2.0])
     expected = torch.tensor([0.5, 0.5, 1.0, 2.0])
     for dtype in (torch.float32, torch.int32):
-        for _ in range(2):  # memory that was never written may hold the right values once
+        for _ in range(2):  # uninitialized memory can hold the right values once
             seen = expand_batch_to_tokens(values.to(dtype), torch.tensor([2, 3, 4], dtype=torch.int32), 4, 0, 1)
             wanted = expected if dtype == torch.float32 else torch.tensor([1, 1, 1, 2], dtype=dtype)
             if not torch.equal(seen, wanted):
                 return False
-            seen.fill_(7)  # so that the same memory would be wrong if it came again
+            seen.fill_(7)  # makes the values wrong if the same memory is used again
     return True
 
 
 def check_sampling() -> None:
-    """Warn where sampling with speculation is wrong, or repair it if the user asked for that (`FIX_SAMPLING`).
+    """Warn if sampling with speculation is wrong in this build, or repair it if `FIX_SAMPLING` is set.
 
-    Only CPU builds are looked at: elsewhere vLLM runs other kernels. Greedy decoding is right on all of them.
+    Only CPU builds are checked, because vLLM runs other kernels elsewhere. Greedy decoding is right on all builds.
     """
     from vllm.platforms import current_platform
 
@@ -68,11 +69,11 @@ def check_sampling() -> None:
 
         register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand})
         if sampling_is_right():
-            logger.warning("%s=1: vLLM's kernel that hands out sampling parameters was replaced.", FIX_SAMPLING)
+            logger.warning("%s=1: vLLM's kernel that expands sampling parameters was replaced.", FIX_SAMPLING)
             return
     logger.warning(
         "this build of vLLM samples wrongly with any speculation: temperature, top-k and top-p of drafted tokens are "
-        "uninitialised. Greedy decoding is right. Set %s=1 to replace the kernel at fault.",
+        "uninitialized. Greedy decoding is right. Set %s=1 to replace the faulty kernel.",
         FIX_SAMPLING,
     )
 
@@ -80,8 +81,17 @@ def check_sampling() -> None:
 def _expand(
     output: Tensor, values: Tensor, cu_num_tokens: Tensor, replace_from: float, replace_to: float, limit: int = 0
 ) -> None:
-    """output (n,): every request's value (B,) for each of its tokens, which end at cu_num_tokens (B,)."""
-    del limit  # of tokens a request, for kernels that need a fixed size
+    """Write the value of each request to all of its tokens. Replaces a kernel of vLLM and has its arguments.
+
+    Args:
+        output: (n,) values of the tokens, written in place.
+        values: (B,) values of the requests.
+        cu_num_tokens: (B,) index behind the last token of each request.
+        replace_from: value of a request that is replaced.
+        replace_to: value that replaces it.
+        limit: largest number of tokens in a request. Unused: this is for kernels that need a fixed size.
+    """
+    del limit
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     replaced = torch.where(values == replace_from, torch.as_tensor(replace_to, dtype=values.dtype), values)
     output.copy_(replaced.repeat_interleave(counts.long()))

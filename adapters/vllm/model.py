@@ -1,8 +1,8 @@
-"""A Dovetail draft built from vLLM's layers, and its weights.
+"""A Dovetail draft built from vLLM's layers, and the loading of its weights.
 
-One step is that of `modeling.DovetailDraft`: fuse (feature, next token), run the blocks. The pair (feature i, token
-i + 1) sits at position i; vLLM shifts the tokens and feeds predictions back itself. Embedding table and head are the
-target's, which vLLM puts in place after loading.
+A step is the same as in `drafts.network.DraftNetwork`: fuse features and next tokens, then run the blocks. The pair of
+feature i and token i + 1 has position i; vLLM shifts the tokens and feeds predictions back itself. Embedding table and
+head are the target's, which vLLM sets after loading.
 """
 
 from collections.abc import Iterable
@@ -33,14 +33,18 @@ PACKED: dict[str, tuple[str, str | int]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-"""Matrices of the checkpoint -> the one that vLLM packs them into, and which part of it they are."""
+"""Matrix of the checkpoint -> the matrix that vLLM packs it into, and its part there."""
 
 
 class DovetailForVLLM(nn.Module, SupportsEagle):
-    """What vLLM makes of a directory with `model_type: "dovetail"`.
+    """The model that vLLM builds for a directory with `model_type: "dovetail"`.
+
+    Args:
+        vllm_config: config of the engine, with the target's and the draft's.
+        prefix: prefix of the names of layers.
 
     Raises:
-        ValueError: the draft is not for this target, or is of a kind that vLLM runs by itself.
+        ValueError: the draft does not fit this target, or vLLM cannot run it; see `check_supported`.
     """
 
     has_own_lm_head = False
@@ -61,33 +65,45 @@ class DovetailForVLLM(nn.Module, SupportsEagle):
         check_sampling()
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """(n,) int64 -> (n, H)."""
+        """Return rows of the target's embedding table: (n,) int64 -> (n, H)."""
         return self.model.embed_tokens(input_ids)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Predicted features (n, H), once for the head and once to be fed back.
+        """Predict the next features.
 
         Args:
-            input_ids: (n,) the token after each feature. positions: (n,) of the features.
-            hidden_states: (n, H) of the target after its final norm, or predictions.
+            input_ids: (n,) int64, the token after each feature.
+            positions: (n,) int64 positions of the features.
+            hidden_states: (n, H) features of the target after its final norm, or predictions.
+            inputs_embeds: must be None.
+
+        Returns:
+            Predicted features (n, H) for the head, and the same tensor as the next `hidden_states`.
+
+        Raises:
+            NotImplementedError: `inputs_embeds` is given.
         """
         if inputs_embeds is not None:
-            raise NotImplementedError("Dovetail drafts read tokens; inputs_embeds are not supported.")
+            raise NotImplementedError("Dovetail drafts do not support inputs_embeds. Pass token ids.")
         predicted = self.model(input_ids, positions, hidden_states)
         return predicted, predicted
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The target's logits (n, V) of predicted features (n, H), scaled and capped as the target's are."""
-        head = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens  # Gemma's has no name of its own
+        """Return the logits (n, V) of predicted features (n, H), scaled and capped like the target's."""
+        head = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens  # Gemma has no separate head
         return self.logits_processor(head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the checkpoint.
 
+        Args:
+            weights: names and tensors.
+
         Raises:
-            ValueError: tensors are missing, extra or misshapen; all are named. vLLM itself would not notice.
+            ValueError: tensors are missing, unexpected or have wrong shapes. The message names all of them; vLLM
+                itself does not check this.
         """
         tensors = dict(weights)
         check_tensors(self.config, tensors, self.source)
@@ -101,20 +117,21 @@ class DovetailForVLLM(nn.Module, SupportsEagle):
 
 @support_torch_compile
 class DovetailModel(nn.Module):
-    """Fusion and blocks; names as in the checkpoint."""
+    """Fusion and blocks, with the names of the checkpoint."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: DovetailConfig = vllm_config.speculative_config.draft_model_config.hf_config.model
         self.embed_tokens = BorrowedTable(config.vocab_size, config.hidden_size)
         self.fusion = FUSIONS[config.fusion](config)
-        first = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)  # the target's come before
+        first = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)  # the target's layers come first
         self.layers = nn.ModuleList(
             Block(config, vllm_config, index, maybe_prefix(prefix, f"layers.{first + index}"))
             for index in range(config.num_hidden_layers)
         )
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Predict the next features (n, H); see `DovetailForVLLM.forward`."""
         x = self.fusion(hidden_states, self.embed_tokens(input_ids))
         for layer in self.layers:
             x = layer(positions, x)
@@ -122,7 +139,7 @@ class DovetailModel(nn.Module):
 
 
 class Block(nn.Module):
-    """As `blocks.Block`: the first one has no input norm."""
+    """A decoder block like `blocks.Block`. The first one has no input norm."""
 
     def __init__(self, config: DovetailConfig, vllm_config: VllmConfig, index: int, prefix: str) -> None:
         super().__init__()
@@ -141,47 +158,59 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        """Run the block over x (n, H) at positions (n,) int64."""
         x = within_range(x + self.self_attn(positions, self.input_layernorm(x)))
         return within_range(x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class BorrowedTable(nn.Module):
-    """Holds the place of the target's embedding table, which vLLM compares with it in width; takes no memory."""
+    """Placeholder for the target's embedding table, without memory. vLLM compares its width with the target's."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, device="meta"), requires_grad=False)
 
     def forward(self, _: Tensor) -> Tensor:
-        raise RuntimeError("vLLM has not given this draft its target's embedding table.")
+        """Raise an error: vLLM replaces this module after loading."""
+        raise RuntimeError("vLLM has not set this draft's embedding table. It has to be the target's.")
 
 
 # --- checks -----------------------------------------------------------------------------------------
 
 
 def check_supported(config: DovetailConfig, source: str) -> None:
-    """Refuse what vLLM would run wrongly, or does better by itself.
+    """Refuse drafts and settings that this model does not support.
+
+    Args:
+        config: config of the draft.
+        source: name of the draft, for messages.
 
     Raises:
-        ValueError: an EAGLE-3 draft, a pipeline of several GPUs.
+        ValueError: the draft is an EAGLE-3 draft, or the target runs as a pipeline on several devices.
     """
     if config.fusion == "eagle3":
         raise ValueError(
-            f"{source} is an EAGLE-3 draft, which vLLM runs by itself: write it with `dovetail convert {source} DIR "
-            '--to vllm` and give that with "method": "eagle3".'
+            f"{source} is an EAGLE-3 draft, which vLLM runs itself. Convert it with `dovetail convert {source} DIR "
+            '--to vllm` and pass DIR with "method": "eagle3".'
         )
-    if get_pp_group().world_size > 1:
+    size = get_pp_group().world_size
+    if size > 1:
         raise ValueError(
-            f"{source}: the draft borrows the target's embedding table, which vLLM does not hand on with "
-            "pipeline_parallel_size > 1. Use tensor_parallel_size."
+            f"{source} does not work with pipeline_parallel_size={size}: the draft needs the target's embedding "
+            "table, which is on another device of the pipeline. Use tensor_parallel_size."
         )
 
 
 def check_tensors(config: DovetailConfig, tensors: dict[str, Tensor], source: str) -> None:
-    """Compare a checkpoint with what the draft's own architecture stores.
+    """Compare a checkpoint with the tensors that the draft's architecture stores.
+
+    Args:
+        config: config of the draft.
+        tensors: tensors of the checkpoint by name.
+        source: name of the draft, for messages.
 
     Raises:
-        ValueError: tensors are missing, extra or misshapen; all are named.
+        ValueError: tensors are missing, unexpected or have wrong shapes. The message names all of them.
     """
     with torch.device("meta"):
         expected = DovetailDraft(config).state_dict()

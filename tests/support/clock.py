@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -55,7 +56,7 @@ class FakeClock:
         """While this is open, every pass of a draft's block in torch takes time on this clock."""
 
         def charge(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            if isinstance(module, (Block, Eagle3Block)):
+            if isinstance(module, Block | Eagle3Block) and not torch.jit.is_tracing():  # engines trace drafts once
                 self.now_s += DRAFT_BLOCK_S + DRAFT_ROW_S * inputs[0].shape[1]
 
         hook = register_module_forward_pre_hook(charge)
