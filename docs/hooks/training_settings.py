@@ -25,7 +25,7 @@ def table() -> str:
     rows = ["| field | type | default | description |", "|---|---|---|---|"]
     for field in dataclasses.fields(module.TrainingConfig):
         choices = ", ".join(f"`{choice!r}`" for choice in field.metadata.get("choices", ()))
-        kind = choices or f"`{inspect.formatannotation(field.type)}`".replace("pathlib.", "").replace("|", r"\|")
+        kind = choices or f"`{inspect.formatannotation(field.type)}`".replace("pathlib.", "").replace(" | ", " or ")
         default = "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
         rows.append(f"| `{field.name}` | {kind} | {default} | {field.metadata['help']} |")
     return "\n".join(rows)
