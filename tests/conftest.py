@@ -19,6 +19,9 @@ from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 
 pytest_plugins = ["pytester"]
 
+FIRST = "test_compat.py"
+"""The seam to transformers: where a new release breaks it, the first test that runs says so."""
+
 
 def pytest_addoption(parser):
     engines.add_options(parser)
@@ -38,6 +41,7 @@ def pytest_ignore_collect(collection_path):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own selection by -m, which looks at the marks
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name != FIRST)
     environments.mark_files(items)
     environments.select_nightly(config, items)
     engines.skip_torch_only(items)
