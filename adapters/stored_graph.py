@@ -1,7 +1,7 @@
 """The parts of editing a stored graph that do not depend on its format.
 
 Holds the names of the inputs and outputs that every edited graph has, the conversion of a graph's arrays to the tables
-that a draft borrows, and the search for the hidden states between layers. This module knows no engine, no trees and no
+that a draft borrows, and the search for the hidden states between layers. This module does not know engines, trees or
 generation.
 """
 

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the bundled pair, command-line arguments, and how results are stored.
+"""Helpers of the benchmark scripts: the bundled pair, command-line arguments, and how results are stored.
 
 A script prints its tables for people and then calls `store`, which prints the same numbers as one JSON line with
 command, code version, package versions and machine, and appends that line to --out.
@@ -28,23 +28,23 @@ TARGET, DRAFT = PAIR / "dovetail-tiny-target", PAIR / "dovetail-tiny-draft"
 
 
 def load_bundled(dtype: torch.dtype) -> tuple[Any, DovetailDraft]:
-    """The bundled target and draft, both on the CPU in `dtype`."""
+    """Load the bundled target and draft on the CPU in `dtype`."""
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=dtype)
     return target, DovetailDraft.from_pretrained(DRAFT, dtype=dtype)
 
 
 def load_inflated(shape: str, dtype: torch.dtype) -> tuple[Any, DovetailDraft]:
-    """The bundled pair inflated to a shape (see inflate.py), both on the CPU in `dtype`."""
+    """Load the bundled pair, inflated to a shape (see inflate.py), on the CPU in `dtype`."""
     return inflate_pair(*load_bundled(torch.float32), shape, dtype=dtype)
 
 
 def bundled_prompts(count: int) -> list[torch.Tensor]:
-    """The first `count` GSM8K test questions for the bundled target, each (1, T) int64."""
+    """Return the first `count` GSM8K test questions for the bundled target, each (1, T) int64."""
     return load_prompts(None, AutoTokenizer.from_pretrained(TARGET), count)
 
 
 def fresh_policy() -> DeviceSplitPolicy:
-    """A policy that measures this machine again, because its stored measurements start empty."""
+    """Make a policy that measures this machine again, because its stored measurements start empty."""
     directory = tempfile.TemporaryDirectory(prefix="dovetail-benchmark-")
     atexit.register(directory.cleanup)
     return DeviceSplitPolicy(measured_in=directory.name)
@@ -54,7 +54,7 @@ def fresh_policy() -> DeviceSplitPolicy:
 
 
 def argument_parser(description: str | None, results: str) -> argparse.ArgumentParser:
-    """A parser with --out.
+    """Make a parser with the option --out.
 
     Args:
         description: the script's docstring.

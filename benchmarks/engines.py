@@ -28,7 +28,8 @@ from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.adapters import load_exported
 from dovetail_plugin.bench.compare import Comparison
 from dovetail_plugin.bench.prompts import load_prompts
-from dovetail_plugin.targets.base import Target
+from dovetail_plugin.compat import CACHE
+from dovetail_plugin.targets.base import TargetSession
 from dovetail_plugin.targets.engine import engine_of
 from dovetail_plugin.tree import DraftTree
 
@@ -95,12 +96,12 @@ def stock_pass(model: Any, ids: torch.Tensor) -> TimedPass:
     """Timed passes behind `ids` with transformers' own cache."""
     cache = DynamicCache()
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **{CACHE: cache})
 
     def timed(rows: int) -> float:
         with torch.inference_mode():
             start_s = time.perf_counter()
-            model(input_ids=torch.arange(5, 5 + rows)[None], past_key_values=cache, use_cache=True)
+            model(input_ids=torch.arange(5, 5 + rows)[None], use_cache=True, **{CACHE: cache})
             seconds = time.perf_counter() - start_s
             cache.crop(-rows)
         return seconds
@@ -108,7 +109,7 @@ def stock_pass(model: Any, ids: torch.Tensor) -> TimedPass:
     return timed
 
 
-def session_pass(session: Target, ids: torch.Tensor) -> TimedPass:
+def session_pass(session: TargetSession, ids: torch.Tensor) -> TimedPass:
     """Timed passes behind `ids` in the session that verifies drafts."""
     session.prefill(ids, None)
 

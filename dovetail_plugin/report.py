@@ -69,7 +69,7 @@ class Round:
 
 @dataclass
 class GenerationReport:
-    """What happened in one call of `generate` with a draft.
+    """Record of one call of `generate` with a draft.
 
     Attributes:
         prompt_tokens: tokens before generation.
@@ -114,7 +114,7 @@ class GenerationReport:
         return seconds | {"other": max(self.decode_s - sum(seconds.values()), 0.0)}
 
     def summary(self) -> str:
-        """Three lines: what a round took and produced, what limited the speed, and what would help."""
+        """Return three lines: time and tokens of a round, what limited the speed, and what would help."""
         if not self.rounds:
             return "No rounds were run: the prompt pass gave the only new token, if any."
         seconds = self.phase_seconds
@@ -140,7 +140,7 @@ class GenerationReport:
 
 
 def _bottleneck(shares: dict[str, float], acceptance_length: float, plain: float) -> tuple[str, str]:
-    """What limited the speed, and what would help.
+    """Return a line that says what limited the speed, and one that says what would help.
 
     Args:
         shares: share of the rounds' seconds by phase, "other" included.

@@ -113,6 +113,14 @@ def test_plan_accuracy(tmp_path):
     assert errors["tensors: target KV cache"] == 0.0
 
 
+@torch_only
+def test_policy_simulation(tmp_path):
+    options = ["--texts", "1", "--scenario", "a useless draft"]
+    printed, result = run_script("policy_simulation.py", *options, directory=tmp_path)
+    assert "| a useless draft |" in printed
+    assert all(0.9 < share < 1.1 for shares in result["shares"]["a useless draft"].values() for share in shares)
+
+
 def test_every_script_is_tested():
     scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common"}
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

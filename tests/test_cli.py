@@ -26,9 +26,10 @@ def dovetail(*arguments, cwd, **options):
 
 def test_help_and_version_load_no_torch(tmp_path):
     code = (
-        "import sys; from dovetail_plugin.cli import main\ntry: main({!r})\nfinally: assert 'torch' not in sys.modules"
+        "import sys; sys.argv = ['dovetail']; from dovetail_plugin.cli import main\n"
+        "try: main({!r})\nfinally: assert 'torch' not in sys.modules"
     )
-    for arguments in (["--help"], ["--version"], ["generate", "--help"], ["bench", "--help"], ["train", "--help"]):
+    for arguments in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
         done = run_python("-c", code.format(arguments), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout and done.stderr == ""

@@ -121,7 +121,7 @@ def test_bench_plot_needs_matplotlib(here, monkeypatch, capsys):
     """It is refused before anything is measured."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     line = refusal(capsys, "bench", "--target", "no/such", "--draft", "none", "--plot", "bench.png")
-    assert "pip install 'dovetail-plugin[plot]'" in line
+    assert "pip install '.[plot]'" in line
 
 
 MISTAKES = {
@@ -140,8 +140,8 @@ MISTAKES = {
     "llama-2-7b-shape is a shape without weights": ["--target", "llama-2-7b-shape", "--draft", "draft"],
     "A shape can be named, too: llama-2-7b-shape": ["--target", "no/such/thing", *SYNTHETIC],
     "torch finds no CUDA device": ["--target", "target", *SYNTHETIC, "--draft-device", "cuda:99"],
-    "a plot is written as .png": [*PAIR, "--plot", "bench.bmp"],
-    "there is no directory 'nowhere'": [*PAIR, "--plot", "nowhere/bench.png"],
+    "is not a valid plot file. Use a name that ends in .png": [*PAIR, "--plot", "bench.bmp"],
+    "'nowhere' is not a directory. Create it before plotting": [*PAIR, "--plot", "nowhere/bench.png"],
     "--out nowhere/out.jsonl: there is no directory 'nowhere'": [*PAIR, "--out", "nowhere/out.jsonl"],
     "--out target is a directory": [*PAIR, "--out", "target"],
     "mine.jsonl": [*PAIR, *SHORT, "--prompts", "mine.jsonl"],

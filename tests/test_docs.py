@@ -6,9 +6,11 @@ bundled pair. Python blocks of a page share one namespace, which starts with `ta
 reason: `<!-- not run: needs vLLM -->`.
 """
 
+import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from dovetail_plugin.planning.device_plan import parse_bytes
 from dovetail_plugin.planning.draft_config import config_alone
 from dovetail_plugin.planning.known_shapes import SHAPES
 from dovetail_plugin.planning.memory import draft_sizes
+from dovetail_plugin.training.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -125,6 +128,15 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} == set(re.findall(r": (\S+\.md)$", nav, re.M))
+
+
+def test_the_training_reference_describes_every_setting():
+    hook = runpy.run_path(str(DOCS / "hooks" / "training_settings.py"))
+    assert hook["MARK"] in (DOCS / hook["PAGE"]).read_text(encoding="utf-8")
+    rows = hook["table"]().splitlines()[2:]
+    assert len(rows) == len(dataclasses.fields(TrainingConfig))
+    for row, field in zip(rows, dataclasses.fields(TrainingConfig), strict=True):
+        assert row.startswith(f"| `{field.name}` |") and row.endswith(f"| {field.metadata['help']} |")
 
 
 # --- code blocks -------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ def test_files_and_mistakes(tmp_path):
     with pytest.raises(ValueError, match=r"head\.json: the config is not JSON"):
         load_draft_config(str(file))
     file.write_text(json.dumps(checkpoints.LLAMA | {"num_hidden_layers": 4}))
-    with pytest.raises(ValueError, match=r"of a llama model, not of a draft\. Looked for model_type dovetail"):
+    with pytest.raises(
+        ValueError, match=r"llama model, not of a draft\. The config of a draft has model_type dovetail"
+    ):
         load_draft_config(str(file))
     with pytest.raises(OSError, match="cannot be reached"):
         load_draft_config("nobody/nothing")

@@ -31,7 +31,7 @@ from support.checkpoints import (
 from torch import Tensor
 
 from dovetail_plugin import DovetailDraft, TreeBudget
-from dovetail_plugin.drafts.checkpoints.read import kind_of, load_checkpoint
+from dovetail_plugin.drafts.checkpoints.read import UnknownFormat, kind_of, load_checkpoint
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
@@ -240,6 +240,15 @@ def test_broken_checkpoints(what, tmp_path):
     change(made)
     with pytest.raises(ValueError, match=message):
         DovetailDraft.from_pretrained(made.write(tmp_path))
+
+
+def test_an_unknown_format_is_refused_with_the_name_of_the_checkpoint(tmp_path):
+    made = eagle3()
+    made.tensors = {"a": weight(2, 2)}
+    directory = str(made.write(tmp_path))
+    with pytest.raises(UnknownFormat, match="the format of this draft is unknown") as refused:
+        DovetailDraft.from_pretrained(directory)
+    assert str(refused.value).startswith(f"{directory}: ")
 
 
 def test_pickles_of_other_things_are_not_run(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import run_python, save_pair
+from helpers import refusal, run_python, save_pair
 from transformers import AutoConfig
 
 from dovetail_plugin import machine
@@ -12,6 +12,7 @@ from dovetail_plugin.cli import main
 from dovetail_plugin.planning.device_plan import format_bytes, parse_bytes
 from dovetail_plugin.planning.known_shapes import load_config, shape_config
 from dovetail_plugin.planning.make_plan import make_plan
+from dovetail_plugin.planning.storage import EXPORTED, FLOAT_DTYPES
 from dovetail_plugin.policy.device_split import DeviceSplitPolicy
 
 pytestmark = pytest.mark.torch_only("plans for targets in torch")
@@ -141,8 +142,6 @@ def test_command_looks_at_this_machine(monkeypatch, capsys):
         (["--ram", "6.5"], "'6.5' has no unit. Write 6.5GiB"),
         (["--draft", "llama-2-7b-shape"], "the config of a llama model, not of a draft"),
         (["--draft", "draft", "--blocks", "2"], "--blocks describes the untrained draft"),
-        (["--blocks", "0"], "--blocks must be between 1 and 6, got 0"),
-        (["--blocks", "7"], "--blocks must be between 1 and 6, got 7"),
         (["--target", "not/to/be/found"], "not/to/be/found: no such file or directory"),
     ],
 )
@@ -152,6 +151,23 @@ def test_mistakes(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blocks", "0"], "must be at least 1, got 0"),
+        (["--blocks", "7"], "must be at most 6, got 7"),
+        (["--context", "0"], "must be at least 1, got 0"),
+        (["--prefill-rows", "many"], "'many' is not a whole number"),
+        (["--vram", ""], "is empty; give a size"),
+        (["--target", ""], "is empty; give a directory or a hub id"),
+        (["--draft", " "], "is empty; give a directory or a hub id"),
+    ],
+)
+def test_mistakes_in_one_option(arguments, message, capsys):
+    assert f"{arguments[0]}" in (said := refusal(capsys, "plan", "--target", "llama-2-7b-shape", *arguments))
+    assert message in said
+
+
 @pytest.fixture
 def no_hub(monkeypatch):
     """Fails when a name is looked up."""
@@ -159,8 +175,8 @@ def no_hub(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError(f"the hub was asked for {args}")
 
-    for module in ("known_shapes.AutoConfig.from_pretrained", "draft_config.read_config"):
-        monkeypatch.setattr(f"dovetail_plugin.planning.{module}", refuse)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr("dovetail_plugin.planning.draft_config.read_config", refuse)
 
 
 def test_lookup_is_planned_without_the_hub(no_hub, capsys):
@@ -201,3 +217,5 @@ def test_help(capsys):
     for text in ("examples:", "dovetail plan --target DIR", "--vram SIZE", "llama-3.1-8b-shape", "(default: 4096)"):
         assert " ".join(text.split()) in " ".join(said.split())
     assert "default: None" not in said
+    assert "{auto,float32,bfloat16,float16,int8,int4}" in said
+    assert (*FLOAT_DTYPES, *EXPORTED) == ("float32", "bfloat16", "float16", "int8", "int4")

@@ -139,7 +139,7 @@ def test_report_of_a_real_generation(llama, draft):
     report = draft.report
     assert (report.prompt_tokens, report.new_tokens) == (17, 12)
     assert sum(r.emitted for r in report.rounds) == 11  # the prompt pass gives the first token
-    assert sum(r.total_s for r in report.rounds) == pytest.approx(report.decode_s, rel=0.05)
+    assert 0 < sum(r.total_s for r in report.rounds) <= report.decode_s
     assert sum(report.phase_seconds.values()) == pytest.approx(report.decode_s)
     assert report.summary().count("\n") == 2
     assert torch.isfinite(torch.tensor(report.tokens_per_s))

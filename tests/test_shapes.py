@@ -55,8 +55,8 @@ def test_load_config_refuses(tmp_path):
         shape_config("gpt-5")
     with pytest.raises(ValueError, match=r"not/to/be/found.*local copy.*llama-2-7b-shape"):
         load_config("not/to/be/found")
-    with pytest.raises(ValueError, match="holds no config that can be read"):
+    with pytest.raises(ValueError, match="does not contain a config that can be read"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
-    with pytest.raises(ValueError, match="holds no config that can be read"):
+    with pytest.raises(ValueError, match="does not contain a config that can be read"):
         load_config(tmp_path)

@@ -113,7 +113,7 @@ def test_a_named_dtype_overrides_the_quantization():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(quant_method="hqq"), r"quant_method 'hqq', whose bytes cannot be read.*awq, gptq.*--dtype"),
+        (dict(quant_method="hqq"), r"quant_method 'hqq', whose size cannot be read.*awq, gptq.*--dtype"),
         (dict(bits=4), "quant_method 'None'"),
         (dict(quant_method="awq"), r"method 'awq' cannot be used: KeyError\('bits'\)"),
         (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dovetail_plugin import DeviceSplitPolicy, PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.drafts.prompt_lookup import LookupDrafter
 from dovetail_plugin.report import PhaseClock
+from dovetail_plugin.targets.engine import engine_of
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False}
 SHAPES = [TreeBudget(12, 4, 4), TreeBudget(5, 4, 1), TreeBudget(2, 1, 1), TreeBudget(40, 6, 6), None]
@@ -51,7 +52,7 @@ def test_a_target_as_its_own_draft_is_always_accepted(depth, length):
 @pytest.mark.torch_only("reads the small model's own logits")
 def test_scores_are_the_small_models_probabilities():
     model = tiny_model("llama", 5)
-    drafter = SmallModelDraft(model).new_drafter(64, PhaseClock())
+    drafter = SmallModelDraft(model).new_drafter(engine_of(model), capacity=64, clock=PhaseClock())
     ids = prompt(9)[0]
     drafter.begin(torch.zeros(8, 32), ids)
     drafter.grow(TreeBudget(9, 2, 3))
@@ -96,7 +97,7 @@ def test_padded_vocabularies_may_differ_a_little():
 
 
 def test_models_that_cannot_draft():
-    with pytest.raises(ValueError, match="small model has 60 tokens, the target 97"):
+    with pytest.raises(ValueError, match="small model has 60 tokens and the target 97"):
         tiny_target("llama").generate(prompt(), assistant_model=small(vocab_size=60), **GREEDY)
     with pytest.raises(ValueError, match="sliding-window layers"):
         small("mistral", sliding_window=8)
@@ -116,6 +117,23 @@ def test_tokenizers_that_differ(tmp_path):
     swapped[one], swapped[two] = vocabulary[two], vocabulary[one]
     with pytest.raises(ValueError, match="tokenizer is not the target's"):
         SmallModelDraft(draft.model, swapped).check_target(target)
+
+
+@pytest.mark.torch_only("tokenizers beside checkpoints")
+def test_the_tokenizer_comes_from_where_the_model_comes_from(tmp_path, monkeypatch):
+    """With `subfolder` there is a tokenizer only in that folder; the other arguments reach its loader as they are."""
+    from support.bundled import TARGET
+    from transformers import AutoTokenizer
+
+    (tmp_path / "inner").symlink_to(TARGET)
+    draft = SmallModelDraft.from_pretrained(str(tmp_path), subfolder="inner", local_files_only=True)
+    assert draft.vocabulary == AutoTokenizer.from_pretrained(TARGET).get_vocab()
+
+    asked = {"revision": "main", "token": "secret", "cache_dir": str(tmp_path), "trust_remote_code": False}
+    seen, load = {}, AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **given: (seen.update(given), load(name))[1])
+    SmallModelDraft.from_pretrained(TARGET, **asked)
+    assert seen == asked
 
 
 # --- lookup ----------------------------------------------------------------------------------------
@@ -171,7 +189,7 @@ def test_lookup_finds_a_repeated_text():
     draft.budget = TreeBudget(8, 7, 1)
     plain = target.generate(prompt(), max_new_tokens=40, min_new_tokens=40, do_sample=False)
     again = torch.cat([plain, plain[:, :17]], dim=1)  # lookup proposes the same continuation again
-    drafter = draft.new_drafter(64, PhaseClock())
+    drafter = draft.new_drafter(engine_of(target), capacity=64, clock=PhaseClock())
     drafter.begin(torch.zeros(again.shape[1] - 1, 4), again[0])
     assert drafter.grow(draft.budget).tokens[1:].tolist() == plain[0, 17:24].tolist()
 
@@ -179,7 +197,5 @@ def test_lookup_finds_a_repeated_text():
 def test_bad_lookups():
     with pytest.raises(ValueError, match=r"between 1 and longest \(3\), got 0"):
         PromptLookupDraft(longest=3, shortest=0)
-    with pytest.raises(ValueError, match="takes a DovetailDraft, not a PromptLookupDraft"):
-        draft = PromptLookupDraft()
-        draft.verification = "stock"
-        tiny_target("llama").generate(prompt(), assistant_model=draft, **GREEDY)
+    with pytest.raises(ValueError, match='must be "tree" for a PromptLookupDraft'):
+        PromptLookupDraft().verification = "stock"

@@ -37,7 +37,7 @@ def check_file(file: Path) -> None:
         ValueError: the suffix is not one of `FORMATS`, or the directory does not exist.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("plots need matplotlib. Install it with: pip install 'dovetail-plugin[plot]'")
+        raise ImportError("plots need matplotlib: pip install '.[plot]' in a checkout.")
     if file.suffix.lower() not in FORMATS:
         raise ValueError(f"{str(file)!r} is not a valid plot file. Use a name that ends in {', '.join(FORMATS)}.")
     if not file.absolute().parent.is_dir():

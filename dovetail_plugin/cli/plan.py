@@ -2,18 +2,18 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PretrainedConfig
-
-from ..drafts.config import DovetailConfig
-from ..drafts.known_pairs import LOOKUP
 from ..planning.device_plan import format_bytes
-from ..planning.draft_config import load_draft_config
-from ..planning.known_shapes import SHAPES, load_config
-from ..planning.storage import EXPORTED, FLOAT_DTYPES
-from ..policy.device_split import DeviceSplitPolicy
-from .common import HelpFormatter
+from ..planning.known_shapes import SHAPES
+from .common import FLOAT_DTYPES, HelpFormatter, add_target_argument, model_name, size, whole_number
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..policy.device_split import DeviceSplitPolicy
+
+EXPORTED_DTYPES = ("int8", "int4")
 
 MOST_BLOCKS = 6
 """Decoder blocks of the largest drafts that the method describes."""
@@ -50,35 +50,57 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--target", required=True, metavar="ID_OR_CONFIG", help="a directory, config.json, hub id or shape (see below)")
+    add_target_argument(
+        parser, required=True, help="the target model: its directory, config.json, hub id or shape (see below)"
+    )
     add(
         "--draft",
-        default=None,
-        metavar="ID_OR_CONFIG",
-        help=f"the draft, in any format, or the word {LOOKUP}; default: an untrained draft",
+        "--draft-model",
+        "--assistant-model",
+        "-md",
+        type=model_name,
+        metavar="DIR_OR_ID",
+        help="the draft: the directory, config.json or hub id of a draft in any format, or `lookup`; default: an "
+        "untrained draft",
     )
     add(
         "--blocks",
-        type=int,
-        default=None,
+        type=whole_number(1, MOST_BLOCKS),
+        metavar="N",
         help=f"decoder blocks of the untrained draft, 1 to {MOST_BLOCKS}; default: 1",
     )
-    add("--vram", default=None, metavar="SIZE", help="GPU memory, 0 for no GPU; default: what is free on this machine")
-    add("--ram", default=None, metavar="SIZE", help="memory for parts on the CPU; default: all that this machine has")
-    add("--dtype", default="auto", choices=["auto", *FLOAT_DTYPES, *EXPORTED], help="target dtype; auto: as stored")
-    add("--draft-dtype", default="auto", choices=["auto", *FLOAT_DTYPES], help="draft dtype; auto: as stored")
-    add("--context", type=int, default=4096, help="tokens of prompt and answer to make room for")
+    add("--vram", type=size, metavar="SIZE", help="GPU memory, 0 for no GPU; default: what is free on this machine")
+    add("--ram", type=size, metavar="SIZE", help="memory for parts on the CPU; default: all that this machine has")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", *FLOAT_DTYPES, *EXPORTED_DTYPES],
+        help="data type of the target; auto keeps the one that is stored",
+    )
+    add(
+        "--draft-dtype",
+        default="auto",
+        choices=["auto", *FLOAT_DTYPES],
+        help="data type of the draft; auto keeps the one that is stored",
+    )
+    add(
+        "--context",
+        type=whole_number(1),
+        default=4096,
+        metavar="N",
+        help="tokens of prompt and answer to make room for",
+    )
     add(
         "--prefill-rows",
-        type=int,
-        default=None,
+        type=whole_number(1),
+        metavar="N",
         help="prompt tokens per pass (`prefill_chunk_size` of generate); default: the whole prompt",
     )
     add(
         "--no-bf16",
         action="store_true",
-        help="the GPU does not compute in bfloat16 (GTX 10 and 16, RTX 20, T4); default: as the GPU of this machine, "
-        "or that it does with --vram",
+        help="plan for a GPU that does not compute in bfloat16 (GTX 10 and 16, RTX 20, T4); default: the GPU of this "
+        "machine is asked, and with --vram bfloat16 is assumed to work",
     )
     add("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=run)
@@ -90,13 +112,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a model does not exist, the pair does not fit, or an option is out of range.
     """
+    from ..drafts.config import DovetailConfig
+    from ..drafts.known_pairs import LOOKUP
+    from ..planning.draft_config import load_draft_config
+    from ..planning.known_shapes import load_config
+    from ..policy.device_split import DeviceSplitPolicy
+
     policy = DeviceSplitPolicy(vram_budget=args.vram, ram_budget=args.ram)
     if args.blocks is not None and args.draft is not None:
         raise ValueError(
             "--blocks describes the untrained draft that is planned for without --draft; use one of the two."
         )
-    if args.blocks is not None and not 1 <= args.blocks <= MOST_BLOCKS:
-        raise ValueError(f"--blocks must be between 1 and {MOST_BLOCKS}, got {args.blocks}.")
     target = load_config(args.target)
     draft: PretrainedConfig | str = LOOKUP
     if args.draft is None:
@@ -120,8 +146,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _defaults(args: argparse.Namespace, policy: DeviceSplitPolicy) -> list[str]:
+def _defaults(args: argparse.Namespace, policy: "DeviceSplitPolicy") -> list[str]:
     """Say what this machine has, for sizes that were not given."""
+    import torch
+
     notes = []
     if args.vram is None and not torch.cuda.is_available():
         notes.append("--vram not given: torch finds no GPU on this machine")

@@ -20,9 +20,9 @@ EAGLE3_STATES = ("low", "middle", "high")
 
 
 class DovetailConfig(PretrainedConfig):
-    """Configuration of a [`DovetailDraft`].
+    """Configuration of a `DovetailDraft`. The attributes are also the keyword arguments of the constructor.
 
-    Args:
+    Attributes:
         vocab_size: number of tokens of the target (V).
         hidden_size: width of the draft (H). Except for "eagle3", it equals the width of the target.
         intermediate_size: inner width of the draft's MLPs.

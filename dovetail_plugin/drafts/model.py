@@ -14,7 +14,7 @@ from ..report import PhaseClock
 from ..targets.base import Engine, Tables, TargetModel
 from ..targets.engine import engine_of
 from .base import Draft, Drafter, Setting, one_of, without_references
-from .checkpoints.load import HUB_KWARGS, check_loaded, dtype_for, foreign_arguments, frequent_tokens
+from .checkpoints.load import check_loaded, dtype_for, foreign_arguments, frequent_tokens, hub_arguments
 from .checkpoints.read import load_checkpoint, read_config
 from .compatibility import check_fits, note_positions, warn_of_other_target
 from .config import DovetailConfig
@@ -215,7 +215,7 @@ class DovetailDraft(DraftNetwork, Draft):
         kwargs.setdefault("dtype", "auto")
         name, source = pretrained_model_name_or_path, [pretrained_model_name_or_path]
         if name is not None and "config" not in kwargs and "state_dict" not in kwargs:
-            hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key) is not None}
+            hub_kwargs = hub_arguments(kwargs)
             stored = read_config(str(name), **hub_kwargs)
             if stored.get("model_type") != cls.config_class.model_type:
                 source = [None]

@@ -25,6 +25,7 @@ from ..targets.base import Engine, TargetModel
 from ..targets.engine import engine_of
 from ..targets.transformers_model import TREE_ATTENTION
 from .base import Draft, Drafter, DraftError
+from .checkpoints.load import hub_arguments
 from .feature_drafter import FeatureDrafter
 
 
@@ -144,15 +145,23 @@ class SmallModelDraft(Draft):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "SmallModelDraft":
-        """Load model and tokenizer. The arguments are those of `AutoModelForCausalLM.from_pretrained`.
+        """Load a model and its tokenizer, both from the same source.
+
+        Args:
+            pretrained_model_name_or_path: directory or hub id.
+            kwargs: arguments of `AutoModelForCausalLM.from_pretrained`. Those that select where files come from
+                (`revision`, `token`, `cache_dir`, `subfolder`, ...) and `trust_remote_code` hold for the tokenizer too.
 
         Raises:
             OSError: there is no such model.
             ValueError: the model cannot draft trees.
         """
         kwargs.setdefault("dtype", "auto")
+        source = hub_arguments(kwargs)
+        if "trust_remote_code" in kwargs:
+            source["trust_remote_code"] = kwargs["trust_remote_code"]
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(model, AutoTokenizer.from_pretrained(pretrained_model_name_or_path).get_vocab())
+        return cls(model, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **source).get_vocab())
 
     @property
     def device(self) -> torch.device:

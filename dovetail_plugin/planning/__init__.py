@@ -1,1 +1,1 @@
-"""Plans what fits where, from configs alone, before anything is loaded; `apply` puts a loaded pair there."""
+"""Plans where the parts of a pair go, from configs alone. `apply` moves a loaded pair accordingly."""

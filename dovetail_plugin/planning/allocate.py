@@ -1,8 +1,8 @@
-"""Assigns the GPU's memory: to the draft, to as much of the target's tables as fits, then to the target's last layers.
+"""Assigns GPU memory to the draft, then to as much of the target's tables as fits, then to the target's last layers.
 
-Input: a `Request` and the target's sizes. Output: a `DraftPlace`, the layers that follow it, and the parts of both in
-bytes. The draft needs what `drafts/cuda_graphs.py` and `DovetailDraft.attach` allocate; layers are those that
-`place_layers` takes. `make_plan.py` puts the plan together.
+`place_draft` takes a `Request` and the target's sizes and returns a `DraftPlace`; `layers_on_gpu` chooses the layers
+that fit into the rest. Both count bytes as `drafts/cuda_graphs.py`, `DovetailDraft.attach` and `place_layers` allocate
+them. `make_plan.py` builds the plan from the results.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,28 +16,28 @@ from .memory import DraftSizes, Rows, TargetSizes, draft_sizes
 from .storage import FLOAT_DTYPES, Storage
 
 MARGIN_FIXED_BYTES, MARGIN_SHARE = 420 * MIB, 0.03
-"""A plan leaves this much of each device free beside the parts that it counts: a fixed size and a share of them.
+"""Margin on each device that a plan leaves free besides the parts it counts: a fixed size and a share of the parts.
 
-The fixed size is the program. Python, torch and transformers hold 390 to 440 MiB of RAM after a first generation; the
+The fixed size is the program: Python, torch and transformers take 390 to 440 MiB of RAM after a first generation; the
 context of a GPU's driver with its kernels, workspaces and captured graphs takes about as much VRAM. The share is for
 blocks that allocators hold without using them. 3 % keeps the total within 5 % of what pairs of 1 to 5 GiB take.
 """
 
 SMALLEST_HEAD = 4096
-"""Tokens of the smallest cut head. With fewer, most drafts would end at a token that is not among them."""
+"""Number of tokens of the smallest cut head. With fewer tokens, most drafts would end at a token it does not have."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `make_plan`, checked.
+    """The arguments of `make_plan` after they are checked.
 
     Attributes:
         target: config of the target.
         draft: config of the draft; None for prompt lookup, which has no weights.
         storage: how the target's weights are stored.
         draft_dtype: dtype of the draft.
-        vram_bytes: of the GPU, 0 without one.
-        rows: of the generation.
+        vram_bytes: memory of the GPU; 0 without a GPU.
+        rows: row counts of the generation.
         gpu_supports_bf16: whether the GPU computes in bfloat16.
     """
 
@@ -56,23 +56,23 @@ class Request:
 
     @property
     def usable_vram_bytes(self) -> int:
-        """VRAM for parts, without the margin."""
+        """VRAM in bytes that parts may use, without the margin."""
         return max(int((self.vram_bytes - MARGIN_FIXED_BYTES) / (1 + MARGIN_SHARE)), 0)
 
 
 @dataclass(frozen=True)
 class DraftPlace:
-    """Where a draft goes.
+    """Placement of a draft.
 
     Attributes:
-        device: of its blocks.
-        dtype: of its blocks there; None for prompt lookup.
-        embedding_device: where rows of the embedding table are gathered.
-        vocab_size: rows of a cut head; None for all.
-        parts: what the draft takes.
-        temporaries_bytes: of its passes.
-        room_bytes: VRAM that it leaves for parts of the target.
-        notes: decisions in words.
+        device: device of its blocks.
+        dtype: dtype of its blocks on that device; None for prompt lookup.
+        embedding_device: device on which rows of the embedding table are gathered.
+        vocab_size: number of rows of a cut head; None for a whole head.
+        parts: memory that the draft takes.
+        temporaries_bytes: bytes of temporaries of its passes.
+        room_bytes: VRAM that stays free for parts of the target.
+        notes: decisions and their reasons, in sentences.
     """
 
     device: Device
@@ -86,12 +86,12 @@ class DraftPlace:
 
 
 def total_bytes(parts: Sequence[Part]) -> int:
-    """Bytes of these parts together."""
+    """Return the bytes of these parts together."""
     return sum(part.bytes for part in parts)
 
 
 def margin(parts: Sequence[Part], device: Device) -> Part:
-    """The margin beside these parts, all on one device."""
+    """Return the margin for these parts, which are all on one device."""
     size = MARGIN_FIXED_BYTES + int(MARGIN_SHARE * total_bytes(parts))
     what = "driver and kernels" if device == "gpu" else "Python, torch and transformers"
     note = f"{format_bytes(MARGIN_FIXED_BYTES)} for {what}, {MARGIN_SHARE:.0%} for allocators"
@@ -99,7 +99,7 @@ def margin(parts: Sequence[Part], device: Device) -> Part:
 
 
 def place_draft(request: Request, target: TargetSizes) -> DraftPlace:
-    """Place the draft on the GPU with as much of its tables as fits, else on the CPU."""
+    """Place the draft on the GPU with as much of its tables as fits, or on the CPU if not even the blocks fit."""
     if request.draft is None:
         note = "prompt lookup has no weights: the draft takes no VRAM"
         return DraftPlace("cpu", None, "cpu", None, [], 0, request.usable_vram_bytes, [note])
@@ -160,10 +160,10 @@ class _Tables:
 
 
 def _tables(target: TargetSizes, draft: DraftSizes) -> Iterator[_Tables]:
-    """Choices, from all of the tables to the smallest cut head."""
+    """Yield the choices, from all tables to the smallest cut head."""
     whole, bias = draft.config.vocab_size, draft.number_bytes if target.head_bias else 0
     embedding = Part("draft: embedding", whole * draft.row_bytes, "gpu")
-    if draft.own_head:  # among its weights, and cut as it was trained
+    if draft.own_head:  # part of its weights, and cut as in training
         yield _Tables(None, "gpu", [] if draft.config.own_embedding else [embedding])
         if not draft.config.own_embedding:
             yield _Tables(None, "cpu", [])
@@ -177,7 +177,7 @@ def _tables(target: TargetSizes, draft: DraftSizes) -> Iterator[_Tables]:
         yield _Tables(None, "cpu", [head])
     tokens = 2 ** ((whole - 1).bit_length() - 1)  # the largest power of two below the vocabulary
     while tokens >= SMALLEST_HEAD:
-        size = tokens * (draft.row_bytes + bias + 8)  # and the int64 id of every row
+        size = tokens * (draft.row_bytes + bias + 8)  # 8 for the int64 id of each row
         yield _Tables(tokens, "cpu", [Part("draft: head", size, "gpu", f"the {tokens} most frequent of {whole}")])
         tokens //= 2
 
@@ -215,7 +215,7 @@ def _draft_on_cpu(request: Request, config: DovetailConfig, target: TargetSizes,
 
 
 def layers_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace) -> tuple[tuple[int, ...], list[str]]:
-    """Choose the target's last layers, as many as the draft leaves room for; says why there are no more."""
+    """Choose as many of the target's last layers as fit beside the draft; returns them and notes with the reasons."""
     if not draft.room_bytes:
         return (), []
     room, storage = f"{format_bytes(draft.room_bytes)} of VRAM stay free", target.storage
@@ -224,9 +224,9 @@ def layers_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace) -> t
     if storage.matrices is not None:
         return (), [f"{room}: layers quantized by {storage.name} stay on the CPU"]
     if storage.name == "bfloat16" and not request.gpu_supports_bf16:
-        return (), [f"{room}: layers in bfloat16 stay on the CPU, this GPU does not compute in it"]
+        return (), [f"{room}: layers in bfloat16 stay on the CPU, because this GPU does not compute in it"]
     if not any(isinstance(kind, int) for kind in target.modules.values()):
-        return (), [f"{room}: the target's decoder layers cannot be told apart, so they stay on the CPU"]
+        return (), [f"{room}: the target's decoder layers cannot be identified, so they stay on the CPU"]
     left, count = draft.room_bytes - total_bytes(target_on_gpu(request, target, draft, ())), 0
     for layer in reversed(target.layers):
         left -= layer.weights_bytes + layer.kv_bytes(request.rows, allocated=True)
@@ -242,19 +242,19 @@ def layers_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace) -> t
 
 
 def layer_span(layers: Sequence[int]) -> str:
-    """Name a range of layers, for example "layers 20-31"."""
+    """Return the name of a range of layers, for example "layers 20-31"."""
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
 
 
 def target_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace, layers: tuple[int, ...]) -> list[Part]:
-    """Parts of the target on the GPU: these layers, and what goes with them whatever their number."""
+    """Return the parts of the target on the GPU: these layers, and the parts that any number of layers needs."""
     rows = request.rows
-    crossing = rows.prefill * target.widths.hidden * target.storage.run_bytes  # hidden states, as the CPU sent them
+    crossing = rows.prefill * target.widths.hidden * target.storage.run_bytes  # hidden states from the CPU
     temporaries = max(target.prefill_bytes(rows), target.score_bytes(rows)) + crossing - draft.temporaries_bytes
     parts = [
         Part("target: final norm", target.weights["final norm"], "gpu"),
         Part("target: features", target.features_bytes(rows, request.feature_size), "gpu", "of the whole prompt"),
-        Part("target: temporaries", max(temporaries, 0), "gpu", "beyond the draft's, which come later"),
+        Part("target: temporaries", max(temporaries, 0), "gpu", "beyond the draft's, which are allocated later"),
     ]
     if layers:
         name, kept = layer_span(layers), [target.layers[index] for index in layers]

@@ -1,4 +1,4 @@
-"""Puts a loaded pair where a plan says."""
+"""Moves a loaded pair to the devices that a plan assigns."""
 
 import torch
 from transformers import PreTrainedModel
@@ -11,19 +11,19 @@ from .device_plan import DevicePlan
 def apply_plan(
     plan: DevicePlan, target: PreTrainedModel, draft: DovetailDraft | None = None, gpu: str = "cuda"
 ) -> PlacedLayers:
-    """Put a loaded pair where a plan says: the draft, the tables it borrows, and layers of the target.
+    """Move a loaded pair as planned: the draft, the tables that it borrows, and layers of the target.
 
     Args:
-        plan: of this pair; see `DeviceSplitPolicy.plan`.
-        target: on the CPU; a target of another engine than torch stays as it is.
-        draft: on any device, not attached to a target yet; None for a plan with prompt lookup.
-        gpu: the device that "gpu" stands for in the plan.
+        plan: plan for this pair, from `DeviceSplitPolicy.plan`.
+        target: target on the CPU. A target of another engine than torch is not changed.
+        draft: draft on any device, not attached to a target yet. None for a plan with prompt lookup.
+        gpu: torch device that the plan calls "gpu".
 
     Returns:
         A handle whose `remove()` moves the target's layers back to the CPU.
 
     Raises:
-        ValueError: layers of the target are placed already.
+        ValueError: some layers of the target have already been placed.
     """
     if draft is not None and plan.draft_dtype is not None:
         draft.to(device=gpu if plan.draft_device == "gpu" else "cpu", dtype=getattr(torch, plan.draft_dtype))

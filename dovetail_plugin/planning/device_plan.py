@@ -1,6 +1,7 @@
-"""`DevicePlan`: which part of a pair goes where and how many bytes it takes; sizes as text and back.
+"""`DevicePlan`, which says where each part of a pair goes and how many bytes it takes.
 
-Input: what `make_plan` decided. Output: totals, a table, JSON. The module decides nothing and does not need torch.
+A plan is the result of `make_plan`; here it gives totals, a table and JSON. `parse_bytes` and `format_bytes` read and
+write sizes. The module makes no decisions and does not need torch.
 """
 
 import re
@@ -18,9 +19,9 @@ UNITS |= {f"{unit}ib": 2 ** (10 * power) for power, unit in enumerate("kmgt", st
 
 
 def parse_bytes(value: str | int) -> int:
-    """Read a size: an int is a number of bytes; text needs a unit, or is "0".
+    """Read a size in bytes. An int is a number of bytes; text needs a unit unless it is "0".
 
-    "4GiB" and "4g" are 4 * 2**30 bytes, "4GB" is 4 * 10**9; "512MiB", "1.5 GiB" and "100b" work, too.
+    "4GiB" and "4g" are 4 * 2**30 bytes, and "4GB" is 4 * 10**9. "512MiB", "1.5 GiB" and "100b" are valid too.
 
     Raises:
         ValueError: the size is negative, has no unit, or cannot be read.
@@ -39,7 +40,7 @@ def parse_bytes(value: str | int) -> int:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Write a size in the largest of GiB, MiB and KiB that it fills."""
+    """Write a size in GiB or MiB if it is at least one of them, otherwise in KiB."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
         if abs(size_bytes) >= unit:
             return f"{size_bytes / unit:.{2 if unit == GIB else 1}f} {name}"
@@ -48,13 +49,13 @@ def format_bytes(size_bytes: int) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory.
+    """A part of a pair that takes memory.
 
     Attributes:
-        name: of the part, for example "draft: blocks".
-        bytes: at its peak.
-        device: where it is.
-        note: for people; can be empty.
+        name: name of the part, for example "draft: blocks".
+        bytes: peak size.
+        device: device of the part, "cpu" or "gpu".
+        note: remark for the table; can be empty.
     """
 
     name: str
@@ -65,21 +66,21 @@ class Part:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Where the parts of a pair go.
+    """Devices and sizes of all parts of a pair.
 
     Attributes:
-        parts: on both devices, with their bytes.
-        vram_budget_bytes: of the GPU; 0 without one.
-        ram_budget_bytes: of the machine; None for no limit.
-        draft_device: where the draft's blocks are.
-        draft_dtype: of the draft; None for prompt lookup, which has no weights.
-        target_dtype: of the target, or how it is quantized.
-        embedding_device: where the draft gathers rows of the embedding table.
-        draft_vocab_size: tokens that a cut head of the draft proposes; None for all.
-        gpu_layers: indices of the target's layers on the GPU, for `place_layers`; always its last ones.
-        device_map: module names to "cpu" or 0 in accelerate's form; None if all of the target is on the CPU. Do not
-            load with it: `from_pretrained` reads "cpu" beside a GPU as "copy the weights to the GPU in every pass".
-            `accelerate.dispatch_model(model, device_map, main_device="cpu")` computes there.
+        parts: all parts, on both devices.
+        vram_budget_bytes: memory of the GPU; 0 without a GPU.
+        ram_budget_bytes: memory of the machine; None if there is no limit.
+        draft_device: device of the draft's blocks.
+        draft_dtype: dtype of the draft, for example "bfloat16"; None for prompt lookup, which has no weights.
+        target_dtype: dtype of the target, or how it is quantized.
+        embedding_device: device on which the draft gathers rows of the embedding table.
+        draft_vocab_size: number of tokens that a cut head of the draft proposes; None if it proposes all tokens.
+        gpu_layers: indices of the target's layers on the GPU, for `place_layers`. They are always its last layers.
+        device_map: module names mapped to "cpu" or 0, in accelerate's form; None if the whole target is on the CPU. Do
+            not load a model with it: if there is a GPU, `from_pretrained` copies the weights of modules on "cpu" to the
+            GPU in every pass. `accelerate.dispatch_model(model, device_map, main_device="cpu")` computes on the CPU.
         notes: decisions and their reasons, in sentences.
     """
 
@@ -96,16 +97,16 @@ class DevicePlan:
     notes: list[str]
 
     def needed_bytes(self, device: Device) -> int:
-        """Bytes of all parts on a device."""
+        """Return the bytes of all parts on a device."""
         return sum(part.bytes for part in self.parts if part.device == device)
 
     def left_bytes(self, device: Device) -> int | None:
-        """Bytes of a device's budget that stay free; None if there is no limit."""
+        """Return the bytes of a device's budget that stay free, or None if there is no limit."""
         budget = self.vram_budget_bytes if device == "gpu" else self.ram_budget_bytes
         return None if budget is None else budget - self.needed_bytes(device)
 
     def table(self) -> str:
-        """Return the plan as text: parts, totals with what is left, notes."""
+        """Return the plan as text, with its parts, totals, free memory and notes."""
         width = max(len(part.name) for part in self.parts) + 2
         lines = []
         devices: tuple[Device, ...] = ("gpu", "cpu")
@@ -125,7 +126,7 @@ class DevicePlan:
         return f"of {format_bytes(self.needed_bytes(device) + left)}, {format_bytes(left)} left"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan for JSON, with totals and what is left."""
+        """Return the plan as a dictionary that JSON can store, with totals and free memory."""
         totals = {
             "vram_needed_bytes": self.needed_bytes("gpu"),
             "vram_left_bytes": self.left_bytes("gpu"),

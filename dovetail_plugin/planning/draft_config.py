@@ -1,9 +1,9 @@
-"""Reads the config of a draft of any format from its config.json alone, for plans made before a download.
+"""Reads the config of a draft of any format from its config.json, for plans that are made before a download.
 
-Input: a name. Output: a `DovetailConfig`. Formats are detected by tensor names (`drafts/checkpoints/read.py`). A config
-says enough about them except in two points: the paper's drafts look like EAGLE's, whose fusion is smaller by two
-matrices of the hidden size, and it does not say whether an EAGLE-3 draft has its own embedding table. If the directory
-holds the weights, they are read as well.
+`load_draft_config` takes a name and returns a `DovetailConfig`. Formats are usually detected by tensor names (see
+`drafts/checkpoints/read.py`). The config.json alone is enough except in two cases: drafts of the Dovetail paper look
+like those of EAGLE, whose fusion is smaller by two matrices of the hidden size, and an EAGLE-3 config does not say
+whether the draft has its own embedding table. If the weights are in the same directory, they are read as well.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def load_draft_config(name: str) -> DovetailConfig:
     """Read the config of a draft of any known format from a directory, a config.json or a hub id.
 
     Raises:
-        OSError: nothing has that name.
+        OSError: there is no draft with that name.
         ValueError: it is not the config of a draft.
     """
     if name in SHAPES:
@@ -35,7 +35,11 @@ def load_draft_config(name: str) -> DovetailConfig:
 
 
 def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
-    """Translate the config of a published draft, assuming the tensors that drafts of its format usually have.
+    """Translate the config of a published draft. It is assumed to have the usual tensors of its format.
+
+    Args:
+        name: name of the draft, for messages.
+        config: content of its config.json.
 
     Raises:
         ValueError: it is not the config of a draft.
@@ -54,7 +58,7 @@ def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
         return translate(name, config, {"fc.weight": one, "layers.0.mlp.down_proj.weight": one} | bias).config
     raise UnknownFormat(
         config,
-        f"{name} is the config of a {config.get('model_type')} model, not of a draft. Looked for model_type dovetail, "
-        "transformer_layer_config (speculators), draft_vocab_size (EAGLE-3), num_hidden_layers 1 (EAGLE-1, EAGLE-2, "
-        "the Dovetail paper).",
+        f"{name} is the config of a {config.get('model_type')} model, not of a draft. The config of a "
+        "draft has model_type dovetail, transformer_layer_config (speculators), draft_vocab_size (EAGLE-3), or "
+        "num_hidden_layers 1 (EAGLE-1, EAGLE-2, the Dovetail paper).",
     )

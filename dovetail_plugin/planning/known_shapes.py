@@ -1,16 +1,17 @@
 """Configs without weights: well-known decoder shapes by name, and configs from files, directories or the hub.
 
-Input: a name. Output: a `PretrainedConfig` as transformers would load it. With a shape, plans and measurements can be
-made for a model before a byte of it is downloaded; a shape holds sizes only, no vocabulary and no special tokens. The
-module knows nothing of drafts, devices or bytes.
+`load_config` takes a name and returns a `PretrainedConfig` as transformers loads it. With a shape, plans and
+measurements can be made for a model before it is downloaded. A shape contains sizes only, without a vocabulary or
+special tokens. transformers is imported when a config is made, because the command line lists the shapes in its help.
 """
 
 import difflib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _shape(
@@ -76,7 +77,7 @@ _GEMMA_3_27B = {
         vision_use_head=False,
     ),
 }
-"""The dtype stands at the top level only, as in the published file."""
+"""As in the published file, only the top level has a dtype."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b-shape": _llama_2(4096, 11008, 32, 32, 32),
@@ -126,47 +127,51 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     ),
 }
-"""Name -> the fields of a config, as the published config.json files have them (Mistral: v0.3)."""
+"""Name -> fields of a config, with the values of the published config.json files (Mistral: v0.3)."""
 
 
-def shape_config(name: str) -> PretrainedConfig:
+def shape_config(name: str) -> "PretrainedConfig":
     """Return the config of a well-known shape; its `name_or_path` is the shape's name.
 
     Raises:
-        ValueError: there is no such shape; names those that are close.
+        ValueError: there is no such shape. The message names shapes with a similar name.
     """
     if name not in SHAPES:
         raise ValueError(_unknown(name))
+    from transformers import AutoConfig
+
     config = AutoConfig.for_model(**SHAPES[name])
     config.name_or_path = name
     return config
 
 
-def load_config(name: str | Path) -> PretrainedConfig:
+def load_config(name: str | Path) -> "PretrainedConfig":
     """Read the config of a shape, a config.json file, a model directory or a hub id.
 
     Raises:
-        ValueError: nothing has that name, it holds no config that transformers knows, or the hub is out of reach. A
-            name that is close to a shape's is not looked up on the hub.
+        ValueError: there is no model with that name, transformers does not know its config, or the hub cannot be
+            reached. A name that is similar to that of a shape is not looked up on the hub.
     """
     if str(name) in SHAPES:
         return shape_config(str(name))
     if not Path(name).exists() and "/" not in str(name) and close_shapes(str(name)):
         raise ValueError(_unknown(str(name)))
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         if Path(name).exists():
-            raise ValueError(f"{name} holds no config that can be read: {reason}") from error
+            raise ValueError(f"{name} does not contain a config that can be read: {reason}") from error
         raise ValueError(
-            f"{name}: no such file or directory, and no hub model of that name within reach. Give the directory or "
+            f"{name}: no such file or directory, and a hub model of that name cannot be reached. Give the directory or "
             f"config.json of a local copy, or plan for a well-known shape: {', '.join(SHAPES)}."
         ) from error
 
 
 def close_shapes(name: str) -> list[str]:
-    """Return shapes whose names are close to `name`, the closest first."""
+    """Return the shapes whose names are similar to `name`, the most similar first."""
     return difflib.get_close_matches(name.lower(), SHAPES, cutoff=0.7)
 
 

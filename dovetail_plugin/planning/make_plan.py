@@ -1,8 +1,8 @@
-"""Makes a `DevicePlan`: where every part of a pair goes, decided from configs before anything is loaded.
+"""Makes a `DevicePlan` for a pair from its configs, before anything is loaded.
 
-Input: two configs and the memory of the GPU and of the machine. Output: the plan, or a ValueError that says what would
-help. Parts claim the GPU in the order of what a byte brings there (`allocate.py`): the draft's blocks, its head, its
-embedding table, then the target's last layers. Nothing here loads, moves or measures anything.
+`make_plan` takes two configs and the memory of the GPU and of the machine. It returns the plan or raises a ValueError
+that says what would help. GPU memory goes first to the parts that gain most per byte (`allocate.py`): the draft's
+blocks, its head, its embedding table, then the target's last layers. The module loads, moves and measures nothing.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .memory import Rows, TargetSizes, target_sizes
 from .storage import EXPORTED, FLOAT_DTYPES, storage_of, stored_dtype
 
 SMALLER = {"float32": ("bfloat16", *EXPORTED), "bfloat16": EXPORTED, "float16": EXPORTED, "int8": ("int4",)}
-"""Types whose weights take fewer bytes than another's."""
+"""Dtype of a target -> dtypes whose weights take fewer bytes."""
 
 
 def make_plan(
@@ -38,22 +38,24 @@ def make_plan(
     """Plan for a pair before loading it.
 
     Args:
-        target_config: of a decoder-only model.
-        draft_config: of its draft; "lookup" plans for prompt lookup, None for an untrained draft of one block.
-        vram_bytes: memory of the GPU; None or 0 without one.
+        target_config: config of a decoder-only model.
+        draft_config: config of its draft. "lookup" plans for prompt lookup, None for an untrained draft with one block.
+        vram_bytes: memory of the GPU; None or 0 without a GPU.
         ram_bytes: memory of the machine; None sets no limit.
-        dtype: of the target: "float32", "bfloat16", "float16", or "int8", "int4" for an exported one; None or "auto"
-            takes what the config says, quantization included (see `storage_of`).
-        draft_dtype: "float32", "bfloat16" or "float16"; "auto" takes the draft config's, else the target's.
-        context: tokens of prompt and answer to make room for; cut to the target's positions.
-        max_nodes: rows of the largest tree (N).
-        prefill_rows: prompt rows in one pass of the target (`prefill_chunk_size` of `generate`); None runs the whole
-            prompt at once, as `generate` does.
-        gpu_supports_bf16: False for GPUs before Ampere; the draft is planned in float16 there.
+        dtype: dtype of the target: "float32", "bfloat16" or "float16", or "int8" or "int4" for an exported target. None
+            or "auto" uses the dtype or quantization of the config (see `storage_of`).
+        draft_dtype: dtype of the draft: "float32", "bfloat16" or "float16". "auto" uses the dtype of the draft's config
+            or, if it has none, the target's.
+        context: number of tokens of prompt and answer to make room for, at most the target's positions.
+        max_nodes: number of nodes of the largest tree (N).
+        prefill_rows: number of prompt rows in one pass of the target (`prefill_chunk_size` of `generate`). None runs
+            the whole prompt in one pass, as `generate` does.
+        gpu_supports_bf16: whether the GPU computes in bfloat16. GPUs before Ampere do not; the draft is then planned in
+            float16.
 
     Raises:
-        ValueError: the target does not fit `ram_bytes`, with what would help; the configs do not fit each other or
-            cannot be drafted for; an option is out of range.
+        ValueError: the target does not fit in `ram_bytes` (the message says what would help), the two configs do not
+            fit each other, there can be no draft for such a target, or an argument is out of range.
     """
     for name, count in (("context", context), ("max_nodes", max_nodes), ("prefill_rows", prefill_rows)):
         if count is not None and count < 1:
@@ -81,8 +83,8 @@ def make_plan(
         plan.notes.append(f"the context is cut to the target's {positions} positions")
     if storage.matrices is not None and not storage.exported:
         plan.notes.append(
-            f"the target's weights are counted as stored, {storage.name}; where transformers unpacks them to "
-            "compute, plan with the dtype that they get (--dtype bfloat16)"
+            f"the target's weights are counted as stored, {storage.name}; if transformers unpacks them to compute, "
+            "plan with the dtype of the unpacked weights (--dtype bfloat16)"
         )
     return plan
 
@@ -112,7 +114,7 @@ def _draft_dtype(asked: str, draft: DovetailConfig | None, target: PretrainedCon
 
 
 def _plan(request: Request, ram_bytes: int | None) -> DevicePlan:
-    """Plan, and refuse a target that does not fit `ram_bytes`."""
+    """Make the plan, and refuse a target that does not fit in `ram_bytes`."""
     target = target_sizes(request.target, request.storage)
     draft = place_draft(request, target)
     layers, layer_notes = layers_on_gpu(request, target, draft)
@@ -165,7 +167,7 @@ def _target_on_cpu(request: Request, target: TargetSizes, draft: DraftPlace, lay
     if target.storage.exported and request.draft is not None:
         tables_bytes = (1 if target.tied else 2) * target.vocab_size * target.widths.hidden * 4
         beyond_bytes = max(tables_bytes - kv_bytes - features_bytes - temporaries_bytes, 0)
-        note = "in float32, beyond caches and temporaries, which come later"
+        note = "in float32, beyond caches and temporaries, which are allocated later"
         parts.append(Part("draft: tables while it attaches", beyond_bytes, "cpu", note))
     return parts
 

@@ -1,9 +1,9 @@
-"""Bytes of a target and of a draft, from their configs.
+"""Computes the bytes of a target and of a draft from their configs.
 
-Input: a config, how its weights are stored, and the rows of a generation. Output: `TargetSizes` and `DraftSizes`.
-Weights are counted on a model without memory (device "meta"), so they are exact for every architecture that
-transformers builds. Caches follow `cache.py` and `drafts/cuda_graph_rows.py`. Temporaries of a pass are a formula,
-which benchmarks/plan_accuracy.py checks. The module decides nothing.
+`target_sizes` and `draft_sizes` take a config and how its weights are stored. Weights are counted on a model on the
+device "meta", which takes no memory, so they are exact for every architecture that transformers builds. Cache sizes
+follow `cache.py` and `drafts/cuda_graph_rows.py`. Temporaries of a pass are estimated by a formula, which
+benchmarks/plan_accuracy.py checks. The module makes no decisions.
 """
 
 import copy
@@ -35,12 +35,12 @@ from .storage import FLOAT_DTYPES, Storage
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a generation.
+    """Row counts of a generation.
 
     Attributes:
-        context: tokens of prompt and answer.
-        nodes: of the largest tree (N).
-        prefill: prompt rows that the target runs in one pass, at most `context`.
+        context: number of tokens of prompt and answer.
+        nodes: number of nodes of the largest tree (N).
+        prefill: number of prompt rows that the target runs in one pass, at most `context`.
     """
 
     context: int
@@ -50,12 +50,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer.
+    """Sizes of one decoder layer.
 
     Attributes:
-        weights_bytes: of its weights as they are stored.
-        kv_row_bytes: keys and values of one row; 0 if it reads another layer's.
-        window: rows that its attention sees; None for all.
+        weights_bytes: bytes of its weights as they are stored.
+        kv_row_bytes: bytes of its keys and values of one row; 0 if it reads the rows of another layer.
+        window: number of rows that its attention sees; None if it sees all rows.
     """
 
     weights_bytes: int
@@ -63,7 +63,7 @@ class LayerSizes:
     window: int | None
 
     def kv_bytes(self, rows: Rows, *, allocated: bool) -> int:
-        """Bytes of its cache: all of the buffers (on a GPU), or only the pages that are ever written (on a CPU)."""
+        """Return the bytes of its cache: whole buffers (on a GPU), or only the pages that are written (on a CPU)."""
         full = rows.context + rows.nodes
         if self.window is None:
             return full * self.kv_row_bytes
@@ -73,7 +73,14 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Widths:
-    """Numbers of one row inside a decoder layer: the residual stream, the MLP, all queries, all keys and values."""
+    """Widths of one row inside a decoder layer, in numbers.
+
+    Attributes:
+        hidden: width of the residual stream.
+        inner: width of the MLP.
+        query: width of all queries together.
+        key_value: width of all keys and values together.
+    """
 
     hidden: int
     inner: int
@@ -82,7 +89,7 @@ class Widths:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Widths":
-        """Experts count as one MLP, as wide as those that a token visits together."""
+        """Read the widths of a config. Experts count as one MLP as wide as all experts of one token together."""
         sizes, text = sizes_of(config), config.get_text_config(decoder=True)
         query_dim = max(getattr(text, "qk_head_dim", None) or 0, sizes.head_dim)
         expert = getattr(text, "moe_intermediate_size", None) or sizes.intermediate_size
@@ -90,19 +97,20 @@ class Widths:
         return cls(sizes.hidden_size, inner, sizes.heads * query_dim, 2 * sizes.kv_heads * sizes.head_dim)
 
     def pass_bytes(self, rows: int, number_bytes: int) -> int:
-        """Peak of temporaries while a decoder layer runs `rows` rows, numbers of `number_bytes`.
+        """Return the peak bytes of temporaries while a decoder layer runs `rows` rows of `number_bytes` numbers.
 
-        Four tensors of the stream's width live around the layer (embeddings or features, the layer's input, the
-        residual, the normed input). Within it either the MLP holds three of its own (gate, up, their product), or
-        attention holds queries and their rotation (six of the queries' width) beside keys and values.
+        Around the layer there are four tensors of the stream's width (embeddings or features, the layer's input, the
+        residual, the normed input). Inside it, either the MLP holds three tensors of its width (gate, up, product), or
+        attention holds keys, values and six tensors of the queries' width (queries and their rotation).
         """
         inside = max(3 * self.inner, 6 * self.query + self.key_value)
         return rows * number_bytes * (4 * self.hidden + inside)
 
     def masked_pass_bytes(self, rows: int, keys: int, number_bytes: int, *, additive: bool) -> int:
-        """The same with a mask over `keys` rows of the cache, additive or boolean (which attention converts).
+        """Return the same for a pass with a mask over `keys` rows of the cache.
 
-        With a mask, transformers' attention repeats grouped keys and values to all query heads, layer by layer.
+        An additive mask is used as it is; attention converts a boolean one. With a mask, transformers' attention
+        repeats grouped keys and values for all query heads, layer by layer.
         """
         mask = rows * keys * (number_bytes if additive else 1)
         converted = 0 if additive else rows * keys * number_bytes
@@ -113,17 +121,18 @@ class Widths:
 
 @dataclass(frozen=True)
 class TargetSizes:
-    """A target.
+    """Sizes of a target.
 
     Attributes:
         storage: how its weights are stored.
-        weights: bytes outside the decoder layers: "embedding", "head" (without a tied table), "final norm", "rest".
-        layers: the decoder layers; empty if they cannot be told apart.
-        tied: whether head and embedding are one table.
+        weights: bytes outside the decoder layers, by name: "embedding", "head" (0 for a tied table), "final norm",
+            "rest".
+        layers: sizes of the decoder layers; empty if they cannot be identified.
+        tied: whether head and embedding are the same table.
         head_bias: whether the head has a bias.
-        vocab_size: rows of the tables (V).
-        widths: of a decoder layer.
-        modules: see `parts_of`.
+        vocab_size: number of rows of the tables (V).
+        widths: widths of a decoder layer.
+        modules: module names and the layers that they belong to (see `parts_of`).
     """
 
     storage: Storage
@@ -137,15 +146,18 @@ class TargetSizes:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights and buffers."""
+        """Bytes of all weights and buffers together."""
         return sum(self.weights.values()) + sum(layer.weights_bytes for layer in self.layers)
 
     def features_bytes(self, rows: Rows, width: int) -> int:
-        """Bytes of the prompt's features of `width` numbers, which live as long as the generation."""
+        """Return the bytes of the prompt's features, `width` numbers per row. They are kept during the generation."""
         return rows.context * width * self.storage.run_bytes
 
     def prefill_bytes(self, rows: Rows) -> int:
-        """Temporaries of one pass over prompt rows, without features. A whole prompt in full view needs no mask."""
+        """Return the bytes of temporaries of one pass over prompt rows, without features.
+
+        A prompt that runs in one pass needs no mask if every layer sees all of it.
+        """
         if rows.prefill == rows.context and all((layer.window or math.inf) >= rows.context for layer in self.layers):
             return self.widths.pass_bytes(rows.prefill, self.storage.run_bytes)
         seen = (rows.context if layer.window is None else layer.window - 1 + rows.prefill for layer in self.layers)
@@ -153,20 +165,20 @@ class TargetSizes:
         return self.widths.masked_pass_bytes(rows.prefill, keys, self.storage.run_bytes, additive=False)
 
     def score_bytes(self, rows: Rows) -> int:
-        """Temporaries of one pass over a tree, with its logits in float32."""
+        """Return the bytes of temporaries of one pass over a tree, with its logits in float32."""
         keys, logits_bytes = rows.context + rows.nodes, rows.nodes * self.vocab_size * 4
         return self.widths.masked_pass_bytes(rows.nodes, keys, self.storage.run_bytes, additive=True) + logits_bytes
 
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """A draft that reads features.
+    """Sizes of a draft that reads features.
 
     Attributes:
-        config: of the draft.
+        config: config of the draft.
         number_bytes: bytes of a number in its dtype.
-        blocks_bytes: of all its own weights.
-        own_head: rows of its own head, or None.
+        blocks_bytes: bytes of all weights of the draft itself, without the target's tables.
+        own_head: number of rows of its head; None if it uses the target's head.
     """
 
     config: DovetailConfig
@@ -181,16 +193,16 @@ class DraftSizes:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row of a table in the draft's dtype."""
+        """Bytes of one row of a table in the draft's dtype."""
         return self.config.hidden_size * self.number_bytes
 
     def kv_bytes(self, rows: Rows, *, on_gpu: bool) -> int:
-        """Bytes of its cache: a power of two of rows on a GPU, the rows in use on a CPU."""
+        """Return the bytes of its cache. A GPU holds a power of two of rows, a CPU the rows in use."""
         kept = self._capacity(rows) if on_gpu else rows.context + rows.nodes
         return self.config.num_hidden_layers * self.widths.key_value * self.number_bytes * kept
 
     def pass_bytes(self, rows: Rows) -> int:
-        """Temporaries of its pass over the whole prompt, and logits over one level of a tree."""
+        """Return the bytes of temporaries of its pass over the whole prompt, and of logits over one level of a tree."""
         fusion = (6 * self.widths.hidden + self.config.feature_size) * rows.context * self.number_bytes
         logits = MAX_STATIC_ROWS * self._logits * (self.number_bytes + 8)  # and log-probabilities in float32, twice
         return max(self.widths.pass_bytes(rows.context, self.number_bytes), fusion) + logits
@@ -204,16 +216,17 @@ class DraftSizes:
 
 
 def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
-    """Count a target.
+    """Compute the sizes of a target.
 
     Raises:
-        ValueError: the config is that of a model that cannot be a target (encoder-decoder, recurrent, no text model).
+        ValueError: the config belongs to a model that cannot be a target, for example an encoder-decoder or a recurrent
+            model.
     """
     model = _on_meta(config, storage.dtype)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     try:
         layers, norm = list(decoder_layers(model)), final_norm(model)
-    except ValueError:  # the layers cannot be told apart: their weights count as rest, and none can be moved
+    except ValueError:  # the layers cannot be identified: their weights count as rest, and none can be moved
         layers, norm = [], None
     in_layers = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
     stored = {
@@ -221,7 +234,7 @@ def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
 
-    def take(module: nn.Module) -> int:  # each tensor counts where it is met first
+    def take(module: nn.Module) -> int:  # each tensor counts in the first part that has it
         return sum(stored.pop(id(tensor), 0) for tensor in (*module.parameters(), *module.buffers()))
 
     weights = {"embedding": take(embedding), "head": take(head), "final norm": take(norm) if norm is not None else 0}
@@ -240,7 +253,7 @@ def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
 
 
 def draft_sizes(config: DovetailConfig, dtype: str) -> DraftSizes:
-    """Count a `DovetailDraft` in `dtype`, one of `FLOAT_DTYPES`, without the target's tables."""
+    """Compute the sizes of a `DovetailDraft` in `dtype`, one of `FLOAT_DTYPES`, without the target's tables."""
     with torch.device("meta"):
         draft = DovetailDraft(copy.deepcopy(config))
     number_bytes = FLOAT_DTYPES[dtype].itemsize
@@ -263,24 +276,24 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     reason = refuse_reason(layers_for(config.get_text_config(decoder=True)))
     if keeps_recurrent_state(model) or reason:
         reason = reason or "it keeps a recurrent state"
-        raise ValueError(f"{name} cannot take back rejected tokens: {reason}. There is nothing to plan with a draft.")
+        raise ValueError(f"{name} cannot take back rejected tokens: {reason}. It cannot be used with a draft.")
     return model
 
 
 def _layer_sizes(model: PreTrainedModel, weights_bytes: list[int], number_bytes: int) -> Iterator[LayerSizes]:
-    """Sizes of every layer. Keys and values are counted as the model itself writes them for one token.
+    """Yield the sizes of each layer. Keys and values are counted by running the model over one token.
 
-    The numbers that latent attention keeps differ between versions of transformers and between layers. The last
-    layers may have no cache, because they read the rows of earlier ones.
+    With latent attention, the number of cached values differs between versions of transformers and between layers. The
+    last layers of some models have no cache, because they read the rows of earlier layers.
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     try:
         with torch.no_grad(), torch.device("meta"):
-            # Some kernels have no other dtype on meta.
+            # Some kernels support only this dtype on meta.
             ids = torch.zeros(1, 1, dtype=torch.int64)
             model.to(torch.bfloat16)(ids, use_cache=True, **{cache_argument(model): cache})
         numbers = [0 if kept.keys is None else kept.keys.numel() + kept.values.numel() for kept in cache.layers]
-    except RuntimeError:  # some models look at values, which do not exist on meta
+    except RuntimeError:  # some models read values, which do not exist on meta
         numbers = [Widths.of(model.config).key_value] * len(cache.layers)
     windows = [getattr(kept, "sliding_window", None) for kept in cache.layers]
     for layer_bytes, row, window in zip_longest(weights_bytes, numbers, windows):

@@ -1,8 +1,8 @@
-"""How a target's weights are stored: float types, exports, and the quantized checkpoints of other projects.
+"""How a target's weights are stored: float dtypes, exports, and quantized checkpoints of other projects.
 
-Input: a config and the dtype that the user asked for. Output: a `Storage`, which says how many bytes a tensor takes.
-The bits of a quantized checkpoint come from its `quantization_config`; a method that is not listed in `METHODS` is
-refused. The module knows nothing of devices or of what a model computes.
+`storage_of` takes a config and the dtype that the user asked for and returns a `Storage`, which computes the bytes of a
+tensor. The bits of a quantized checkpoint come from its `quantization_config`; methods that are not in `METHODS` are
+refused. The module does not know devices or models.
 """
 
 import math
@@ -22,12 +22,12 @@ EXPORTED_RUN_BYTES = 4
 
 @dataclass(frozen=True)
 class MatrixFormat:
-    """A quantized matrix.
+    """Format of a quantized matrix.
 
     Attributes:
-        bits: of one weight.
-        group: inputs of one output that share a scale; None means all of them.
-        group_bits: of a group's scale and zero point.
+        bits: bits of one weight.
+        group: number of inputs of one output that share a scale; None if all of them do.
+        group_bits: bits of the scale and zero point of one group.
     """
 
     bits: float
@@ -35,7 +35,7 @@ class MatrixFormat:
     group_bits: float
 
     def bytes_of(self, tensor: Tensor) -> int:
-        """Bytes of a (..., outputs, inputs) matrix in this format."""
+        """Return the bytes of a (..., outputs, inputs) matrix in this format."""
         inputs = tensor.shape[-1]
         groups = tensor.numel() // inputs * math.ceil(inputs / (self.group or inputs))
         return math.ceil(tensor.numel() * self.bits / 8) + math.ceil(groups * self.group_bits / 8)
@@ -50,14 +50,14 @@ class Storage:
     """How a target's weights are stored.
 
     Attributes:
-        name: for people, for example "bfloat16", "int4" or "awq (4 bits)".
-        dtype: of every tensor that is not quantized.
+        name: name for messages, for example "bfloat16", "int4" or "awq (4 bits)".
+        dtype: dtype of all tensors that are not quantized.
         run_bytes: bytes of a number in caches and activations.
-        matrices: format of the decoder layers' matrices; None if nothing is quantized.
+        matrices: format of the decoder layers' matrices; None if they are not quantized.
         tables: format of the embedding table, the head and everything else outside the decoder layers.
-        exported: True for the weights of another engine.
-        experts_only: True if only the stacked matrices of experts are quantized.
-        kept: patterns of module names that stay in `dtype`.
+        exported: whether these are the weights of another engine than torch.
+        experts_only: whether only the stacked matrices of experts are quantized.
+        kept: regular expressions of module names whose weights stay in `dtype`.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Storage:
     kept: tuple[str, ...] = ()
 
     def bytes_of(self, name: str, tensor: Tensor, *, in_layer: bool) -> int:
-        """Bytes of a tensor of the model, which was built in `dtype`."""
+        """Return the bytes of a tensor of a model that was built in `dtype`."""
         form = self.matrices if in_layer else self.tables
         if form is None or tensor.ndim < (3 if self.experts_only else 2) or name.endswith("bias") or self._keeps(name):
             return tensor.nbytes
@@ -89,14 +89,14 @@ EXPORTED = {
 
 
 def storage_of(config: PretrainedConfig, dtype: str | None) -> Storage:
-    """How the weights of a model are stored.
+    """Return how the weights of a model are stored.
 
     Args:
-        config: of the model; its `quantization_config` counts only if `dtype` is left open.
-        dtype: a name in `FLOAT_DTYPES` or `EXPORTED`; None or "auto" takes what the config says.
+        config: config of the model. Its `quantization_config` is used only if `dtype` is None or "auto".
+        dtype: a name in `FLOAT_DTYPES` or `EXPORTED`. None or "auto" uses the dtype or quantization of the config.
 
     Raises:
-        ValueError: the dtype is unknown, or the checkpoint is quantized in a way that is not known here.
+        ValueError: the dtype is unknown, or the checkpoint is quantized by an unknown method.
     """
     quantization = getattr(config, "quantization_config", None)
     if dtype in (None, "auto") and quantization:
@@ -110,7 +110,7 @@ def storage_of(config: PretrainedConfig, dtype: str | None) -> Storage:
 
 
 def stored_dtype(config: PretrainedConfig) -> str | None:
-    """The float dtype that a config names, or None. Composite configs may name it at the top or in the text config."""
+    """Return the float dtype of a config, or None. In composite configs it is at the top or in the text config."""
     for part in (config, config.get_text_config(decoder=True)):
         name = str(getattr(part, "dtype", None)).removeprefix("torch.")
         if name in FLOAT_DTYPES:
@@ -122,7 +122,7 @@ def stored_dtype(config: PretrainedConfig) -> str | None:
 
 
 def _grouped(fields: dict[str, Any]) -> MatrixFormat:
-    """AWQ and GPTQ: a float16 scale and a zero point for each group."""
+    """Return the format of AWQ and GPTQ, with a float16 scale and a zero point for each group."""
     bits, group = fields["bits"], fields.get("group_size", 128)
     return MatrixFormat(bits, group if group > 0 else None, 16 + bits)
 
@@ -159,15 +159,15 @@ METHODS: dict[str, Callable[[dict[str, Any]], MatrixFormat]] = {
     "fbgemm_fp8": lambda _: MatrixFormat(8, None, 32),
     "compressed-tensors": _compressed_tensors,
 }
-"""`quant_method` of a `quantization_config` -> the format of its matrices. Embedding and head stay in the dtype."""
+"""`quant_method` of a `quantization_config` -> format of its matrices. Embedding and head are not quantized."""
 
 
 def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:
     method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
-    remedy = "Name the type that the weights have in memory with dtype (--dtype), for example bfloat16 once unpacked."
+    remedy = "Set dtype (--dtype) to the type of the weights in memory, for example bfloat16 if they are unpacked."
     if method not in METHODS:
         raise ValueError(
-            f"quantization_config has quant_method {method!r}, whose bytes cannot be read from a config; known methods "
+            f"quantization_config has quant_method {method!r}, whose size cannot be read from a config. Known methods "
             f"are {', '.join(METHODS)}. {remedy}"
         )
     try:
@@ -188,7 +188,7 @@ def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:
 
 
 def _pattern(entry: str) -> str:
-    """A regular expression for an entry of a list of modules: "re:..." is one; other entries are parts of a name."""
+    """Return a regular expression for an entry of a list of modules: "re:..." or a part of a module name."""
     if entry.startswith("re:"):
         return f"^(?:{entry[3:]})"
     name = re.escape(entry.removeprefix("model.")).replace(r"\*", "[^.]*")

@@ -1,4 +1,4 @@
-"""The device-split policy: which part runs on which device, and how many tokens to draft in each round."""
+"""The device-split policy, which decides where parts run and how many tokens each round drafts."""
 
 from .device_split import DeviceSplitPolicy
 from .settings import PolicySettings

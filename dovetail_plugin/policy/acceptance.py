@@ -1,8 +1,8 @@
-"""How likely a drafted node is accepted: the draft's own probability in, the probability of acceptance out.
+"""Estimates how likely a drafted node is accepted, from the probability that the draft gave it.
 
-The two differ: a greedy target always takes its likeliest token, drafts are over- or underconfident, and both change
-with the text. `AcceptanceCurve` starts from what training measured (or from a rule of thumb) and follows what is
-accepted. Pure numbers.
+The two probabilities differ: a greedy target always takes its most likely token, drafts are over- or underconfident,
+and both depend on the text. `AcceptanceCurve` starts from rates that training measured, or from a rule of thumb, and is
+updated with the nodes that are accepted. The module computes with numbers only and does not know models.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ from .monotone import rising
 from .settings import PolicySettings
 
 CALIBRATED = np.concatenate([[0.0], CENTERS, [1.0]])
-"""(BINS + 2,) draft probabilities between which acceptance is a straight line."""
+"""(BINS + 2,) draft probabilities; acceptance is interpolated linearly between them."""
 
 
 class AcceptanceCurve:
-    """Draft probability -> probability of acceptance, never falling.
+    """Maps the draft's probability of a node to the probability that it is accepted. The map never decreases.
 
     Args:
-        prior: (BINS,) acceptance by bin before anything was observed.
+        prior: (BINS,) acceptance rate of each bin before any node was observed.
         settings: how fast the curve learns and forgets.
     """
 
@@ -49,7 +49,7 @@ class AcceptanceCurve:
             self._rates = self._fit()
 
     def fade(self) -> None:
-        """Forget most of what was accepted, since the text may have changed."""
+        """Forget most observations, because the text may have changed while drafting rested."""
         left = self._settings.acceptance_after_rest
         self._hits, self._trials, self._rounds = left * self._hits, left * self._trials, 0
         self._rates = self._fit()
@@ -64,12 +64,14 @@ class AcceptanceCurve:
 def prior(
     calibration: dict[str, list[float]] | None, temperature: float, settings: PolicySettings | None = None
 ) -> np.ndarray:
-    """Return (BINS,) acceptance by bin before anything was accepted.
+    """Return the acceptance rate of each bin before any node was observed, (BINS,).
 
     Args:
-        calibration: rates by bin under "greedy" and "sampling", from the checkpoint; None takes rules of thumb.
-        temperature: 0 is greedy; between 0 and 1 the two are mixed in proportion, above 1 sampling's are used.
-        settings: the rules of thumb.
+        calibration: rates of the bins under "greedy" and "sampling", from the checkpoint. If None, rules of thumb are
+            used.
+        temperature: 0 is greedy decoding. Between 0 and 1 the greedy and sampling rates are mixed in proportion; above
+            1 the sampling rates are used.
+        settings: contains the rules of thumb; None uses the defaults.
     """
     known, settings = calibration or {}, settings or PolicySettings()
     greedy = np.array(known.get("greedy", 1.0 - (1.0 - CENTERS) ** settings.greedy_exponent), dtype=np.float64)

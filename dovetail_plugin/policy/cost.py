@@ -1,9 +1,10 @@
-"""The latency model: measured seconds in, expected seconds of a round out. Pure numbers, no tensors, no clock.
+"""The latency model: predicts the seconds of a round from measured seconds.
 
     round = draft(widths of its levels) + transfer + verify(rows, context) + accept(tokens)
 
-`CostModel` starts from what a probe of this machine found and follows every round. Corrections are bounded and made in
-proportion, so one slow round changes little. What is left of a round's seconds ("other") counts as accepting.
+`CostModel` starts from the measurements of a probe and is corrected after every round. Corrections are proportional and
+bounded, so one slow round changes little. The seconds of a round that belong to no phase ("other") count as accepting.
+The module computes with numbers only: it reads no clock and sees no tensors.
 """
 
 import math
@@ -19,12 +20,12 @@ from .settings import PolicySettings
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a target, which say what a longer context costs.
+    """Sizes of a target that determine how much a longer context costs.
 
     Attributes:
-        parameters: numbers read in a pass.
-        kv_numbers: numbers of keys and values for a token, in all layers.
-        query_numbers: width of all queries of a token, in all layers.
+        parameters: number of weights read in one pass.
+        kv_numbers: number of keys and values of one token, over all layers.
+        query_numbers: number of queries of one token, over all layers.
     """
 
     parameters: int
@@ -34,14 +35,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is expected of a round.
+    """Expected seconds and tokens of one round.
 
     Attributes:
         draft_s: seconds of growing the tree.
         transfer_s: seconds of moving features and tokens between devices.
         verify_s: seconds of the verification pass.
-        accept_s: seconds of accepting tokens, and of everything else.
-        tokens: tokens emitted.
+        accept_s: seconds of accepting tokens and of everything else.
+        tokens: number of tokens emitted.
     """
 
     draft_s: float
@@ -58,14 +59,14 @@ class Forecast:
 
 @dataclass
 class CostModel:
-    """Expected seconds, kept up to date by `observe`.
+    """Predicts the seconds of rounds; `observe` keeps it up to date.
 
     Attributes:
-        measured: the result of a probe.
-        shape: sizes of the target; without them a longer context costs nothing.
-        settings: how rounds are followed.
-        last_nodes: rows of the pass before; None after any other work of the target.
-        row_change: logarithm of how much longer a pass takes when its row count differs from the pass before.
+        measured: result of a probe.
+        shape: sizes of the target. If None, a longer context is assumed to cost nothing.
+        settings: constants of the corrections.
+        last_nodes: number of rows of the previous pass; None if the target did other work in between.
+        row_change: logarithm of the factor by which a pass is slower if its row count differs from the previous pass.
     """
 
     measured: Measurements
@@ -79,13 +80,14 @@ class CostModel:
         self._level = Curve(self.measured.level_s, self.settings)
         self._draft_scale = 1.0
         self._transfer_s = self.measured.transfer_s
-        self._accept_s = 0.0  # of one token; learned from the first round
+        self._accept_s = 0.0  # for one token; learned from the first round
 
     def verify_table(self, context: int, nodes: int) -> np.ndarray:
-        """Return (nodes,) seconds of passes over 1, 2, ... `nodes` rows behind `context` tokens.
+        """Return the seconds of passes over 1, 2, ... `nodes` rows after `context` tokens, (nodes,).
 
-        A pass of one row is bound by memory: a cached token costs what as many weights cost. A further row is bound by
-        arithmetic: 2 operations for a weight, 4 for a query number and a cached token (q k and p v).
+        A pass over one row is bound by memory, so a cached token costs as much as the same number of weights. Each
+        further row is bound by arithmetic: 2 operations per weight, and 4 per query number and cached token (q k and
+        p v).
         """
         seconds = self._verify(np.arange(1, nodes + 1))
         if self.shape is None:
@@ -100,14 +102,14 @@ class CostModel:
         return seconds[0] * first + (seconds - seconds[0]) * further
 
     def changed_table(self, nodes: int) -> np.ndarray:
-        """Return (nodes,) factors of passes over 1, 2, ... `nodes` rows, for coming after the pass before."""
+        """Return the factors by which passes over 1, 2, ... `nodes` rows are slower after the last pass, (nodes,)."""
         factors = np.full(nodes, math.exp(self.row_change))
         if self.last_nodes is not None and self.last_nodes <= nodes:
             factors[self.last_nodes - 1] = 1.0
         return factors
 
     def level_table(self, rows: int) -> np.ndarray:
-        """Return (rows + 1,) seconds of one more draft level over 0, 1, ... `rows` rows."""
+        """Return the seconds of one more draft level over 0, 1, ... `rows` rows, (rows + 1,)."""
         seconds = self._draft_scale * self._level(np.arange(rows + 1))
         seconds[0] = 0.0
         return seconds
@@ -120,10 +122,10 @@ class CostModel:
         """Forecast a round.
 
         Args:
-            widths: rows of every draft level after the first; None where nothing is drafted.
-            nodes: rows verified.
-            context: tokens of the text.
-            tokens: tokens expected to be emitted.
+            widths: rows of each draft level after the first; None if nothing is drafted.
+            nodes: number of rows to verify.
+            context: number of tokens of the text.
+            tokens: number of tokens that the round is expected to emit.
         """
         draft_s = transfer_s = 0.0
         if widths is not None:
@@ -133,11 +135,11 @@ class CostModel:
         return Forecast(draft_s, transfer_s, verify_s, self._accept_s * tokens, tokens)
 
     def observe(self, round_: Round, expected: Forecast) -> None:
-        """Learn from a round and its forecast."""
+        """Correct the model with a finished round and its forecast."""
         seconds, follow = round_.seconds, self.settings.follow
         error = self._error(seconds["verify"], expected.verify_s)
         self._verify.observe(round_.nodes, error)
-        # Both ways, so that a machine that is slower in all rounds is not taken for a cost of changes.
+        # Rounds without a change lower it: a machine that is slower in all rounds must not look like a cost of changes.
         sign = 1.0 if round_.nodes != self.last_nodes else -1.0
         self.row_change = max(self.row_change + sign * self.settings.row_change_follow * error, 0.0)
         self.last_nodes = round_.nodes
@@ -147,13 +149,13 @@ class CostModel:
         self._accept_s = self._average(self._accept_s, (seconds["accept"] + seconds["other"]) / round_.emitted)
 
     def _average(self, average_s: float, seen_s: float) -> float:
-        """Exponential average of seconds; the first ones count fully, slow ones as a multiple of the average."""
+        """Return the updated exponential average. The first value counts fully; slow values are clipped."""
         if average_s == 0.0:
             return seen_s
         return average_s + self.settings.follow * (min(seen_s, self.settings.slowest * average_s) - average_s)
 
     def _error(self, seen_s: float, expected_s: float) -> float:
-        """log(seen / expected), bounded."""
+        """Return log(seen / expected), clipped to the largest error that counts."""
         if seen_s <= 0.0 or expected_s <= 0.0:
             return 0.0
         most = math.log(self.settings.largest_error)

@@ -1,4 +1,8 @@
-"""Seconds as a function of a row count: measurements in, then errors of single rounds. Pure numbers, no clock."""
+"""Seconds as a function of a row count.
+
+`Curve` starts from measured counts and is corrected with the errors of single rounds. The module computes with numbers
+only and reads no clock.
+"""
 
 import numpy as np
 
@@ -6,14 +10,14 @@ from .monotone import rising
 from .settings import PolicySettings
 
 KNOTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
-"""Counts that have seconds of their own beside the measured ones: dense where kernels differ most from row to row."""
+"""Row counts with separate averages, besides the measured ones. They are dense where kernels differ most."""
 
 
 class Curve:
-    """Straight lines between knots, never falling; each knot averages its latest rounds.
+    """A function that is linear between knots and never decreases. Each knot averages its latest rounds.
 
     Args:
-        measured: count -> seconds, one entry or more.
+        measured: row count -> seconds, at least one entry.
         settings: constants of the averages.
     """
 
@@ -27,14 +31,15 @@ class Curve:
         self._rounds = np.where(np.isin(self._knots, known), float(settings.rounds_of_count), 0.0)  # at each knot
 
     def __call__(self, counts: np.ndarray) -> np.ndarray:
-        """Return the seconds of each count, straight on beyond the last two knots."""
+        """Return the seconds of each count; beyond the last knot the last line is continued."""
         return straight(counts, self._knots, self._seconds)
 
     def observe(self, count: int, error: float) -> None:
-        """Take over a share of an error, log(seen / expected), of one round with this count.
+        """Correct the curve with the error log(seen / expected) of one round with this count.
 
-        All counts take the same share, since machines change as a whole. The knots at the count take more, fully where
-        they were never seen; unseen knots up to the nearest seen ones take less with the distance in octaves.
+        All knots are corrected by the same share of the error, because a machine changes as a whole. The knots next to
+        the count are corrected by more, and by the whole error if they were not seen before. Unseen knots between them
+        and the nearest seen ones are corrected by a part that decreases with the distance in octaves.
         """
         follow, index = self._settings.follow, np.arange(len(self._knots))
         own = np.maximum(1.0 - np.abs(index - np.interp(count, self._knots, index)), 0.0)
@@ -49,7 +54,7 @@ class Curve:
 
 
 def straight(counts: np.ndarray, known: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Interpolate between known counts, straight on beyond the last two; flat before the first."""
+    """Interpolate linearly between known counts: the last line continues, and below the first count it is constant."""
     found = np.interp(counts, known, seconds)
     if len(known) == 1:
         return found

@@ -1,7 +1,8 @@
-"""The device-split policy: which part runs on which device, and how many tokens to draft each round.
+"""The device-split policy: which part runs on which device, and how many tokens to draft in each round.
 
-Enters: configs before loading, then measurements and the record of each round. Leaves: a `DevicePlan`, then a
-`RoundPlan` for each round, which may be plain decoding. It times nothing and runs no model.
+Before loading, `DeviceSplitPolicy.plan` turns two configs into a `DevicePlan`. During a generation, an
+`AdaptivePlanner` turns measurements and the records of finished rounds into a `RoundPlan` for the next one, which can
+be plain decoding. The module measures no time and runs no model.
 """
 
 import threading
@@ -35,18 +36,18 @@ LIMITS = TreeBudget(nodes=48, depth=10, top_k=8)
 
 
 class DeviceSplitPolicy:
-    """Plans where parts go, and chooses budgets from measurements; one object serves any number of generations.
+    """Decides where parts run and how large the tree of each round is. One policy can serve many generations.
 
     Args:
-        vram_budget: GPU memory that the plan may use, as "4GiB" or bytes; None takes what is free on the first GPU, 0
-            plans without a GPU.
-        ram_budget: main memory that the plan may use; None takes all of it.
-        limits: the largest tree of any round.
-        threads: "auto" measures which number of torch threads verifies fastest, up to the number that is set;
-            "keep" leaves it unchanged.
-        measured_in: directory for measurements, which later processes read; None takes the user's cache directory
-            (see `records.default_directory`).
-        settings: constants of the policy; None takes the defaults.
+        vram_budget: GPU memory that a plan may use, as text ("4GiB") or in bytes. None uses the memory that is free on
+            the first GPU; 0 plans without a GPU.
+        ram_budget: main memory that a plan may use, as text or in bytes. None uses all memory of the machine.
+        limits: the largest tree that a round may draft.
+        threads: "auto" measures which number of torch threads verifies fastest, up to the current number. "keep" leaves
+            the number unchanged.
+        measured_in: directory in which measurements are kept for later processes. None uses the directory that
+            `DOVETAIL_CACHE` names, or `dovetail` beside the cache of the hub.
+        settings: constants of the policy; None uses the defaults.
 
     Raises:
         ValueError: `threads` is neither "auto" nor "keep", or a budget is not a valid size.
@@ -64,7 +65,7 @@ class DeviceSplitPolicy:
     ) -> None:
         if threads not in ("auto", "keep"):
             raise ValueError(
-                f'threads must be "auto" or "keep", got {threads!r}; use torch.set_num_threads for others.'
+                f'threads must be "auto" or "keep", got {threads!r}. Set another number with torch.set_num_threads.'
             )
         self.vram_budget_bytes = machine.free_vram_bytes() if vram_budget is None else parse_bytes(vram_budget)
         self.ram_budget_bytes = machine.memory_bytes() if ram_budget is None else parse_bytes(ram_budget)
@@ -75,7 +76,7 @@ class DeviceSplitPolicy:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the lock: a copied draft has a copied policy, with everything learned so far."""
+        """Leave out the lock, so that a policy can be copied together with its draft and all that it has learned."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,15 +86,19 @@ class DeviceSplitPolicy:
     def plan(
         self, target: str | PretrainedConfig, draft: str | PretrainedConfig | None = None, **options: Any
     ) -> DevicePlan:
-        """Plan which part goes to which device, within this policy's budgets. Only configs are read.
+        """Plan which part goes to which device, within the budgets of this policy. Only configs are read.
 
         Args:
-            target: a config, or what `load_config` takes: an id, a directory, the name of a known shape.
-            draft: a config, what `load_draft_config` takes, or "lookup"; None plans for an untrained one of one block.
-            options: `dtype`, `draft_dtype`, `context` and others of `make_plan`.
+            target: config of the target, or a hub id, directory or name of a known shape (see `load_config`).
+            draft: config of the draft, its hub id or directory, or "lookup". None plans for an untrained draft with one
+                block.
+            options: arguments of `make_plan`, for example `dtype`, `draft_dtype` and `context`.
+
+        Returns:
+            The plan, which `planning.apply.apply_plan` applies to a loaded pair.
 
         Raises:
-            ValueError: the target does not fit, with what would help; see `make_plan`.
+            ValueError: the target does not fit. The message says what would help. See `make_plan` for other reasons.
         """
         target = load_config(target) if isinstance(target, str) else target
         draft = load_draft_config(draft) if isinstance(draft, str) and draft != LOOKUP else draft
@@ -112,10 +117,11 @@ class DeviceSplitPolicy:
         """Return the planner of one generation.
 
         Args:
-            key: names target, draft and machine; what is learned is remembered under it.
-            temperature: 0 is greedy.
-            shape: returns the target's sizes, None if unknown; called once for a key, because it takes a while.
-            calibration: of the draft's checkpoint; None if unknown.
+            key: identifies target, draft and machine. The policy remembers what it learns under this key.
+            temperature: temperature of sampling; 0 is greedy decoding.
+            shape: returns the sizes of the target, or None if they are unknown. Called once for each key, because it
+                takes a while.
+            calibration: acceptance rates from the draft's checkpoint; None if it has none.
         """
         with self._lock:
             place = (key, round(temperature, 1))
@@ -127,20 +133,19 @@ class DeviceSplitPolicy:
 
 @dataclass
 class AdaptivePlanner:
-    """Plans the rounds of one generation by the policy's rule; what it learns belongs to the policy.
+    """Plans the rounds of one generation by the rule of the policy, which keeps all that is learned.
 
-    The rule is one exchange rate: the tokens that a second is worth, which is the rate that generation reaches now. A
-    level is drafted and a row is verified if the tokens that it is expected to bring are worth more than the seconds
-    that it is expected to take. Rounds chosen like this maximize tokens over seconds in the long run (Dinkelbach's
-    method for ratios, with the running rate as its estimate).
+    The rule uses one exchange rate: a second is worth as many tokens as generation currently makes in a second. A level
+    is drafted and a row is verified if it is expected to bring more tokens than its seconds are worth. In the long run
+    such rounds maximize tokens per second (Dinkelbach's method for ratios, with the running rate as its estimate).
 
     Attributes:
-        policy: keeps what is learned.
-        key: names target, draft and machine.
-        switch: whether drafting is on, and what is known of it.
-        shape: returns sizes of the target.
-        lock: guards the policy, which threads may share.
-        limits: the largest tree.
+        policy: keeps measurements and everything learned.
+        key: identifies target, draft and machine.
+        switch: decides whether rounds draft; contains the acceptance curve.
+        shape: returns the sizes of the target, or None.
+        lock: guards the policy, which several threads may share.
+        limits: the largest tree of any round.
     """
 
     policy: DeviceSplitPolicy
@@ -155,16 +160,16 @@ class AdaptivePlanner:
 
     @property
     def cost(self) -> CostModel:
-        """The latency model; exists after `prepare`."""
+        """The latency model. It exists after `prepare`."""
         return self.policy.costs[self.key]
 
     @property
     def drafting(self) -> bool:
-        """See `RoundPlanner.drafting`."""
+        """Whether the next round will draft. It will not while drafting rests."""
         return self.switch.rest == 0
 
     def prepare(self, measure: Measure) -> Measurements:
-        """Measure this machine, unless this process or an earlier one has done so."""
+        """Return the measurements of this machine, and make them if neither this process nor an earlier one has."""
         policy = self.policy
         with self.lock:
             if self.key not in policy.costs:
@@ -173,11 +178,11 @@ class AdaptivePlanner:
                     measured = measure(policy.settings)
                     records.store(self.key, measured, policy.measured_in)
                 policy.costs[self.key] = CostModel(measured, self.shape(), policy.settings)
-            self.cost.last_nodes = None  # the prompt's pass came in between
+            self.cost.last_nodes = None  # the pass over the prompt came in between
             return self.cost.measured
 
     def plan(self, context: int, bound: TreeBudget) -> RoundPlan:
-        """Let a `TreeJudge` decide within `bound`, or draft nothing while drafting rests."""
+        """Plan a tree within `bound` that a `TreeJudge` shapes, or a plain round while drafting rests."""
         with self.lock:
             if not self.drafting or bound.nodes < 2:
                 return RoundPlan(PLAIN)
@@ -191,20 +196,23 @@ class AdaptivePlanner:
             )
 
     def _price(self, context: int) -> float:
-        """Tokens per second of drafted rounds, or of plain ones if these are faster; at first what is usual."""
+        """Return the tokens that a second is worth: the rate of drafted rounds, or of plain ones if they are faster.
+
+        Before the first drafted round, a usual gain over plain rounds is assumed.
+        """
         plain_rate = 1.0 / self.cost.plain_s(context)
         if not self.switch.seconds:
             return self.policy.settings.usual_gain * plain_rate
         return max(self.switch.rate(), plain_rate)
 
     def forecast(self, plan: RoundPlan, nodes: int, context: int) -> Forecast:
-        """Forecast by the latency model and the judge's acceptance."""
+        """Forecast a round with the latency model and the tokens that the judge expects."""
         widths, tokens = (plan.judge.widths, plan.judge.expected) if plan.judge else (None, 1.0)
         with self.lock:
             return self.cost.forecast(widths, nodes, context, tokens)
 
     def observe(self, round_: Round, tree: DraftTree, path: list[int], forecast: Forecast | None) -> None:
-        """Correct the latency model, the acceptance curve and the running rate."""
+        """Correct the latency model, the acceptance curve and the running rate with a finished round."""
         assert forecast is not None
         switch = self.switch
         with self.lock:

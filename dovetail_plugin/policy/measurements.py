@@ -1,4 +1,4 @@
-"""`Measurements`: the result of a probe of this machine, and its form in JSON."""
+"""`Measurements`, the result of a probe of this machine, and its JSON form."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurements:
-    """Seconds of one target and draft on one machine.
+    """Measured seconds of one target and one draft on one machine.
 
     Attributes:
-        verify_s: row count -> seconds of a pass behind `context` tokens, after a pass over as many rows.
+        verify_s: row count -> seconds of a pass after `context` tokens, when the previous pass had as many rows.
         level_s: row count -> seconds of one more draft level.
-        draft_s: seconds of a tree of one level.
-        transfer_s: seconds of a typical transfer to the draft's device; 0 where nothing is moved.
-        context: tokens of the text that all this was measured behind.
-        threads: torch threads that all this was measured with; None where torch does not run the target.
-        processors: processors that the threads were bound to; None where they were free.
+        draft_s: seconds of a tree with one level.
+        transfer_s: seconds of a typical transfer to the draft's device; 0 if nothing is moved.
+        context: number of tokens of the text during the measurements.
+        threads: number of torch threads during the measurements; None if torch does not run the target.
+        processors: processors that the threads were bound to; None if they were not bound.
     """
 
     verify_s: dict[int, float]
@@ -28,15 +28,15 @@ class Measurements:
     processors: tuple[int, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values for JSON, whose keys are strings."""
+        """Return the values as a dictionary that JSON can store."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Measurements":
-        """Read what `as_dict` gave, or what version 0.1.0 stored: its `transfer_s` maps bytes to seconds.
+        """Read the result of `as_dict`, or of version 0.1.0, where `transfer_s` maps bytes to seconds.
 
         Raises:
-            ValueError: a part is missing, is not a number, or is out of range.
+            ValueError: a value is missing, is not a number, or is out of range.
         """
         try:
             verify_s, level_s = (

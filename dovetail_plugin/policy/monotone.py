@@ -1,14 +1,14 @@
-"""Isotonic regression, for numbers that may not fall: seconds by row count, acceptance by draft probability."""
+"""Isotonic regression, for quantities that never decrease: seconds by row count, acceptance by probability."""
 
 import numpy as np
 
 
 def rising(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the nearest sequence that never falls, in weighted squares (pool adjacent violators).
+    """Return the non-decreasing sequence with the least weighted squared error (pool adjacent violators).
 
     Args:
         values: (N,) numbers.
-        weights: (N,) 0 or more; a value of weight 0 follows its neighbors.
+        weights: (N,) not negative. A value with weight 0 follows its neighbors.
     """
     pools: list[list[float]] = []  # mean, weight, length
     for value, weight in zip(values.tolist(), weights.tolist(), strict=True):

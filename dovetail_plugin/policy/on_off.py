@@ -1,4 +1,4 @@
-"""Whether rounds draft at all: trials, rests, and the running rate of drafted rounds."""
+"""Decides whether rounds draft at all, with trials, rests and the running rate of drafted rounds."""
 
 from dataclasses import dataclass, field
 
@@ -9,20 +9,20 @@ from .tree_rule import Lookahead
 
 @dataclass
 class DraftingSwitch:
-    """What is known about drafting for one target at one temperature, and whether it is on.
+    """Switches drafting on and off for one target at one temperature, and keeps what rounds have shown.
 
     Attributes:
         curve: acceptance of drafted nodes.
         settings: lengths of trials and rests.
         lookahead: children of the latest nodes.
-        tokens: tokens of drafted rounds, older rounds counting less.
-        estimated: tokens that trees like these are expected to bring, weighted likewise.
-        seconds: seconds of these rounds, weighted likewise.
-        since: drafted rounds since the last rest.
-        accepted: drafted tokens accepted since the last rest.
-        trial: drafted rounds until drafting may rest.
-        rest: plain rounds until the next trial; 0 while drafting is on.
-        interval: plain rounds of the next rest.
+        tokens: weighted number of tokens that drafted rounds emitted; older rounds count less.
+        estimated: number of tokens that trees like these are expected to bring, with the same weights.
+        seconds: seconds of these rounds, with the same weights.
+        since: number of drafted rounds since the last rest.
+        accepted: number of drafted tokens accepted since the last rest.
+        trial: number of drafted rounds until drafting may rest.
+        rest: number of plain rounds until the next trial; 0 while drafting is on.
+        interval: number of plain rounds of the next rest.
     """
 
     curve: AcceptanceCurve
@@ -42,7 +42,10 @@ class DraftingSwitch:
         self.trial, self.interval = self.settings.first_trial, self.settings.first_rest
 
     def rate(self) -> float:
-        """Return the tokens per second of drafted rounds; the estimate, which varies less, counts at first only."""
+        """Return the tokens per second of drafted rounds.
+
+        In the first rounds after a rest the estimate counts too, because it varies less than the emitted tokens.
+        """
         share = max(0.5 * (1.0 - self.since / self.settings.estimated_rounds), 0.0)
         return ((1.0 - share) * self.tokens + share * self.estimated) / self.seconds if self.seconds else 0.0
 
@@ -56,7 +59,7 @@ class DraftingSwitch:
         self.accepted += tokens - 1.0
 
     def judge(self, plain_rate: float) -> None:
-        """Keep drafting after a drafted round, or rest where plain decoding (tokens per second) is faster."""
+        """Decide after a drafted round whether to rest, because plain decoding (tokens per second) is faster."""
         settings = self.settings
         self.trial -= 1
         if self.trial > 0:
@@ -69,8 +72,8 @@ class DraftingSwitch:
             return
         self.rest, self.interval = self.interval, min(2 * self.interval, settings.longest_rest)
         self.trial, self.since, self.accepted = settings.trial, 0, 0.0
-        self.curve.fade()  # or the next trial would verify nothing, and learn nothing
-        weight = settings.trial / plain_rate / self.seconds  # the next trial weighs as much as everything before it
+        self.curve.fade()  # otherwise the next trial would verify nothing and learn nothing
+        weight = settings.trial / plain_rate / self.seconds  # the next trial counts as much as all before
         self.tokens, self.estimated, self.seconds = (
             part * weight for part in (self.tokens, self.estimated, self.seconds)
         )

@@ -1,4 +1,7 @@
-"""The contract between the loop and whoever decides what a round may draft, and the planner of fixed budgets."""
+"""`RoundPlanner`, the contract between the generation loop and the code that decides what a round may draft.
+
+`FixedPlanner` implements it for a fixed budget; `device_split.AdaptivePlanner` implements it for the policy.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +18,16 @@ PLAIN = TreeBudget(nodes=1, depth=1, top_k=1)
 """The budget of plain decoding."""
 
 Measure = Callable[[PolicySettings], Measurements]
-"""Measures this machine with the real models."""
+"""A function that measures this machine with the loaded models."""
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round may draft.
+    """The tree that a round may draft.
 
     Attributes:
         budget: the largest tree.
-        judge: decides within the budget while the tree grows; None uses all of it.
+        judge: shapes the tree within the budget while it grows; None uses the whole budget.
     """
 
     budget: TreeBudget
@@ -45,27 +48,31 @@ class RoundPlanner(Protocol):
         """Whether the next round will draft."""
 
     def prepare(self, measure: Measure) -> Measurements | None:
-        """Call `measure` before the first round if that is needed; returns what is known of this machine."""
+        """Call `measure` before the first round if measurements are needed, and return them; None if there are none."""
 
     def plan(self, context: int, bound: TreeBudget) -> RoundPlan:
-        """Plan the next round, within `bound` and behind `context` tokens."""
+        """Plan the next round, with a tree of at most `bound`, after `context` tokens of text."""
 
     def forecast(self, plan: RoundPlan, nodes: int, context: int) -> Forecast | None:
-        """Forecast a round whose tree of `nodes` nodes is grown; None where nobody forecasts."""
+        """Forecast a round whose tree has grown to `nodes` nodes. None if this planner makes no forecasts."""
 
     def observe(self, round_: Round, tree: DraftTree, path: list[int], forecast: Forecast | None) -> None:
         """Learn from a finished round.
 
         Args:
-            round_: its record.
+            round_: record of the round.
             tree: the verified tree, on the CPU.
-            path: accepted nodes from the root down, the root included.
-            forecast: the result of `forecast` for this round.
+            path: indices of the accepted nodes from the root down, the root included.
+            forecast: result of `forecast` for this round.
         """
 
 
 class FixedPlanner:
-    """Plans the same budget every round."""
+    """Plans the same budget for every round.
+
+    Args:
+        budget: the tree of each round; one node is plain decoding.
+    """
 
     def __init__(self, budget: TreeBudget) -> None:
         self.limits, self.drafting = budget, budget.nodes > 1

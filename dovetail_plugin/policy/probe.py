@@ -1,7 +1,7 @@
-"""Measures this machine with the real models, in seconds.
+"""Measures this machine with the loaded models.
 
-Enters: a target that has read its prompt, and a drafter that has read it too. Leaves: `Measurements`. The text is
-unchanged, since every row that a probe appends is dropped again. `cost.py` decides what the numbers mean.
+`measure` takes a target session and a drafter that have both read a prompt, and returns `Measurements`. The text does
+not change, because all rows that a probe appends are dropped again. `cost.py` interprets the numbers.
 """
 
 import math
@@ -34,14 +34,13 @@ def measure(
     """Time the target's passes, the draft's levels and the transfer between them.
 
     Args:
-        target: has read a prompt.
-        drafter: has read the same prompt.
-        token: a token of the vocabulary; all passes are run over it.
-        context: tokens of the text.
-        limits: the largest tree that will be asked for.
-        vary_threads: whether torch's threads decide the speed of passes; then their number is chosen too, and stays
-            in force when this returns.
-        settings: which counts are timed, and for how long.
+        target: session of the target, which has read a prompt.
+        drafter: drafter that has read the same prompt.
+        token: id of any token of the vocabulary; all passes run over it.
+        context: number of tokens of the text.
+        limits: the largest tree that a round may ask for.
+        vary_threads: whether to choose the number of torch threads too. The chosen number stays set afterwards.
+        settings: which row counts are timed, and for how long.
     """
     end_s = time.perf_counter() + settings.probe_limit_s
     with tqdm(desc="measuring this machine, once", unit="pass", leave=False, delay=1.0) as progress:
@@ -55,7 +54,7 @@ def measure(
                     target.score(tree)
                     return time.perf_counter() - start_s
                 finally:
-                    target.keep([])  # after a pass that failed half-way, too
+                    target.keep([])  # also after a pass that failed
 
             progress.update()
             return _seconds(run, end_s, settings)
@@ -63,7 +62,7 @@ def measure(
         verify_s: dict[int, float] = {}
         threads = processors = None
         if vary_threads:
-            rows = min(8, limits.nodes)  # a usual tree: fewer rows keep fewer threads busy
+            rows = min(8, limits.nodes)  # the size of a usual tree; with fewer rows, fewer threads are busy
             threads, processors, seconds = choose_threads(lambda: verify(rows), settings)
             if seconds is not None:
                 verify_s[rows] = seconds
@@ -79,17 +78,18 @@ def measure(
 def choose_threads(
     run: Callable[[], float], settings: PolicySettings
 ) -> tuple[int, tuple[int, ...] | None, float | None]:
-    """Choose the number of torch threads, up to the number that is set, and the NUMA node to keep them on.
+    """Choose the number of torch threads, up to the current number, and the NUMA node that they are bound to.
 
-    The choice stays in force. All choices are tried in turns, twice where that is quick, and the best time of each
-    counts, because another process may slow down one turn. What is set stays unless another choice is clearly faster.
+    The choice stays set. All choices are tried in turns, twice if a turn is short, and the best time of each counts,
+    because another process may slow down one turn. The current number is kept unless another choice is clearly faster.
 
     Args:
-        run: returns the seconds of a pass with the threads that are set when it is called.
-        settings: turns, and how much faster another choice must be.
+        run: returns the seconds of a pass with the current threads.
+        settings: number of turns, and how much faster another choice must be.
 
     Returns:
-        Threads; processors to keep them on, or None; seconds of a pass with them, None if there was no choice.
+        The number of threads; the processors to bind them to, or None; and the seconds of a pass with them, or None if
+        there was only one choice.
     """
     most = torch.get_num_threads()
     nodes = machine.numa_nodes()
@@ -115,7 +115,7 @@ def choose_threads(
 
 
 def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:
-    """Build a tree of equal tokens: a line of up to `depth` nodes below the root, the others beside it; or a chain."""
+    """Build a tree in which all tokens are equal: a path of at most `depth` nodes with branches, or a chain."""
     parents = torch.arange(nodes) - 1
     line = min(nodes // 2, depth)
     if branches and nodes > 2:
@@ -127,7 +127,7 @@ def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:
 
 
 def _seconds(run: Callable[[], float], end_s: float, settings: PolicySettings) -> float:
-    """Median of the seconds that `run` returns after a cold first time; one time where it is slow or time is up."""
+    """Return the median seconds of `run` after a first, cold call. A slow `run` is called less often, at least once."""
     elapsed: list[float] = []
     for _ in range(settings.probe_repeats + 1):
         elapsed.append(run())
@@ -137,7 +137,7 @@ def _seconds(run: Callable[[], float], end_s: float, settings: PolicySettings) -
 
 
 class _Width:
-    """A judge that asks for levels of one width."""
+    """A judge that asks for levels of a fixed width."""
 
     def __init__(self, width: int, nodes: int) -> None:
         self._width, self._nodes = width, nodes
@@ -152,7 +152,7 @@ class _Width:
 def _draft_seconds(
     drafter: Drafter, limits: TreeBudget, end_s: float, settings: PolicySettings, *, branches: bool
 ) -> tuple[float, dict[int, float]]:
-    """Seconds of a tree of one level, with the pass over accepted tokens, and of one more level by its rows."""
+    """Return the seconds of a tree with one level, accepted tokens included, and of one more level by row count."""
     drafter.catch_up()
     top_k = limits.top_k if branches else 1
     nodes = min(limits.nodes, 16)
@@ -168,12 +168,12 @@ def _draft_seconds(
     base_s = grow(1, 1)
     widths = [width for width in settings.probe_widths if width <= top_k]
     level_s = {width: max(grow(3, width) - base_s, 1e-6) / 2 for width in widths}
-    accepted = level_s[min(4, widths[-1])]  # a pass over accepted rows takes as long as one over as many nodes
+    accepted = level_s[min(4, widths[-1])]  # a pass over accepted tokens takes as long as one over as many nodes
     return base_s + accepted, level_s
 
 
 def _transfer_seconds(device: torch.device, settings: PolicySettings) -> float:
-    """Seconds of a typical transfer from the CPU to `device`; 0 for the CPU itself."""
+    """Return the seconds of a typical transfer from the CPU to `device`; 0 for the CPU itself."""
     if device.type == "cpu":
         return 0.0
     block = torch.empty(settings.probe_transfer_bytes, dtype=torch.uint8).pin_memory()

@@ -1,6 +1,7 @@
-"""Measurements of this machine, kept on disk for later processes.
+"""Keeps measurements of this machine on disk for later processes.
 
-Enters: measurements under a key that names machine, models and settings. Leaves: the same, if the key is the same.
+`store` writes measurements under a key that identifies machine, models and settings; `load` returns them if the key is
+the same.
 """
 
 import contextlib
@@ -24,29 +25,29 @@ def default_directory() -> Path:
 
 
 def key_of(**parts: Any) -> str:
-    """Return a key that holds for this machine only; `parts` name what was measured on it."""
+    """Return a key that is valid on this machine only; `parts` identify what was measured."""
     return json.dumps({"machine": machine.describe(), "cpus": machine.cpus(), **parts}, sort_keys=True, default=str)
 
 
 def load(key: str, directory: Path) -> Measurements | None:
-    """Read what an earlier process measured under this key; None if there is nothing usable."""
+    """Return the measurements that an earlier process stored under this key, or None if there are none to use."""
     file = _file(key, directory)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        # The name is a hash; the key inside says whether the file was copied from another machine.
+        # The file name is a hash of the key. The key inside shows whether the file comes from another machine.
         return Measurements.from_dict(stored["measurements"]) if stored["key"] == key else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logging.getLogger(__name__).warning(f"{file}: unusable, this machine is measured again ({error}).")
+        logging.getLogger(__name__).warning(f"{file} cannot be used ({error}). This machine is measured again.")
         return None
 
 
 def store(key: str, measured: Measurements, directory: Path) -> None:
-    """Keep measurements for later processes, if the directory can be written to."""
+    """Store measurements for later processes. Nothing happens if the directory cannot be written to."""
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        # Written to another file first, since another process may read or write this one at the same time.
+        # Another process may read or write the file at the same time, so it is replaced as a whole.
         with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, encoding="utf-8") as file:
             json.dump({"key": key, "measurements": measured.as_dict()}, file)
         Path(file.name).replace(_file(key, directory))

@@ -1,7 +1,8 @@
-"""The rule that grows a tree as far as it pays.
+"""The rule that grows a tree as long as this pays off.
 
-Enters: the draft's scores, level by level, with tables of seconds and a price. Leaves: how many rows the next level
-has, and how many nodes are verified. It runs no model and learns nothing but how likely the children of nodes are.
+`TreeJudge` takes the draft's scores level by level, with tables of seconds and a price, and returns how many rows the
+next level has and how many nodes are verified. `Lookahead` learns how likely the children of nodes are accepted. The
+module runs no model.
 """
 
 import numpy as np
@@ -11,35 +12,40 @@ from .acceptance import AcceptanceCurve
 from .settings import PolicySettings
 
 CHILDREN = 2
-"""Children of a node that the lookahead counts, the likeliest ones."""
+"""Number of children of a node that the lookahead considers; these are the most likely ones."""
 
 
 class Lookahead:
-    """Predicts what the children of nodes will bring before they are drafted, from the children of the latest nodes.
+    """Predicts the gain of drafting the children of nodes from the children of the latest nodes.
 
-    It remembers how likely the two best children of the latest nodes were accepted if the nodes themselves were. What
-    a child brings is convex in its probability, since children that do not pay are left out. So the expected gain is a
-    mean over the remembered children, and not the gain of a mean child.
+    It remembers, for the latest nodes, the acceptance of their two best children given that the node is accepted. The
+    gain of a child is a convex function of its probability, because children that do not pay off are not verified.
+    Therefore the expected gain is a mean over the remembered children, not the gain of a mean child.
 
     Args:
-        settings: which nodes are remembered, and how many.
+        settings: how many nodes are remembered, and which.
     """
 
     def __init__(self, settings: PolicySettings) -> None:
         self._least_parent = settings.least_parent
-        first = np.resize(np.linspace(0.3, 0.95, 16), settings.children)  # until there are real ones: an even spread
+        first = np.resize(np.linspace(0.3, 0.95, 16), settings.children)  # evenly spread until nodes are seen
         self._children = np.stack([first, 0.4 * (1.0 - first)], axis=1)
         self._next = 0
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     def observe(self, parents: np.ndarray, children: np.ndarray) -> None:
-        """Note, until `refresh`, acceptance (R,) of parents and scores (R, C) of their children, best first."""
+        """Keep parents and children for the next `refresh`.
+
+        Args:
+            parents: (R,) acceptance of nodes.
+            children: (R, C) cumulative log-probabilities of their children, best first.
+        """
         if children.shape[1] < CHILDREN:  # chains
             children = np.pad(children, ((0, 0), (0, CHILDREN - children.shape[1])), constant_values=-np.inf)
         self._seen.append((parents, children[:, :CHILDREN]))
 
     def refresh(self, curve: AcceptanceCurve) -> None:
-        """Remember what was noted, with acceptance by this curve."""
+        """Remember the nodes observed since the last call; `curve` turns scores into acceptance."""
         if not self._seen:
             return
         parents = np.concatenate([parents for parents, _ in self._seen])
@@ -52,11 +58,11 @@ class Lookahead:
         self._next = (self._next + len(shares)) % len(self._children)
 
     def gains(self, likely: np.ndarray, prices: np.ndarray) -> np.ndarray:
-        """Return the (K,) tokens that drafting the children of each node is expected to bring.
+        """Return the expected gain, in tokens, of drafting the children of each node, (K,).
 
         Args:
             likely: (K,) acceptance of the nodes.
-            prices: (2 K,) rising tokens that verifying one child costs; the likeliest child takes the first place.
+            prices: (2 K,) costs of verifying one child, in tokens, ascending. The most likely child takes the first.
         """
         expected = likely[:, None] * self._children.mean(axis=0)
         paid = np.empty(expected.size)
@@ -70,15 +76,15 @@ class TreeJudge:
 
     Args:
         budget: the largest tree allowed.
-        price: tokens that a second is worth.
+        price: number of tokens that a second is worth.
         verify_s: (budget.nodes,) seconds of passes over 1, 2, ... rows.
         level_s: (budget.top_k + 1,) seconds of a further draft level over 0, 1, ... rows.
-        curve: acceptance by score; updated by whoever observes rounds.
+        curve: maps scores to acceptance; not updated here.
         lookahead: children of the latest nodes; updated here.
 
     Attributes:
-        widths: rows of the levels drafted after the first.
-        expected: tokens that the tree is expected to give.
+        widths: rows of each level drafted after the first.
+        expected: number of tokens that the round is expected to emit.
     """
 
     def __init__(
@@ -93,17 +99,17 @@ class TreeJudge:
         self._budget, self._curve, self._lookahead = budget, curve, lookahead
         self._node_costs = price * verify_s  # in tokens, of 0, 1, ... drafted nodes
         self._level_costs = price * level_s
-        self._frontier = np.ones(1)  # acceptance of the nodes whose children come next, in the order they were run
+        self._frontier = np.ones(1)  # acceptance of the nodes whose children come next, in order of their rows
         self._candidates = np.zeros(0)  # acceptance of all nodes so far, best first, as many as may be verified
         self.widths: list[int] = []
         self.expected = 1.0
 
     def width(self, scores: np.ndarray) -> int:
-        """Return the rows of the next level, which takes the likeliest candidates of the last one; 0 stops.
+        """Return how many of the last level's candidates to extend, the most likely ones; 0 ends the tree.
 
         Args:
-            scores: (M,) cumulative log-probabilities of the last level's candidates: the children of each row that was
-                run, best first.
+            scores: (M,) cumulative log-probabilities of the last level's candidates: the children of each row, best
+                first.
         """
         lookahead = self._lookahead
         lookahead.observe(self._frontier, scores.reshape(len(self._frontier), -1))
@@ -120,9 +126,9 @@ class TreeJudge:
         return width
 
     def _prices(self, count: int) -> np.ndarray:
-        """Return (count,) tokens that nodes better than all so far would cost, cheapest first; inf where none fits.
+        """Return the costs of `count` further nodes, in tokens, ascending; inf beyond the budget.
 
-        A node takes the place of the weakest node that would be verified, or makes the pass longer by a row.
+        A better node either replaces the weakest node that would be verified, or adds a row to the pass.
         """
         taken = self._worth(self._candidates)
         replaced = self._candidates[:taken][::-1][:count]

@@ -22,9 +22,8 @@ def _setting(text: str, default: Any, choices: tuple[str, ...] | None = None) ->
 class TrainingConfig:
     """All settings of one training run.
 
-    `metadata["help"]` of each field (see `dataclasses.fields`) is a line of text that describes it, and
-    `metadata["choices"]` lists the values it may have if there are only a few. `dovetail train` has one option for
-    each field.
+    `dovetail train` has one option for each field. In Python, `metadata["help"]` of a field (see `dataclasses.fields`)
+    describes it, and `metadata["choices"]` lists its values if there are only a few.
 
     Raises:
         ValueError: a value is out of range, or two values do not fit each other.

@@ -326,7 +326,7 @@ def plot_history(history: History, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        tqdm.write("The loss plot was skipped. To get one, install matplotlib: pip install 'dovetail-plugin[train]'")
+        tqdm.write("The loss plot was skipped. To get one, run: pip install '.[train]' in a checkout.")
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -18,6 +18,11 @@ HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder",
 """Arguments of `from_pretrained` that select where files come from."""
 
 
+def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that select where files come from, if they are given."""
+    return {name: arguments[name] for name in HUB_KWARGS if arguments.get(name) is not None}
+
+
 def dtype_for(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype for `dtype="auto"`: that of the weights, or fp16 for bf16 weights on a GPU without bf16.
 

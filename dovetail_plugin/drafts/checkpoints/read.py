@@ -121,7 +121,10 @@ def translate(name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     Raises:
         ValueError: see `load_checkpoint`.
     """
-    kind = kind_of(config, tensors)
+    try:
+        kind = kind_of(config, tensors)
+    except UnknownFormat as error:
+        raise UnknownFormat(config, f"{name}: {error}") from error
     try:
         return Checkpoint(kind, *_READERS[kind](config, tensors))
     except (KeyError, TypeError) as error:
