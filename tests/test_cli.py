@@ -26,7 +26,8 @@ def dovetail(*arguments, cwd, **options):
 
 def test_help_and_version_load_no_torch(tmp_path):
     code = (
-        "import sys; sys.argv = ['dovetail']; from dovetail_plugin.cli import main\n"
+        "import os, sys, sysconfig; sys.argv = [os.path.join(sysconfig.get_path('scripts'), 'dovetail')]\n"
+        "from dovetail_plugin.cli import main\n"
         "try: main({!r})\nfinally: assert 'torch' not in sys.modules"
     )
     for arguments in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
