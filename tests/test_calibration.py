@@ -6,7 +6,7 @@ import torch
 from families import prompt, tiny_target
 
 from dovetail_plugin import DovetailDraft
-from dovetail_plugin.drafts.calibration import BINS, EDGES
+from dovetail_plugin.drafts.config import BINS, EDGES
 from dovetail_plugin.policy.acceptance import prior
 from dovetail_plugin.training.calibration import CHILDREN, RULE_WEIGHT, Calibration
 from dovetail_plugin.training.data import Batch

@@ -172,3 +172,23 @@ def test_vram_places_target_and_draft_by_the_plan(here, capsys, monkeypatch):
 def test_vram_refuses(here, capsys, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message in refusal(capsys, "generate", "--target", "target", "-p", "x", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "draft", "--out", "new"], "--target draft is a draft"),
+        (["--target", "target", "--out", "taken"], "--out taken is a file. Name a directory"),
+    ],
+)
+def test_train_refuses_before_it_trains(here, capsys, options, message):
+    (here / "taken").write_text("mine")
+    data = write_jsonl(here / "chats.jsonl", [{"messages": chat(3)}])
+    assert message in refusal(capsys, "train", *options, "--data", str(data))
+    assert (here / "taken").read_text() == "mine"
+
+
+def test_vram_is_refused_before_models_are_loaded(here, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load_target", lambda args: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(loading, "load_draft", lambda *_: pytest.fail("the draft was loaded"))
+    assert "--vram: '4' has no unit" in refusal(capsys, "generate", *PAIR, "-p", "x", "--vram", "4")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_plugin.drafts.calibration import BINS, CENTERS, EDGES
+from dovetail_plugin.drafts.config import BINS, CENTERS, EDGES
 from dovetail_plugin.policy.acceptance import AcceptanceCurve, prior
 from dovetail_plugin.policy.settings import PolicySettings
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_plugin.policy.curve import Curve
-from dovetail_plugin.policy.monotone import rising
+from dovetail_plugin.policy.curve import Curve, rising
 from dovetail_plugin.policy.settings import PolicySettings
 
 LARGEST_ERROR = math.log(PolicySettings().largest_error)

@@ -11,7 +11,7 @@ import torch
 from support.simulation import COMPUTERS, PROMPT, Pair, planner_on, play
 
 from dovetail_plugin import TreeBudget, machine
-from dovetail_plugin.drafts.calibration import BINS
+from dovetail_plugin.drafts.config import BINS
 from dovetail_plugin.policy import records
 from dovetail_plugin.policy.device_split import LIMITS, DeviceSplitPolicy
 from dovetail_plugin.policy.measurements import Measurements

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dovetail_plugin import TreeBudget
-from dovetail_plugin.drafts.calibration import CENTERS
+from dovetail_plugin.drafts.config import CENTERS
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.policy.acceptance import AcceptanceCurve, prior

@@ -22,6 +22,7 @@ from .loading import (
     LoadedPair,
     check_device,
     check_target,
+    check_vram,
     load_draft,
     load_pair,
     load_target,
@@ -74,6 +75,7 @@ def _load_synthetic_pair(args: argparse.Namespace) -> LoadedPair:
         ValueError: see `load_pair`; --prompts is given for a target without a tokenizer; there is too little memory.
     """
     check_device(args)
+    check_vram(args)
     if args.target and _is_config_only(args.target):
         if args.prompts is not None:
             raise ValueError(f"--prompts: {args.target} has no tokenizer to read them with; leave it out.")

@@ -42,6 +42,7 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
         ValueError: a model does not exist, --target or --draft is something else, or the device is missing.
     """
     config = check_target(args)
+    check_vram(args)
     draft = load_draft(args, config)
     target = load_target(args)
     prepare_draft(args, target, draft)
@@ -79,7 +80,7 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
     """
     option, name = ("--target", args.target) if args.target else ("--target-ir", args.target_ir)
     config = check_model(option, name, **_target_source(args))
-    if _is_draft(config):
+    if is_draft(config):
         raise ValueError(f"{option} {name} is a draft, not a target. Check that {option} and --draft are not swapped.")
     return config
 
@@ -89,7 +90,8 @@ def _target_source(args: argparse.Namespace) -> dict[str, Any]:
     return hub_options(args, args.revision) | {"trust_remote_code": args.trust_remote_code}
 
 
-def _is_draft(config: PretrainedConfig) -> bool:
+def is_draft(config: PretrainedConfig) -> bool:
+    """Return whether a config belongs to a draft of any known format."""
     if isinstance(config, DovetailConfig) or hasattr(config, "speculators_model_type"):
         return True
     return any("eagle" in name.lower() for name in config.architectures or [])
@@ -152,6 +154,24 @@ def check_device(args: argparse.Namespace) -> None:
             ) from error
 
 
+def check_vram(args: argparse.Namespace) -> None:
+    """Refuse a --vram that cannot be used, before models are loaded.
+
+    Raises:
+        ValueError: the size is not valid, there is no GPU, or --draft-device says where the draft goes.
+    """
+    if args.vram is None:
+        return
+    try:
+        vram_bytes = parse_bytes(args.vram)
+    except ValueError as error:
+        raise ValueError(f"--vram: {error}") from error
+    if args.draft_device != "auto":
+        raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
+    if vram_bytes and not torch.cuda.is_available():
+        raise ValueError(f"--vram {args.vram}: torch finds no CUDA device; give 0, or plan with `dovetail plan`.")
+
+
 def prepare_draft(args: argparse.Namespace, target: Any, draft: Draft) -> None:
     """Give the draft the tree budget of --tree-nodes, --tree-depth and --tree-top-k, and place both by --vram."""
     given = {name: getattr(args, f"tree_{name}") for name in ("nodes", "depth", "top_k")}
@@ -165,14 +185,10 @@ def place_by_plan(args: argparse.Namespace, target: Any, draft: Draft) -> None:
     """Place both models by the plan for --vram, and print the plan on stderr.
 
     Raises:
-        ValueError: the size is not valid, the models do not fit it, or there is no GPU.
+        ValueError: the models do not fit, or the draft cannot be placed.
     """
     if not draft.supports_placement:
         raise ValueError(f"--vram plans for drafts that read features, not for a {type(draft).__name__}.")
-    if args.draft_device != "auto":
-        raise ValueError("--vram plans where the draft goes; leave out --draft-device.")
-    if parse_bytes(args.vram) and not torch.cuda.is_available():
-        raise ValueError(f"--vram {args.vram}: torch finds no CUDA device; give 0, or plan with `dovetail plan`.")
     draft.policy = DeviceSplitPolicy(vram_budget=args.vram)
     weights = {} if args.target_ir is None else {"dtype": "int8"}  # an exported target is not split, whatever it is
     placed = cast(DovetailDraft, draft)  # as `supports_placement` says

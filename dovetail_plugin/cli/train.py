@@ -68,9 +68,12 @@ def run(args: argparse.Namespace) -> int:
     config = TrainingConfig(**(values | {"data": tuple(args.data)}))
 
     from ..training.loop import train
-    from .loading import check_model
+    from .loading import check_model, is_draft
 
-    check_model("--target", args.target)
+    if is_draft(check_model("--target", args.target)):
+        raise ValueError(f"--target {args.target} is a draft. Name the target that the new draft is for.")
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out {config.out} is a file. Name a directory.")
     train(config, resume=args.resume)
     print(f"draft saved to {config.out}")
     return 0

@@ -233,7 +233,7 @@ class Draft(ABC):
 
     @property
     def calibration(self) -> Mapping[str, Sequence[float]] | None:
-        """Measured acceptance by bin of `calibration.EDGES`, under "greedy" and "sampling"; None if unknown."""
+        """Measured acceptance by bin of `config.EDGES`, under "greedy" and "sampling"; None if unknown."""
         return None
 
     @property

@@ -7,13 +7,22 @@ draft from it. It contains no budget and no device, because these belong to a ru
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from ..targets.config_sizes import sizes_of
-from .calibration import BINS
 
 # Fields are named as in Llama's config and in the reference checkpoints, so that vLLM and other tools that read
 # `config.json` understand them.
+
+EDGES = np.array([0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97])
+"""Boundaries between the bins."""
+
+BINS = len(EDGES) + 1
+"""Number of bins."""
+
+CENTERS = np.concatenate([[0.001], (EDGES[:-1] + EDGES[1:]) / 2, [0.985]])
+"""Draft probability that represents each bin."""
 
 EAGLE3_STATES = ("low", "middle", "high")
 """Default features of EAGLE-3: hidden states 2, M // 2 and M - 3 of a target with M layers."""
@@ -47,7 +56,7 @@ class DovetailConfig(PretrainedConfig):
         draft_vocab_size: number of tokens of the draft's own head ("eagle3"). None means all.
         norm_before_residual: whether the residual stream begins after the norm of the feature ("eagle3").
         own_embedding: whether the checkpoint contains an embedding table ("eagle3").
-        calibration: acceptance rates on held-out text for each bin of draft probability (`calibration.EDGES`), under
+        calibration: acceptance rates on held-out text for each bin of draft probability (`EDGES`), under
             "greedy" and "sampling". Training measures them. None if they were not measured.
 
     Raises:

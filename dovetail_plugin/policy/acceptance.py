@@ -7,8 +7,8 @@ updated with the nodes that are accepted. The module computes with numbers only 
 
 import numpy as np
 
-from ..drafts.calibration import BINS, CENTERS, EDGES
-from .monotone import rising
+from ..drafts.config import BINS, CENTERS, EDGES
+from .curve import rising
 from .settings import PolicySettings
 
 CALIBRATED = np.concatenate([[0.0], CENTERS, [1.0]])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..drafts.calibration import BINS, EDGES
+from ..drafts.config import BINS, EDGES
 from ..drafts.model import DovetailDraft
 from ..policy.acceptance import prior
 from .data import Batch
