@@ -20,6 +20,7 @@ ONE_ENVIRONMENT = {
     "test_cli*": "parses arguments and prints; text through the command line is tested in test_export.py too",
     "test_cost*": "arithmetic on measurements",
     "test_docs*": "reads the documentation",
+    "test_drafting_switch*": "arithmetic on rates",
     "test_graph_runner*": "the draft's own layers and rows",
     "test_layering*": "reads the package's source files",
     "test_losses*": "formulas on tensors",
@@ -28,9 +29,11 @@ ONE_ENVIRONMENT = {
     "test_plots*": "draws results",
     "test_policy*": "arithmetic on measurements; text with the policy is tested in test_default_policy.py",
     "test_probe*": "measures stand-ins for targets and drafts",
+    "test_report*": "arithmetic on seconds, and printing",
     "test_support*": "tests of the tests' own helpers",
     "test_tree*": "arithmetic on trees",
     "test_verify*": "arithmetic on trees",
+    "test_wording*": "reads source files and documentation",
 }
 """Pattern of file names -> why one environment is enough."""
 
