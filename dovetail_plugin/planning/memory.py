@@ -272,7 +272,7 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the shapes are those of the unpacked weights
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     reason = refuse_reason(layers_for(config.get_text_config(decoder=True)))
     if keeps_recurrent_state(model) or reason:
         reason = reason or "it keeps a recurrent state"
