@@ -272,6 +272,14 @@ def test_pairs_that_do_not_fit():
         make_plan(target, other, vram_bytes=0)
 
 
+def gemma4_has_one_head_dim() -> bool:
+    """Whether the installed transformers is too old to say that Gemma 4's heads differ between layers."""
+    try:
+        return AutoConfig.for_model("gemma4").get_text_config().head_dim > 0
+    except (RuntimeError, AttributeError):
+        return False
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
@@ -282,6 +290,8 @@ def test_pairs_that_do_not_fit():
     ],
 )
 def test_models_that_cannot_be_targets(model_type, message):
+    if model_type == "gemma4" and gemma4_has_one_head_dim():
+        pytest.skip("this transformers gives one head_dim for layers that differ")
     with pytest.raises(ValueError, match=message) as refused:
         make_plan(AutoConfig.for_model(model_type), None, vram_bytes=0)
     assert len(str(refused.value)) < 300
