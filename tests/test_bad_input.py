@@ -102,7 +102,7 @@ def test_unsupported_options(refused, options, match):
 
 def test_static_cache(refused, llama):
     message = refused("StaticCache", past_key_values=StaticCache(config=llama.config, max_cache_len=64))
-    assert "Pass a DynamicCache" in message or "pass what its own `generate` returned" in message
+    assert "Pass a DynamicCache" in message or "Pass what its own `generate` returned" in message
 
 
 def test_batch(refused):
