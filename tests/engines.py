@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 TESTS = Path(__file__).resolve().parent
 SHARED_FILES = {
     "test_bad_input.py",
-    "test_benchmark_scripts.py",
     "test_bundled.py",
     "test_default_policy.py",
     "test_families.py",

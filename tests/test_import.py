@@ -1,7 +1,9 @@
 """Importing the package registers drafts in every order of imports; the command loads transformers when needed."""
 
+import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from helpers import command_environment
@@ -40,31 +42,29 @@ def test_drafts_are_registered_in_every_order(first, tmp_path):
     run(first + KNOWN, tmp_path)
 
 
-COMMANDS = [
-    "import os, sysconfig; sys.argv = [os.path.join(sysconfig.get_path('scripts'), 'dovetail')]",
-    "sys.argv, sys.orig_argv = ['-m'], [sys.executable, '-m', 'dovetail_plugin']",
+SCRIPT = os.path.join(sysconfig.get_path("scripts"), "dovetail")
+PROGRAMS = [
+    ([SCRIPT], [SCRIPT], True),
+    (["-m"], [sys.executable, "-m", "dovetail_plugin", "plan"], True),
+    (["/usr/share/dovetail"], [sys.executable, "/usr/share/dovetail"], False),
+    (["dovetail"], [sys.executable, "dovetail"], False),
+    (["-m"], [sys.executable, "-m", "other", "dovetail_plugin"], False),
+    ([], [sys.executable], False),
 ]
 
 
-OTHERS = [
-    "sys.argv = ['/usr/bin/dovetail']",
-    "sys.argv = ['dovetail']",
-    "sys.argv, sys.orig_argv = ['-m'], [sys.executable, '-m', 'other', 'dovetail_plugin']",
-]
+@pytest.mark.parametrize(("argv", "orig_argv", "is_command"), PROGRAMS)
+def test_only_the_command_loads_transformers_late(monkeypatch, tmp_path, argv, orig_argv, is_command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", orig_argv)
+    assert dovetail_plugin._is_command() is is_command
 
 
-@pytest.mark.parametrize("program", OTHERS)
-def test_other_programs_of_the_name_register_at_once(program, tmp_path):
-    run(f"import sys; {program}; import dovetail_plugin{KNOWN}", tmp_path)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_loads_transformers_when_a_name_is_used(command, tmp_path):
-    code = f"import sys; {command}; import dovetail_plugin; dir(dovetail_plugin); hasattr(dovetail_plugin, 'nothing')"
-    run(
-        f"{code}; assert not {{'torch', 'transformers'}} & set(sys.modules); dovetail_plugin.DovetailDraft{KNOWN}",
-        tmp_path,
-    )
+def test_command_loads_transformers_when_a_name_is_used(tmp_path):
+    code = f"import sys; sys.argv = [{SCRIPT!r}]; import dovetail_plugin; hasattr(dovetail_plugin, 'nothing')"
+    code += "; assert not {'torch', 'transformers'} & set(sys.modules); dovetail_plugin.DovetailDraft"
+    run(code + KNOWN, tmp_path)
 
 
 def test_a_module_that_fails_does_not_keep_drafts_from_being_registered(tmp_path):

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 ONE_ENVIRONMENT = {
-    "test_benchmark": "runs the benchmark scripts, which use parts that other files test on every version",
+    "test_benchmark*": "runs the benchmark scripts, which use parts that other files test on every version",
     "test_cli*": "parses arguments and prints; text through the command line is tested in test_export.py too",
     "test_cost*": "arithmetic on measurements",
     "test_docs*": "reads the documentation",
     "test_drafting_switch*": "arithmetic on rates",
     "test_graph_runner*": "the draft's own layers and rows",
+    "test_import*": "orders of imports; registration itself is tested on every version",
     "test_layering*": "reads the package's source files",
     "test_losses*": "formulas on tensors",
     "test_packaging*": "builds and installs the package",
