@@ -1,5 +1,6 @@
 """Drafts that run as an OpenVINO graph: the same trees as in torch, holes in the rows, and drafting without nncf."""
 
+import logging
 import sys
 
 import pytest
@@ -105,6 +106,18 @@ def test_compressed_weights_give_similar_trees(weights, compressed):
     exact, rough = next(rounds(draft, TorchRunner(draft))), next(rounds(draft, runner))
     assert abs(exact.scores[1] - rough.scores[1]) < 0.5
     assert not torch.equal(exact.scores, rough.scores)
+
+
+def test_compression_leaves_logging_as_it_was():
+    """Handlers that an application put on nncf's logger keep their level."""
+    logger, handler = logging.getLogger("nncf"), logging.NullHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        openvino_draft.draft_graph(DovetailDraft.for_target(tiny_target("llama")), "int8")
+        assert (logger.level, handler.level) == (level, logging.NOTSET)
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_matrices_too_small_for_groups_stay_int8():

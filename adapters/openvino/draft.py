@@ -11,7 +11,7 @@ import io
 import logging
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,9 +150,25 @@ def draft_graph(draft: DraftNetwork, weights: str) -> ov.Model:
     _make_stateful(model, heads, dim)
     if weights == "f32":
         return model
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # hides progress bars of a step that takes a second
+    with _quiet_nncf():
         return nncf.compress_weights(model, **COMPRESSION[weights])
+
+
+@contextlib.contextmanager
+def _quiet_nncf() -> Iterator[None]:
+    """Hide messages and progress bars of a step that takes a second.
+
+    The logger's own level is changed, and only for this time: `nncf.set_log_level` also sets the level of all handlers
+    of the logger, which may be the application's.
+    """
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _make_stateful(model: ov.Model, heads: int, dim: int) -> None:

@@ -115,13 +115,7 @@ def generate_with_draft(
         raise ValueError("no draft given. Pass draft=DovetailDraft.from_pretrained(...).")
     check_request(model, draft, generation_config)
     _check_prompt(model.config, input_ids, synced_gpus, model_kwargs)
-    text = Text(
-        input_ids,
-        processors=logits_processor,
-        criteria=stopping_criteria,
-        config=generation_config,
-        streamer=streamer,
-    )
+    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     return _run(model, text, generation_config, draft, model_kwargs)
 
 
@@ -142,13 +136,7 @@ def generate_plainly(
     engine_of(model).check()
     check_options(generation_config)
     _check_prompt(model.config, input_ids, synced_gpus, model_kwargs)
-    text = Text(
-        input_ids,
-        processors=logits_processor,
-        criteria=stopping_criteria,
-        config=generation_config,
-        streamer=streamer,
-    )
+    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     return _run(model, text, generation_config, None, model_kwargs)
 
 

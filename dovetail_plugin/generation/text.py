@@ -37,7 +37,6 @@ class Text:
     def __init__(
         self,
         input_ids: Tensor,
-        *,
         processors: "LogitsProcessorList",
         criteria: "StoppingCriteriaList",
         config: "GenerationConfig",
