@@ -19,7 +19,7 @@
 # NIGHTLY=all        with the long tests; NIGHTLY=COMMIT with a sixteenth of them that depends on the commit
 
 PYTHON ?= python3
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
+WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
 NIGHTLY ?= none
 PAIR = examples/tiny_pair
 TARGET = $(PAIR)/dovetail-tiny-target

@@ -25,6 +25,10 @@ PREFILL_ROWS = 512
 """Prompt rows per pass, which bounds the memory of activations and masks."""
 
 
+OF_SESSIONS = {"attention_mask", "use_cache", "logits_to_keep"}
+"""Arguments of a forward pass that sessions of stored targets see to themselves."""
+
+
 def seen_and_positions(
     total: int, attention_mask: Tensor | None, *, tokens: int, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -85,13 +89,13 @@ def feature_outputs(layers: tuple[int, ...] | None) -> list[str]:
 
 
 def refuse_model_kwargs(model_kwargs: dict[str, Any] | None) -> None:
-    """Refuse arguments of the forward pass, which a stored graph has no inputs for.
+    """Refuse arguments of the forward pass that a stored graph has no inputs for.
 
     Raises:
         ValueError: there are such arguments.
     """
-    if model_kwargs:
-        raise ValueError(f"the graph has no input for {', '.join(sorted(model_kwargs))}. Leave it out.")
+    if foreign := set(model_kwargs or ()) - OF_SESSIONS:
+        raise ValueError(f"the graph has no input for {', '.join(sorted(foreign))}. Leave it out.")
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
@@ -137,7 +141,6 @@ class StoredEngine(Engine, Protocol):
         self,
         cache: Any,
         *,
-        max_length: int,
         max_nodes: int,
         prefill_chunk: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -185,7 +188,7 @@ class StoredTarget(GenerationMixin):
         """
         engine = self.dovetail_engine
         rows = input_ids.shape[1]
-        with engine.session(engine.cache(None), max_length=rows, max_nodes=1, prefill_chunk=rows) as session:
+        with engine.session(engine.cache(None), max_nodes=1, prefill_chunk=rows) as session:
             return CausalLMOutput(logits=session.score_text(input_ids, attention_mask))
 
     __call__ = forward

@@ -1,13 +1,14 @@
-"""Preallocated key/value storage. Rows are appended, accepted rows are kept and the others are dropped, in place.
+"""Key/value storage of a text that grows by trees: rows are appended, accepted ones are kept, the others are dropped.
 
-`KVRows` stores the rows of one attention layer. It takes keys and values of new rows and returns views over all rows,
-without copies. `borrow` puts such storage under a transformers cache for one generation and restores transformers' own
-layers afterwards, so users see transformers' classes only. This module does not know trees, only the path of rows to
-keep.
+`KVRows` stores the rows of one attention layer. `TextRows` stores a whole text: one layer for each layer of a
+transformers cache, and one list of lengths that says which rows belong to the text. A pass of the model writes behind
+these rows, so it can stop anywhere and nothing is lost: the lengths change in one assignment, in `TextRows.keep`. The
+caller's own cache is not touched before `TextRows.hand_back`. This module does not know trees, only the rows to keep.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from .compat import Cache, DynamicLayer, DynamicSlidingWindowLayer, stock_layer, stock_sliding_layer
 
-SLIDING_SLACK_ROWS = 256
-"""Rows of a sliding layer beyond its window and one tree. When they are used up, the window moves to the front."""
+SLACK_ROWS = 256
+"""Fewest rows that are reserved beyond what a pass needs. When they are full, buffers grow or the window moves."""
 
 
 class AttentionRows(Protocol):
@@ -43,8 +44,7 @@ class KVRows:
     """Keys and values of one attention layer for one sequence, in preallocated buffers.
 
     Args:
-        capacity: rows that the buffers have room for. They are allocated by the first `append`. On a CPU, the pages of
-            unused rows are never touched, so a large capacity costs address space and not memory.
+        capacity: rows that the buffers have room for. They are allocated by the first `append`.
 
     Attributes:
         capacity: rows that the buffers have room for.
@@ -54,69 +54,32 @@ class KVRows:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
 
     @property
     def keys(self) -> Tensor:
         """Keys (1, kv_heads, length, head_dim), a view."""
-        assert self._keys is not None
-        return self._keys[:, :, : self.length]
+        assert self._buffers is not None
+        return self._buffers[0][:, :, : self.length]
 
     @property
     def values(self) -> Tensor:
         """Values (1, kv_heads, length, head_dim), a view."""
-        assert self._values is not None
-        return self._values[:, :, : self.length]
+        assert self._buffers is not None
+        return self._buffers[1][:, :, : self.length]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Append n rows. The buffers double when they are full. See `AttentionRows.append`."""
         end = self.length + keys.shape[2]
-        if self._keys is None or self._values is None:
+        if self._buffers is None:
             self.capacity = max(self.capacity, end)
-            self._keys, self._values = _rows_like(keys, self.capacity), _rows_like(values, self.capacity)
+            self._buffers = _rows_like(keys, self.capacity), _rows_like(values, self.capacity)
         elif end > self.capacity:
-            self.reserve(max(end, 2 * self.capacity))
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
+            self.capacity = max(end, 2 * self.capacity)
+            self._buffers = _moved(self._buffers, 0, self.length, self.capacity)
+        for buffer, rows in zip(self._buffers, (keys, values), strict=True):
+            buffer[:, :, self.length : end] = rows
         self.length = end
-
-    def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` rows. Copies the rows in use if the buffers are smaller."""
-        if capacity <= self.capacity:
-            return
-        self.capacity = capacity
-        if self._keys is None or self._values is None:
-            return
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = _rows_like(old, capacity)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
-
-    def keep(self, start: int, path: Tensor | None, count: int) -> None:
-        """Keep the rows before `start` and `count` of the rows from `start` on; drop the others.
-
-        Args:
-            start: first row that may be dropped or moved.
-            path: (count,) int64 rows to keep, ascending and relative to `start`; None keeps the first `count` rows.
-            count: number of rows to keep from `start` on.
-        """
-        if self._keys is None or self._values is None:  # the layer shares the rows of another layer
-            return
-        if path is not None:
-            end = start + count
-            path = path.to(self._keys.device)  # layers of one target may lie on two devices
-            self._keys[:, :, start:end] = self._keys.index_select(2, path + start)
-            self._values[:, :, start:end] = self._values.index_select(2, path + start)
-        self.length = start + count
-
-    def drop_first(self, rows: int) -> None:
-        """Drop the first `rows` rows and move the others to the front."""
-        if rows and self._keys is not None and self._values is not None:
-            self._keys[:, :, : self.length - rows] = self.keys[:, :, rows:].clone()
-            self._values[:, :, : self.length - rows] = self.values[:, :, rows:].clone()
-        self.length -= rows
 
 
 def _rows_like(rows: Tensor, capacity: int) -> Tensor:
@@ -125,105 +88,300 @@ def _rows_like(rows: Tensor, capacity: int) -> Tensor:
         return rows.new_empty(1, rows.shape[1], capacity, rows.shape[3])
 
 
+def _moved(buffers: tuple[Tensor, Tensor], start: int, end: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Return larger buffers that begin with the rows from `start` to `end`."""
+    new = _rows_like(buffers[0], capacity), _rows_like(buffers[1], capacity)
+    for target, source in zip(new, buffers, strict=True):
+        target[:, :, : end - start] = source[:, :, start:end]
+    return new
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Buffers (1, kv_heads, capacity, head_dim) of a layer, whose first row is that of the token `dropped`."""
+
+    keys: Tensor
+    values: Tensor
+    dropped: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def rows(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the tokens from `start` to `end`, as views."""
+        rows = slice(start - self.dropped, end - self.dropped)
+        return self.keys[:, :, rows], self.values[:, :, rows]
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write the rows of the tokens from `start` on."""
+        for own, given in zip(self.rows(start, start + keys.shape[2]), (keys, values), strict=True):
+            own.copy_(given)
+
+    def moved(self, start: int, end: int, capacity: int) -> "_Stored":
+        """Return other buffers, with the rows of the tokens from `start` to `end`."""
+        new = _Stored(_rows_like(self.keys, capacity), _rows_like(self.values, capacity), start)
+        new.write(start, *self.rows(start, end))
+        return new
+
+
+def reserved(rows: int) -> int:
+    """Return the rows of buffers that are made for `rows` rows."""
+    return rows + max(SLACK_ROWS, rows // 8)
+
+
 class TreeLayer(DynamicLayer):
-    """A full-attention layer of a transformers cache that stores its rows in a `KVRows`.
+    """One layer of `TextRows`, under a transformers cache.
 
     Args:
-        capacity: rows to make room for.
+        text: the text that it belongs to.
+        index: its place in the cache.
 
     Attributes:
-        rows: the storage.
+        pending: rows that the pass in progress, or the latest one, has written behind the text's.
     """
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, text: "TextRows", index: int) -> None:
+        self._text, self._index = text, index
+        self._stored: _Stored | None = None
+        self.pending = 0
         super().__init__()
-        self.rows = KVRows(capacity)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
-        self.rows.append(key_states, value_states)
-        self.is_initialized = True
-        return self.rows.keys, self.rows.values
+    @property
+    def length(self) -> int:
+        """Rows of the text."""
+        return self._text.lengths[self._index]
 
-    def get_seq_length(self) -> int:
-        return self.rows.length
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Keys (1, kv_heads, m, head_dim) that the next token can see; None before the first pass."""
+        return None if self._stored is None else self._stored.rows(self.first_visible(), self.get_seq_length())[0]
 
-    def get_mask_sizes(self, query_length: int, *_args) -> tuple[int, int]:
-        return self.rows.length + query_length, 0
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._refuse(keys)
 
-    def keep(self, start: int, path: Tensor | None, count: int) -> None:
-        """Keep rows as `KVRows.keep` does. `start` is a position in the sequence."""
-        self.rows.keep(start, path, count)
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Values (1, kv_heads, m, head_dim) of the same rows; None before the first pass."""
+        return None if self._stored is None else self._stored.rows(self.first_visible(), self.get_seq_length())[1]
 
-    def to_stock(self) -> DynamicLayer:
-        """Return transformers' own layer over the same rows, without a copy."""
-        return stock_layer(self.rows.keys, self.rows.values) if self.rows.length else stock_layer(None, None)
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._refuse(values)
 
-
-class TreeSlidingLayer(TreeLayer):
-    """A sliding-window layer that drops rows outside of the window from time to time.
-
-    Rows stay in place until the buffers are full, so a tree can be appended and rolled back. Then the window moves to
-    the front. Such a move copies one window and happens once in `SLIDING_SLACK_ROWS` tokens.
-
-    Args:
-        window: tokens that a token can see, including itself.
-        tree_nodes: rows of the largest tree (N).
-
-    Attributes:
-        dropped: rows at the start of the sequence that are no longer stored.
-    """
-
-    is_sliding = True
-
-    def __init__(self, window: int, tree_nodes: int) -> None:
-        super().__init__(window - 1 + tree_nodes + SLIDING_SLACK_ROWS)
-        self.sliding_window = window
-        self.dropped = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
-        rows, new = self.rows, key_states.shape[2]
-        first = self.first_visible() - self.dropped
-        self.is_initialized = True
-        if rows.length + new > rows.capacity:
-            rows.drop_first(first)
-            self.dropped += first
-            first = 0
-        if rows.length + new <= rows.capacity:
-            rows.append(key_states, value_states)
-            return rows.keys[:, :, first:], rows.values[:, :, first:]
-        # The prompt is longer than the buffers: attend to all of it once, and store what stays visible.
-        if rows.length:
-            key_states = torch.cat([rows.keys, key_states], dim=2)
-            value_states = torch.cat([rows.values, value_states], dim=2)
-        surplus = max(key_states.shape[2] - (self.sliding_window - 1), 0)
-        rows.length = 0
-        rows.append(key_states[:, :, surplus:], value_states[:, :, surplus:])
-        self.dropped += surplus
-        return key_states, value_states
+    def _refuse(self, rows: Tensor | None) -> None:
+        if rows is not None:  # transformers' own classes set None when they are made
+            raise AttributeError("the cache of a running generation cannot be replaced")
 
     def first_visible(self) -> int:
-        """Return the position of the first token that the next token can see."""
-        return max(self.get_seq_length() - self.sliding_window + 1, 0)
+        """Return the position of the first row that the next row can see."""
+        return 0
 
     def get_seq_length(self) -> int:
-        return self.dropped + self.rows.length
+        return self.length + self.pending
 
     def get_mask_sizes(self, query_length: int, *_args) -> tuple[int, int]:
         first = self.first_visible()
         return self.get_seq_length() - first + query_length, first
 
-    def keep(self, start: int, path: Tensor | None, count: int) -> None:
-        super().keep(start - self.dropped, path, count)
+    def update(self, key_states: Tensor, value_states: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+        start, first = self.get_seq_length(), self.first_visible()
+        end = start + key_states.shape[2]
+        stored = self._room(key_states, value_states, end)
+        stored.write(start, key_states, value_states)
+        self._stored = stored
+        self.pending += end - start
+        self.is_initialized = True
+        return stored.rows(first, end)
+
+    def _room(self, keys: Tensor, values: Tensor, end: int) -> _Stored:
+        """Return buffers with the rows that can be seen so far, and with room up to the token `end`."""
+        first, stored = self.first_visible(), self._stored
+        if stored is None:
+            capacity = reserved(end - first)
+            return _Stored(_rows_like(keys, capacity), _rows_like(values, capacity), first)
+        if end - stored.dropped <= stored.capacity:
+            return stored
+        return stored.moved(first, self.get_seq_length(), reserved(end - first))
+
+    def begin_pass(self) -> None:
+        """Drop the rows of the pass before."""
+        self.pending = 0
+
+    def move(self, path: Sequence[int], index: Tensor | None) -> None:
+        """Move the rows of a pass that are to be kept to the front of its rows.
+
+        Args:
+            path: rows to keep, ascending, relative to the text's end.
+            index: the same from the first row on that moves, int64; None if none does.
+        """
+        if self._stored is None or index is None:
+            return
+        end = self.length + len(path)
+        for own, rows in zip(
+            self._stored.rows(end - len(index), end), self._stored.rows(self.length, self.get_seq_length()), strict=True
+        ):
+            own.copy_(rows.index_select(2, index.to(rows.device)))  # layers may lie on two devices
+
+    def kept(self) -> None:
+        """Learn that the lengths of the text count the rows of the latest pass now."""
+        self.pending = 0
+
+    def fill(self, stock: DynamicLayer) -> None:
+        """Take copies of the rows of an earlier turn."""
+        seen, keys, values = stock.get_seq_length(), stock.keys, stock.values
+        self._text.lengths[self._index] = seen
+        first = seen - keys.shape[2]
+        capacity = reserved(keys.shape[2])
+        stored = _Stored(_rows_like(keys, capacity), _rows_like(values, capacity), first)
+        stored.write(first, keys, values)
+        self._stored, self.is_initialized = stored, True
 
     def to_stock(self) -> DynamicLayer:
-        seen = self.get_seq_length()
-        if not self.rows.length:
-            return stock_sliding_layer(self.sliding_window, None, None, seen)
-        first = self.first_visible() - self.dropped
-        keys, values = self.rows.keys[:, :, first:], self.rows.values[:, :, first:]
-        return stock_sliding_layer(self.sliding_window, keys, values, seen)
+        """Return transformers' own layer with copies of the text's rows."""
+        return stock_layer(*self._copies())
+
+    def _copies(self) -> tuple[Tensor | None, Tensor | None]:
+        self.begin_pass()
+        if self._stored is None or not self.length:
+            return None, None
+        keys, values = self._stored.rows(self.first_visible(), self.length)
+        return keys.clone(memory_format=torch.contiguous_format), values.clone(memory_format=torch.contiguous_format)
+
+
+class TreeSlidingLayer(TreeLayer):
+    """A layer whose tokens see a window. Rows before the window stay until the buffers are full.
+
+    Args:
+        text: see `TreeLayer`.
+        index: see `TreeLayer`.
+        window: tokens that a token can see, including itself.
+    """
+
+    is_sliding = True
+
+    def __init__(self, text: "TextRows", index: int, window: int) -> None:
+        self.sliding_window = window
+        self._before: _Stored | None = None  # where the rows were before a pass that needed other buffers
+        super().__init__(text, index)
+
+    def first_visible(self) -> int:
+        """See `TreeLayer.first_visible`."""
+        return max(self.get_seq_length() - self.sliding_window + 1, 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        stored, end = self._stored, self.get_seq_length() + key_states.shape[2]
+        fits = stored is not None and end - stored.dropped <= stored.capacity
+        if not fits and self._before is None:
+            self._before = stored
+        if fits or not self._text.keeps_all or key_states.shape[2] <= self.sliding_window:
+            return super().update(key_states, value_states, *args, **kwargs)
+        # A long prompt: attend to all of it once, and store what the next token sees.
+        if stored is not None:
+            old = stored.rows(self.first_visible(), self.get_seq_length())
+            key_states = torch.cat([old[0], key_states], dim=2)
+            value_states = torch.cat([old[1], value_states], dim=2)
+        first, capacity = end - self.sliding_window + 1, reserved(self.sliding_window - 1)
+        new = _Stored(_rows_like(key_states, capacity), _rows_like(value_states, capacity), first)
+        rows = slice(1 - self.sliding_window, None) if self.sliding_window > 1 else slice(0, 0)
+        new.write(first, key_states[:, :, rows], value_states[:, :, rows])
+        self._stored = new
+        self.pending, self.is_initialized = end - self.length, True
+        return key_states, value_states
+
+    def begin_pass(self) -> None:
+        """See `TreeLayer.begin_pass`."""
+        if self.pending and self._stored is not None and self._stored.dropped > self._first_of_text():
+            self._stored = self._before
+        self._before = None
+        super().begin_pass()
+
+    def _first_of_text(self) -> int:
+        return max(self.length - self.sliding_window + 1, 0)
+
+    def kept(self) -> None:
+        """See `TreeLayer.kept`."""
+        self._before = None
+        super().kept()
+
+    def to_stock(self) -> DynamicLayer:
+        """See `TreeLayer.to_stock`."""
+        keys, values = self._copies()
+        return stock_sliding_layer(self.sliding_window, keys, values, self.length)
+
+
+class TextRows:
+    """The rows of one text, in a cache for the model.
+
+    Args:
+        given: the caller's cache. It keeps its own layers until `hand_back`.
+        template: empty layers of the kinds that the model uses, for caches that create their layers lazily.
+
+    Attributes:
+        cache: a copy of `given` over this storage, for the model.
+        layers: the layers of `cache`.
+        lengths: rows of each layer that belong to the text. All rows behind them are dropped by the next pass.
+        keeps_all: whether all rows of the pass in progress will be kept, as those of a prompt.
+    """
+
+    def __init__(self, given: Cache, template: list[DynamicLayer]) -> None:
+        stock = list(given.layers) + template[len(given.layers) :]
+        self.lengths = [0] * len(stock)
+        self.keeps_all = False
+        self.layers: list[TreeLayer] = [self._layer(index, layer) for index, layer in enumerate(stock)]
+        for own, layer in zip(self.layers, stock, strict=True):
+            if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+                own.fill(layer)
+        self.cache = copy.copy(given)
+        self.cache.layers = list(self.layers)
+
+    def _layer(self, index: int, stock: DynamicLayer) -> TreeLayer:
+        if isinstance(stock, DynamicSlidingWindowLayer):
+            return TreeSlidingLayer(self, index, stock.sliding_window)
+        return TreeLayer(self, index)
+
+    @property
+    def length(self) -> int:
+        """Rows of the text in the layer that has most; layers that share the rows of another one have none."""
+        return max(self.lengths)
+
+    def begin_pass(self, *, keeps_all: bool = False) -> None:
+        """Drop the rows of the pass before, unless they were kept.
+
+        Args:
+            keeps_all: see the attribute.
+        """
+        self.keeps_all = keeps_all
+        for layer in self.layers:
+            layer.begin_pass()
+
+    def keep(self, path: Sequence[int], rows: int) -> None:
+        """Make rows of the latest pass a part of the text, and drop the others.
+
+        Args:
+            path: rows to keep, ascending.
+            rows: rows that the pass had (N). A layer that wrote another number keeps all of its rows: they are not of
+                the tree but, for example, of an image.
+        """
+        moved = next((i for i, node in enumerate(path) if node != i), len(path))  # earlier rows do not move
+        index = torch.tensor(path[moved:]) if moved < len(path) else None
+        lengths = list(self.lengths)
+        for number, layer in enumerate(self.layers):
+            if layer.pending == rows:
+                layer.move(path, index)
+                lengths[number] += len(path)
+            else:
+                lengths[number] += layer.pending
+        self.lengths = lengths
+        for layer in self.layers:
+            layer.kept()
+
+    def hand_back(self, given: Cache) -> None:
+        """Give the caller's cache transformers' own layers with copies of the rows, in one assignment."""
+        given.layers = [layer.to_stock() for layer in self.layers]
 
 
 def refuse_reason(layers: Iterable[object]) -> str | None:
@@ -232,35 +390,3 @@ def refuse_reason(layers: Iterable[object]) -> str | None:
     if kinds:
         return "its cache has layers of type " + ", ".join(sorted(kind.__name__ for kind in kinds))
     return None
-
-
-@contextmanager
-def borrow(cache: Cache, template: list[DynamicLayer], capacity: int, tree_nodes: int) -> Iterator[list[TreeLayer]]:
-    """Put preallocated layers under `cache`. When the block ends, transformers' own layers with the final rows return.
-
-    Args:
-        cache: a transformers cache of dynamic layers, empty or filled by earlier turns. Existing rows are copied once.
-        template: empty layers of the kinds that the model uses, for caches that create their layers lazily.
-        capacity: tokens to make room for: prompt, new tokens and one tree.
-        tree_nodes: rows of the largest tree (N).
-
-    Yields:
-        The preallocated layers.
-    """
-    stock = list(cache.layers) + template[len(cache.layers) :]
-    own: list[TreeLayer] = []
-    for layer in stock:
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            tree_layer: TreeLayer = TreeSlidingLayer(layer.sliding_window, tree_nodes)
-        else:
-            tree_layer = TreeLayer(capacity)
-        if layer.is_initialized and layer.keys is not None and layer.keys.numel():
-            tree_layer.update(layer.keys, layer.values)
-            if isinstance(tree_layer, TreeSlidingLayer):
-                tree_layer.dropped = layer.cumulative_length - tree_layer.rows.length
-        own.append(tree_layer)
-    cache.layers = own
-    try:
-        yield own
-    finally:
-        cache.layers = [layer.to_stock() for layer in own]

@@ -47,11 +47,13 @@ def dotted(version: tuple[int, int]) -> str:
 
 refuse_old(transformers.__version__)
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import cached_file
 
@@ -95,7 +97,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "PreTrainedModel.post_init": (),
     "PreTrainedModel._keys_to_ignore_on_load_unexpected": (),
     "PreTrainedModel._supports_sdpa": (),
-    # read here
+    # called or read here
+    "GenerationMixin._prefill": ("input_ids", "generation_config", "model_kwargs"),
+    "GenerationMixin._update_model_kwargs_for_generation": ("outputs", "model_kwargs"),
+    "GenerationMixin.prepare_inputs_for_generation": ("input_ids", "next_sequence_length", CACHE, "attention_mask"),
+    "GenerationMixin._prepare_position_ids_for_generation": ("inputs_tensor", "model_kwargs"),
     "GenerationMixin._supports_default_dynamic_cache": (),
     "PreTrainedModel._is_stateful": (),
     # subclassed or filled by `cache.py`
@@ -170,6 +176,81 @@ def cache_argument(model: nn.Module) -> str:
     """Return the name of the cache among the arguments of a model's forward method."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in (CACHE, *CACHE_NAMES) if name in parameters), CACHE)
+
+
+def run_prompt(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    kwargs: dict[str, Any],
+    *,
+    cached: int,
+    chunk: int | None,
+) -> Any:
+    """Run the prompt's passes as plain `generate` does, and return the output of the last one.
+
+    Args:
+        model: the target.
+        input_ids: (1, T) int64, the whole prompt, or what is new of it.
+        kwargs: of the forward pass, as `generate` prepared them, with the cache. Changed in place.
+        cached: tokens at the start of `input_ids` whose rows the cache holds.
+        chunk: rows of a pass, or None.
+    """
+    config = GenerationConfig(prefill_chunk_size=chunk)
+    config._mask_length = input_ids.shape[1] if cached else -1  # tells the whole text from what is new of it
+    if cached and kwargs.get("attention_mask") is None:  # before 5.23 only the mask tells
+        kwargs["attention_mask"] = torch.ones_like(input_ids)
+    return model._prefill(input_ids, config, kwargs)
+
+
+def position_ids_for(model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Return the position ids that `generate` makes for a prompt (1, T) whose caller gives none: (..., 1, T) int64."""
+    return model._prepare_position_ids_for_generation(input_ids, kwargs)
+
+
+def with_next_tokens(model: PreTrainedModel, output: Any, kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return arguments of the forward pass for a text that is `count` tokens longer, as plain `generate` updates them.
+
+    Args:
+        model: the target.
+        output: of the latest pass.
+        kwargs: of the text so far; not changed.
+        count: number of further tokens, 0 or more.
+    """
+    kwargs = dict(kwargs)
+    update = model._update_model_kwargs_for_generation
+    own = getattr(update, "__func__", None) is not GenerationMixin._update_model_kwargs_for_generation
+    if own or kwargs.get("token_type_ids") is not None:  # these repeat the last value only one by one
+        for _ in range(count):
+            kwargs = update(output, kwargs)
+    elif count:
+        kwargs = update(output, kwargs, num_new_tokens=count)
+    return kwargs
+
+
+def masks_of_pass(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, rows: int) -> dict[str, Tensor | None]:
+    """Return the 4-D masks that a model makes for a pass, by type of layer; None where a row sees all rows before it.
+
+    Args:
+        model: the target.
+        inputs: of the pass, from the model's `prepare_inputs_for_generation`.
+        cache: of the pass.
+        rows: rows of the pass.
+    """
+    make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    names = ("position_ids", "token_type_ids", "mm_token_type_ids", "block_sequence_ids")
+    masks = make(
+        config=model.config,
+        inputs_embeds=torch.empty(1, rows, 0, dtype=model.dtype, device=model.device),
+        attention_mask=inputs.get("attention_mask"),
+        **{CACHE: cache},
+        **{name: inputs[name] for name in names if inputs.get(name) is not None},
+    )
+    return masks if isinstance(masks, dict) else {"all": masks}
+
+
+def shares_cache(config: GenerationConfig, cache: Any) -> bool:
+    """Return whether the caller of `generate` will see the cache: it was passed in, or the output contains it."""
+    return bool(config.return_dict_in_generate) or getattr(cache, "_is_user_defined", True)
 
 
 def output_of_generate(

@@ -126,7 +126,7 @@ class Torch:
         return model
 
     def session_class(self) -> type:
-        from dovetail_plugin.targets.transformers_model import TorchSession
+        from dovetail_plugin.targets.torch_session import TorchSession
 
         return TorchSession
 

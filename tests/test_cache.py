@@ -1,4 +1,4 @@
-"""Key/value storage against a plain list, and its layers while they are lent to caches of transformers."""
+"""Key/value storage against a plain list, and what the caller's cache holds when a text ends or is interrupted."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dovetail_plugin.cache import KVRows, TreeLayer, TreeSlidingLayer, borrow
+from dovetail_plugin import cache
+from dovetail_plugin.cache import KVRows, TextRows
 
 
 def rows_like(values):
@@ -24,101 +25,164 @@ def spelled(keys):
 # In each round rows are appended, then those with a flag are kept.
 rounds = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), max_size=12)
 
-
-def path_from(flags):
-    path = [i for i, flag in enumerate(flags) if flag]
-    moved = next((i for i, node in enumerate(path) if node != i), len(path))
-    index = torch.tensor(path[moved:]) - moved if moved < len(path) else None
-    return path, moved, index
+KINDS = {
+    "full": DynamicCache(config=LlamaConfig(num_hidden_layers=2)).layers,
+    "sliding": DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4)).layers,
+}
 
 
-@settings(deadline=None)
-@given(st.integers(0, 12), st.integers(1, 40), rounds)
-def test_rows_against_a_list(prompt, capacity, rounds):
-    rows, reference, counter = KVRows(capacity), list(range(prompt)), prompt
-    if prompt:
-        rows.append(*rows_like(reference))
-    for flags in rounds:
-        new = list(range(counter, counter + len(flags)))
-        counter += len(flags)
-        rows.append(*rows_like(new))
-        path, moved, index = path_from(flags)
-        rows.keep(len(reference) + moved, index, len(path) - moved)
-        reference += [new[i] for i in path]
-        assert spelled(rows.keys) == reference
-        assert spelled(-rows.values) == reference
+def text_rows(cache, kind="full"):
+    return TextRows(cache, KINDS[kind])
 
 
-@settings(deadline=None)
-@given(st.integers(1, 40), st.integers(2, 9), rounds)
-def test_sliding_layer_against_a_list(prompt, window, rounds):
-    """Every row that a later token can see is stored, in order, whatever was dropped before."""
-    layer = TreeSlidingLayer(window, tree_nodes=9)
-    layer.rows.capacity = window - 1 + 9 + 3  # small slack, so that the window is moved often
-    reference, counter = list(range(prompt)), prompt
-    keys, _ = layer.update(*rows_like(reference))
-    assert spelled(keys) == reference
-    for flags in rounds:
-        new = list(range(counter, counter + len(flags)))
-        counter += len(flags)
-        width, first = layer.get_mask_sizes(len(new))
-        keys, values = layer.update(*rows_like(new))
-        assert first == max(len(reference) - window + 1, 0)
-        assert spelled(keys) == (reference + new)[first:]
-        assert spelled(-values) == (reference + new)[first:]
-        assert keys.shape[2] == width
-        path, moved, index = path_from(flags)
-        layer.keep(len(reference) + moved, index, len(path) - moved)
-        reference += [new[i] for i in path]
-        assert layer.get_seq_length() == len(reference)
-    stock = layer.to_stock()
-    assert stock.cumulative_length == len(reference)
-    assert spelled(stock.keys) == reference[max(len(reference) - window + 1, 0) :]
+def append(text, rows, keeps_all=False):
+    """One pass over all layers. Returns what the last layer may attend to."""
+    text.begin_pass(keeps_all=keeps_all)
+    for index in range(len(text.layers)):
+        seen = text.cache.update(*rows_like(rows), index)
+    return seen
 
 
-def test_rows_stay_where_they_are():
-    """Appending and keeping never move the storage; only growing beyond the capacity does."""
+def test_rows_of_a_draft_against_a_list():
+    rows = KVRows(3)
+    for start in range(0, 40, 5):
+        rows.append(*rows_like(range(start, start + 5)))
+        assert spelled(rows.keys) == spelled(-rows.values) == list(range(start + 5))
+    rows.length = 7
+    rows.append(*rows_like([90]))
+    assert spelled(rows.keys) == [*range(7), 90]
+
+
+def test_storage_of_a_draft_only_moves_to_grow():
     rows = KVRows(64)
     rows.append(*rows_like(range(10)))
     place = rows.keys.data_ptr()
     for _ in range(10):
         rows.append(*rows_like(range(5)))
-        rows.keep(rows.length - 5, torch.tensor([1, 3]), 2)
-    assert rows.keys.data_ptr() == place
-    assert rows.length == 30
+        rows.length -= 2
+    assert rows.keys.data_ptr() == place and rows.length == 40
 
 
-def test_loan_and_return():
-    """A borrowed cache contains tree layers; afterwards it has stock layers with the same rows, without a copy."""
-    cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
-    cache.update(*rows_like(range(9)), 0)
-    cache.update(*rows_like(range(9)), 1)
-    with borrow(cache, [], capacity=40, tree_nodes=4) as layers:
-        assert [type(layer) for layer in cache.layers] == [TreeSlidingLayer] * 2
-        assert cache.get_seq_length() == 9
+@settings(deadline=None)
+@given(st.integers(1, 40), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 5), rounds)
+def test_layers_against_a_list(prompt, window, slack, rounds):
+    """Every row that a later token can see is stored, in order, whatever was dropped before."""
+    config = LlamaConfig(num_hidden_layers=2)
+    if window is not None:
+        config = MistralConfig(num_hidden_layers=2, sliding_window=window)
+    given_cache = DynamicCache(config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SLACK_ROWS", slack)  # few, so that buffers grow and windows move often
+        text = TextRows(given_cache, [])
+        reference, counter = list(range(prompt)), prompt
+        keys, _ = append(text, reference, keeps_all=True)
+        assert spelled(keys) == reference
+        text.keep(range(prompt), prompt)
+        for flags in rounds:
+            new = list(range(counter, counter + len(flags)))
+            counter += len(flags)
+            text.begin_pass()
+            width, first = text.layers[1].get_mask_sizes(len(new))
+            keys, values = append(text, new)
+            assert first == (0 if window is None else max(len(reference) - window + 1, 0))
+            assert spelled(keys) == spelled(-values) == (reference + new)[first:]
+            assert keys.shape[2] == width
+            path = [i for i, flag in enumerate(flags) if flag]
+            text.keep(path, len(new))
+            reference += [new[i] for i in path]
+            assert text.length == text.layers[0].get_seq_length() == len(reference)
+    assert given_cache.get_seq_length() == 0  # the caller's cache is not touched so far
+    text.hand_back(given_cache)
+    seen = 0 if window is None else max(len(reference) - window + 1, 0)
+    for layer in given_cache.layers:
+        assert type(layer) is (DynamicLayer if window is None else DynamicSlidingWindowLayer)
+        assert layer.get_seq_length() == len(reference)
+        assert spelled(layer.keys) == reference[seen:]
+        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # a copy or a file holds the rows alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("turn", [3, 400])
+@pytest.mark.parametrize("layers_run", [1, 2])
+def test_an_interrupted_pass_leaves_the_text(kind, turn, layers_run):
+    """The rows of the text are there again, in all layers, whether the pass was a tree or a prompt."""
+    given_cache = DynamicCache(config=None)
+    text = text_rows(given_cache, kind)
+    append(text, range(10), keeps_all=True)
+    text.keep(range(10), 10)
+    for keeps_all in (False, True):
+        text.begin_pass(keeps_all=keeps_all)
+        for index in range(layers_run):
+            text.cache.update(*rows_like(range(100, 100 + turn)), index)
+        text.hand_back(given_cache)
+        for layer in given_cache.layers:
+            assert layer.get_seq_length() == 10
+            assert spelled(layer.keys) == list(range(10))[-3 if kind == "sliding" else 0 :]
+    keys, _ = append(text, [10, 11])
+    assert spelled(keys) == [*range(7 if kind == "sliding" else 0, 12)]
+
+
+@pytest.mark.parametrize("chunks", [[3, 3, 3], [2, 600, 1], [600, 600]])
+def test_a_prompt_in_several_passes(chunks):
+    """Its rows are kept at once, when the last pass has ended; until then the text has none of them."""
+    text = text_rows(DynamicCache(), "sliding")
+    text.begin_pass(keeps_all=True)
+    total = 0
+    for rows in chunks:
+        width, first = text.layers[0].get_mask_sizes(rows)
         for index in range(2):
-            cache.update(*rows_like([9, 10]), index)
-        assert layers[0].get_seq_length() == 11
-    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer] * 2
-    assert cache.get_seq_length() == 11
-    assert spelled(cache.layers[1].keys) == [8, 9, 10]
-    keys, _ = cache.update(*rows_like([11]), 1)
+            keys, _ = text.cache.update(*rows_like(range(total, total + rows)), index)
+        total += rows
+        assert spelled(keys) == list(range(first, total)) and len(spelled(keys)) == width
+    assert text.length == 0
+    text.keep(range(total), total)
+    keys, _ = append(text, [total])
+    assert spelled(keys) == list(range(total - 3, total + 1))
+
+
+def test_rows_of_an_earlier_turn():
+    given_cache = DynamicCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4))
+    for index in range(2):
+        given_cache.update(*rows_like(range(9)), index)
+    text = TextRows(given_cache, [])
+    append(text, [9, 10])
+    assert text.length == 9 and given_cache.get_seq_length() == 9
+    text.keep([0, 1], 2)
+    text.hand_back(given_cache)
+    assert given_cache.get_seq_length() == 11
+    assert spelled(given_cache.layers[1].keys) == [8, 9, 10]
+    keys, _ = given_cache.update(*rows_like([11]), 1)
     assert spelled(keys) == [8, 9, 10, 11]
 
 
-def test_loan_is_returned_after_an_error():
-    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
-    with pytest.raises(RuntimeError), borrow(cache, [], capacity=8, tree_nodes=4):
-        assert type(cache.layers[0]) is TreeLayer
-        raise RuntimeError
-    assert type(cache.layers[0]) is DynamicLayer
-    assert cache.get_seq_length() == 0
+def test_rows_can_be_read_while_a_text_grows():
+    """Hooks read them, and layers that attend to an image."""
+    text = text_rows(DynamicCache())
+    assert text.layers[0].keys is None
+    append(text, range(5), keeps_all=True)
+    assert spelled(text.layers[0].keys) == spelled(-text.layers[0].values) == [0, 1, 2, 3, 4]
+    with pytest.raises(AttributeError, match="cannot be replaced"):
+        text.layers[0].keys = torch.zeros(1)
 
 
-def test_lazily_built_caches_get_their_layers():
-    cache = DynamicCache()
-    kinds = DynamicCache(config=LlamaConfig(num_hidden_layers=3)).layers
-    with borrow(cache, kinds, capacity=8, tree_nodes=4):
-        cache.update(*rows_like([1, 2]), 2)
-        assert len(cache.layers) == 3
-    assert spelled(cache.layers[2].keys) == [1, 2]
+def test_rows_that_are_not_of_the_tree_stay():
+    """A layer that attends to an image writes the image's rows once, in the prompt's pass."""
+    text = text_rows(DynamicCache())
+    text.begin_pass(keeps_all=True)
+    text.cache.update(*rows_like(range(5)), 0)
+    text.cache.update(*rows_like(range(50, 90)), 1)
+    text.keep(range(5), 5)
+    text.begin_pass()
+    text.cache.update(*rows_like([5, 6, 7]), 0)
+    text.keep([0, 2], 3)
+    assert spelled(text.layers[0].keys) == [0, 1, 2, 3, 4, 5, 7]
+    assert spelled(text.layers[1].keys) == list(range(50, 90))
+
+
+def test_caches_without_layers_get_those_of_the_model():
+    given_cache = DynamicCache()
+    text = text_rows(given_cache)
+    append(text, [1, 2], keeps_all=True)
+    text.keep(range(2), 2)
+    text.hand_back(given_cache)
+    assert spelled(given_cache.layers[1].keys) == [1, 2]

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin.targets.features import decoder_layers
 from dovetail_plugin.targets.layers_on_gpu import Border, final_norm, place_layers
-from dovetail_plugin.targets.transformers_model import decoder_layers
 
 pytestmark = pytest.mark.torch_only("layers of torch targets")
 

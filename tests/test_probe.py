@@ -18,7 +18,7 @@ from dovetail_plugin.policy import probe
 from dovetail_plugin.policy.device_split import LIMITS
 from dovetail_plugin.policy.settings import PolicySettings
 from dovetail_plugin.report import PhaseClock
-from dovetail_plugin.targets.transformers_model import TorchSession
+from dovetail_plugin.targets.engine import engine_of
 
 SETTINGS = PolicySettings()
 
@@ -220,7 +220,7 @@ def test_the_text_is_unchanged(family, trees):
     ids = prompt(30)
     plain = model.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     cache = DynamicCache(config=model.config)
-    with TorchSession(model, cache, max_length=100, max_nodes=LIMITS.nodes) as target:
+    with engine_of(model).session(cache, max_nodes=LIMITS.nodes) as target:
         target.supports_tree = trees
         output = target.prefill(ids, None)
         token = int(output.logits.argmax())
@@ -228,7 +228,7 @@ def test_the_text_is_unchanged(family, trees):
         drafter.begin(output.features, torch.cat([ids[0], torch.tensor([token])]))
         before = drafter.grow(TreeBudget(12, 4, 4))
         measured = measure(target, drafter, limits=LIMITS if trees else LIMITS.as_chain(), limit_s=0.5)
-        assert cache.get_seq_length() == 30
+        assert target.committed == 30
         after = drafter.grow(TreeBudget(12, 4, 4))
         assert after.tokens.tolist() == before.tokens.tolist() and after.parents.tolist() == before.parents.tolist()
         torch.testing.assert_close(after.scores, before.scores)

@@ -7,7 +7,7 @@ from families import prompt
 
 from dovetail_plugin import TreeBudget, compat
 from dovetail_plugin.generation import self_check
-from dovetail_plugin.targets.transformers_model import TorchSession
+from dovetail_plugin.targets.torch_session import TorchSession
 
 OPTIONS = dict(max_new_tokens=8, do_sample=False)
 

@@ -21,7 +21,7 @@ from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.runner import Pass
-from dovetail_plugin.targets.transformers_model import TorchSession
+from dovetail_plugin.targets.torch_session import TorchSession
 
 pytestmark = pytest.mark.torch_only("what an engine computes is thrown away")
 
@@ -145,14 +145,21 @@ def test_lots(llama, draft):
     assert torch.equal(first, generate(llama, fresh, seed=1, budget=budget)[0].ids)  # weights decide nothing
 
 
+def passes_of(model):
+    """Rows of each pass that a model runs from now on, its probe excepted."""
+    passes = []
+    synthetic_generate(model, None, prompt(5), rate=0.5, max_new_tokens=1)  # the first session probes the model
+    model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return passes
+
+
 # --- the passes are real ---------------------------------------------------------------------------
 
 
 def test_passes_are_run(llama, draft, counted, monkeypatch):
-    passes, forward = [], TorchSession._forward
-    monkeypatch.setattr(
-        TorchSession, "_forward", lambda self, *a, **k: passes.append(a[0].shape[1]) or forward(self, *a, **k)
-    )
+    passes = passes_of(llama)
     _, rounds = generate(llama, draft, budget=TreeBudget(9, 3, 4))
     trees, steps = counted
     assert passes == [17, *(r.nodes for r in rounds)] == [17, *map(len, trees)]
@@ -173,10 +180,7 @@ def test_policy_chooses(llama, draft, counted):
 
 
 def test_plain(llama, draft, monkeypatch):
-    passes, forward = [], TorchSession._forward
-    monkeypatch.setattr(
-        TorchSession, "_forward", lambda self, *a, **k: passes.append(a[0].shape[1]) or forward(self, *a, **k)
-    )
+    passes = passes_of(llama)
     run = synthetic_generate(llama, None, prompt(), rate=0.8, max_new_tokens=30)
     assert run.tokens == 30 and run.seconds > 0
     assert passes == [17] + [1] * 29

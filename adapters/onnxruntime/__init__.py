@@ -115,7 +115,6 @@ class OnnxRuntimeEngine:
         self,
         cache: OnnxRuntimeCache,
         *,
-        max_length: int,  # noqa: ARG002 - buffers grow by themselves
         max_nodes: int,
         prefill_chunk: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -139,6 +138,11 @@ class OnnxRuntimeEngine:
             prefill_chunk=prefill_chunk,
             feature_layers=feature_layers,
         )
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions of the model; None if its config names no number."""
+        return self._traits.max_length
 
     def num_parameters(self) -> int:
         """Return the number of weights in the graph's matrices."""

@@ -108,6 +108,7 @@ class OnnxRuntimeSession:
         self._chunk = prefill_chunk or PREFILL_ROWS
         self._features = feature_outputs(feature_layers)
         self.max_length = traits.max_length
+        self.limitation: str | None = None
         self._new: list[np.ndarray] = []  # keys and values of the latest pass
 
     def __enter__(self) -> "OnnxRuntimeSession":
@@ -131,8 +132,12 @@ class OnnxRuntimeSession:
         """False where a row's place in the cache counts: chains are exact there, trees are not."""
         return not self._counts_rows(self._max_nodes)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
+    def levels_left(self) -> None:
+        """Return None: passes are alike up to `max_length`."""
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int = 0) -> TargetOutput:
         """Run the prompt in chunks; see `TargetSession.prefill`."""
+        input_ids = input_ids[:, cached:]
         cache, first = self._cache, self._cache.tokens
         total = first + input_ids.shape[1]
         seen, positions = seen_and_positions(total, attention_mask, tokens=first, position=cache.position)

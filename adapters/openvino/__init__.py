@@ -127,7 +127,6 @@ class OpenVINOEngine:
         self,
         cache: OpenVINOCache,
         *,
-        max_length: int,  # noqa: ARG002 - the state grows by itself
         max_nodes: int,
         prefill_chunk: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -150,6 +149,11 @@ class OpenVINOEngine:
             prefill_chunk=prefill_chunk,
             feature_layers=feature_layers,
         )
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions of the model; None if its config names no number."""
+        return self._traits.max_length
 
     def num_parameters(self) -> int:
         """Return the number of weights in the graph's matrices."""

@@ -150,6 +150,7 @@ class OpenVINOSession:
         self._chunk = prefill_chunk or PREFILL_ROWS
         self._features = feature_outputs(feature_layers)
         self.max_length = traits.max_length
+        self.limitation: str | None = None
         self._scored = np.zeros(0, dtype=np.int64)  # slots of the latest tree
 
     def __enter__(self) -> "OpenVINOSession":
@@ -170,8 +171,12 @@ class OpenVINOSession:
         """False where the window counts rows: chains are exact there, trees are not."""
         return self._traits.takes_positions and not self._near_window and not self._exact
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
+    def levels_left(self) -> None:
+        """Return None: passes are alike up to `max_length`."""
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int = 0) -> TargetOutput:
         """Run the prompt in chunks; see `TargetSession.prefill`."""
+        input_ids = input_ids[:, cached:]
         cache, first = self._cache, self._cache.length
         total = first + input_ids.shape[1]
         seen, positions = seen_and_positions(total, attention_mask, tokens=first, position=cache.position)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..cache import TreeLayer
+from ..cache import TextRows
 from ..compat import DynamicCache, attention_of, cache_argument, layers_for
 from ..report import PhaseClock
 from ..runner import Pass, Predicted
 from ..targets.base import Engine, TargetModel
 from ..targets.engine import engine_of
-from ..targets.transformers_model import TREE_ATTENTION
+from ..targets.support import TREE_ATTENTION
 from .base import Draft, Drafter, DraftError
 from .checkpoints.load import hub_arguments
 from .feature_drafter import FeatureDrafter
@@ -33,27 +33,23 @@ class SmallModelRows:
     """Key/value rows of one text under a cache that the model takes; implements `RowStorage`.
 
     Args:
-        layers: number of layers.
-        capacity: rows to make room for at once.
+        model: the small model.
 
     Attributes:
-        cache: transformers cache over the rows.
+        text: the rows, with a cache over them for the model.
     """
 
-    def __init__(self, layers: int, capacity: int) -> None:
-        self._layers = [TreeLayer(capacity) for _ in range(layers)]
-        self.cache = DynamicCache()
-        self.cache.layers = list(self._layers)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.text = TextRows(DynamicCache(), layers_for(model.config.get_text_config(decoder=True)))
 
     @property
     def length(self) -> int:
         """Rows in use."""
-        return self._layers[0].rows.length
+        return self.text.length
 
     @length.setter
     def length(self, length: int) -> None:
-        for layer in self._layers:
-            layer.rows.length = length
+        self.text.lengths = [length] * len(self.text.lengths)
 
 
 class SmallModelRunner:
@@ -72,13 +68,12 @@ class SmallModelRunner:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         config = model.config.get_text_config(decoder=True)
-        self._layers = config.num_hidden_layers
         self._positions = getattr(config, "max_position_embeddings", None)
         self._cache_name = cache_argument(model)
 
-    def new_rows(self, capacity: int) -> SmallModelRows:
+    def new_rows(self, capacity: int) -> SmallModelRows:  # noqa: ARG002 - rows are reserved as the text grows
         """Make rows for each layer."""
-        return SmallModelRows(self._layers, capacity)
+        return SmallModelRows(self._model)
 
     def run(self, step: Pass, rows: SmallModelRows) -> Predicted:
         """Run the model over the pass.
@@ -91,14 +86,16 @@ class SmallModelRunner:
             raise DraftError(f"the text has outgrown the {self._positions} positions of the small model")
         if mask is not None:
             mask = mask.clamp(min=torch.finfo(self.dtype).min)[None, None]
+        rows.text.begin_pass()
         output = self._model(
             input_ids=step.tokens[None],
             attention_mask=mask,
             position_ids=step.positions()[None],
             use_cache=True,
             logits_to_keep=count - step.logits_from,
-            **{self._cache_name: rows.cache},
+            **{self._cache_name: rows.text.cache},
         )
+        rows.text.keep(range(count), count)
         logits = output.logits[0, -(count - step.logits_from) :]
         return Predicted(step.features.new_empty(count, 0), logits[:, : self._vocab_size])
 

@@ -11,7 +11,6 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PretrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -24,11 +23,8 @@ from .open import Request, open_generation
 from .self_check import check_transformers
 from .text import Text
 
-OWN_ARGUMENTS = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position")
-"""Forward arguments that the target handles itself. All others go to the prompt's pass unchanged."""
-
-NOT_FOR_FORWARD = (*OWN_ARGUMENTS, "inputs_tensor", "tokenizer", "assistant_tokenizer")
-"""Arguments that do not go to forward, with those that `generate` hands on although it has used them itself."""
+NOT_FOR_FORWARD = ("inputs_tensor", "tokenizer", "assistant_tokenizer")
+"""Arguments that `generate` hands on although it has used them itself. All others go to the model's passes."""
 
 
 def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
@@ -114,7 +110,7 @@ def generate_with_draft(
     if draft is None:
         raise ValueError("no draft given. Pass draft=DovetailDraft.from_pretrained(...).")
     check_request(model, draft, generation_config)
-    _check_prompt(model.config, input_ids, synced_gpus, model_kwargs)
+    _check_prompt(model, input_ids, synced_gpus, model_kwargs)
     text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     return _run(model, text, generation_config, draft, model_kwargs)
 
@@ -135,7 +131,7 @@ def generate_plainly(
     """
     engine_of(model).check()
     check_options(generation_config)
-    _check_prompt(model.config, input_ids, synced_gpus, model_kwargs)
+    _check_prompt(model, input_ids, synced_gpus, model_kwargs)
     text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     return _run(model, text, generation_config, None, model_kwargs)
 
@@ -161,7 +157,7 @@ def _run(model: Any, text: Text, config: GenerationConfig, draft: Draft | None, 
     return compat.output_of_generate(ids, text.scores, text.logits, cache)
 
 
-def _check_prompt(config: PretrainedConfig, input_ids: Tensor, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
+def _check_prompt(model: Any, input_ids: Tensor, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
     if input_ids.shape[0] > 1:
         raise ValueError(
             f"drafting works on one sequence at a time, not on a batch of {input_ids.shape[0]} "
@@ -173,7 +169,7 @@ def _check_prompt(config: PretrainedConfig, input_ids: Tensor, synced_gpus: bool
         raise ValueError("the prompt is empty. Drafting needs at least one token.")
     if synced_gpus:
         raise ValueError("drafting does not support synced_gpus (DeepSpeed ZeRO-3 or FSDP over several GPUs).")
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = engine_of(model).position_limit
     if positions is not None and input_ids.shape[1] > positions:
         raise ValueError(
             f"the prompt has {input_ids.shape[1]} tokens but the target has {positions} positions. Shorten it."

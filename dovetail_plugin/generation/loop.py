@@ -59,7 +59,7 @@ class Decoder:
         report, text = self.report, self.text
         report.prompt_tokens = text.length
         start_s = time.perf_counter()
-        output = self.session.prefill(text.ids[:, self.cached :], self.attention_mask)
+        output = self.session.prefill(text.ids.clone(), self.attention_mask, self.cached)
         self._vocab_size = output.logits.shape[-1]
         choice = text.choose(output.logits)
         self._begin(output)
@@ -109,8 +109,10 @@ class Decoder:
         return acceptance
 
     def _bound(self) -> TreeBudget:
-        """Return the largest tree allowed: the policy's limits, the room in the text and in the target's positions."""
+        """Return the largest tree allowed: the policy's limits, the room in the text and what the session permits."""
         room = self.text.room
+        if (levels := self.session.levels_left()) is not None:
+            room = min(room, levels + 1)
         if self.session.max_length is not None:  # no node beyond the target's positions
             room = min(room, self.session.max_length - self.text.length + 1)
         bound = self.planner.limits.clipped(max(room, 1)) if self.drafter is not None else PLAIN
@@ -133,9 +135,13 @@ class Decoder:
         drafter, limits, positions = self.drafter, self.planner.limits, self.session.max_length
         if drafter is None:
             return
-        if positions is not None and self.text.length + limits.depth >= positions:
+        levels = self.session.levels_left()
+        short = positions is not None and self.text.length + limits.depth >= positions
+        if short or levels == 0:
             self.planner = FixedPlanner(PLAIN)  # there is no room for the trees of a measurement, and little for text
             return
+        if levels is not None:
+            limits = limits.clipped(levels + 1)
         try:
             measured = self.planner.prepare(
                 lambda settings: measure(

@@ -79,10 +79,8 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
         draft.report, draft.policy = report, draft.policy or DeviceSplitPolicy()
         drafter = _drafter_for(draft, engine, request, report)
         planner = planner_for(draft, drafter, model, engine, request.temperature)
-    session = engine.session(
+    opening = engine.session(
         cache,
-        # The cache may hold rows of turns that the prompt does not repeat.
-        max_length=cache.get_seq_length() - request.cached + text.max_length,
         max_nodes=planner.limits.nodes,
         prefill_chunk=request.config.prefill_chunk_size,
         model_kwargs=request.model_kwargs,
@@ -90,9 +88,12 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
     )
     in_torch = engine.runs_in_torch or (drafter is not None and drafter.runs_in_torch)
     # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
-    with session as opened, torch.no_grad(), thread_count(None if in_torch else 1):
+    with opening as session, torch.no_grad(), thread_count(None if in_torch else 1):
+        if session.limitation and drafter is not None:
+            report.warnings.append(f"{session.limitation}. Generation goes on one token at a time.")
+            drafter, planner = None, FixedPlanner(PLAIN)
         decoder = Decoder(
-            opened,
+            session,
             drafter,
             text,
             planner,

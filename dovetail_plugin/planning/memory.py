@@ -21,15 +21,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..cache import SLIDING_SLACK_ROWS, refuse_reason
+from ..cache import refuse_reason, reserved
 from ..compat import DynamicCache, cache_argument, keeps_recurrent_state, layers_for
 from ..drafts.base import DRAFT_ROWS
 from ..drafts.config import DovetailConfig
 from ..drafts.cuda_graph_rows import MAX_STATIC_ROWS, MIN_COLUMNS, power_of_two
 from ..drafts.model import DovetailDraft
 from ..targets.config_sizes import sizes_of
+from ..targets.features import decoder_layers
 from ..targets.layers_on_gpu import final_norm, parts_of
-from ..targets.transformers_model import decoder_layers
 from .storage import FLOAT_DTYPES, Storage
 
 
@@ -65,9 +65,7 @@ class LayerSizes:
     def kv_bytes(self, rows: Rows, *, allocated: bool) -> int:
         """Return the bytes of its cache: whole buffers (on a GPU), or only the pages that are written (on a CPU)."""
         full = rows.context + rows.nodes
-        if self.window is None:
-            return full * self.kv_row_bytes
-        capacity = self.window - 1 + rows.nodes + SLIDING_SLACK_ROWS
+        capacity = reserved(full if self.window is None else min(self.window - 1 + rows.nodes, full))
         return self.kv_row_bytes * (capacity if allocated else min(capacity, full))
 
 
@@ -167,7 +165,7 @@ class TargetSizes:
     def score_bytes(self, rows: Rows) -> int:
         """Return the bytes of temporaries of one pass over a tree, with its logits in float32."""
         keys, logits_bytes = rows.context + rows.nodes, rows.nodes * self.vocab_size * 4
-        return self.widths.masked_pass_bytes(rows.nodes, keys, self.storage.run_bytes, additive=True) + logits_bytes
+        return self.widths.masked_pass_bytes(rows.nodes, keys, self.storage.run_bytes, additive=False) + logits_bytes
 
 
 @dataclass(frozen=True)

@@ -69,20 +69,32 @@ class TargetSession(Protocol):
 
     Attributes:
         supports_tree: whether a tree may have branches; else it gets chains only.
-        max_length: positions of the target, or None if it has no limit.
+        limitation: why a pass may have one row only, which is plain decoding; None if it may have several.
+        max_length: tokens up to which a text may be drafted, or None if there is no limit.
     """
 
     @property
     def supports_tree(self) -> bool: ...
 
+    limitation: str | None
     max_length: int | None
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> TargetOutput:
-        """Run the prompt (1, T) after the rows that are in the cache already.
+    def levels_left(self) -> int | None:
+        """Return how many levels below the root the next tree may have; None for any number.
+
+        Such a limit passes as the text grows, in contrast to `max_length`.
+        """
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int = 0) -> TargetOutput:
+        """Run the prompt after the rows that are in the cache already.
 
         Args:
-            input_ids: (1, T) int64 rows to run.
-            attention_mask: (1, cached + T), 0 at padding; None without padding.
+            input_ids: (1, T) int64, the whole prompt, or what is new of it.
+            attention_mask: (1, tokens of the whole text), 0 at padding; None without padding.
+            cached: tokens at the start of `input_ids` whose rows are in the cache. They are not run.
+
+        Returns:
+            Logits of the last row and features of the T - cached rows.
         """
 
     def score(self, tree: DraftTree) -> TargetOutput:
@@ -98,10 +110,14 @@ class Engine(Protocol):
     Attributes:
         config: the model's config.
         runs_in_torch: whether passes need torch's threads.
+        position_limit: tokens that a text can have; None if only memory limits it.
     """
 
     config: PretrainedConfig
     runs_in_torch: bool
+
+    @property
+    def position_limit(self) -> int | None: ...
 
     @property
     def rounding(self) -> torch.dtype:
@@ -134,7 +150,6 @@ class Engine(Protocol):
         self,
         cache: Any,
         *,
-        max_length: int,
         max_nodes: int,
         prefill_chunk: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -144,10 +159,9 @@ class Engine(Protocol):
 
         Args:
             cache: from `cache`.
-            max_length: tokens the text may reach.
             max_nodes: rows of the largest tree (N).
             prefill_chunk: prompt rows per pass; None leaves it to the engine.
-            model_kwargs: further arguments of the model's forward pass.
+            model_kwargs: further arguments of the model's forward pass, as `generate` prepared them.
             feature_layers: see `Draft.feature_layers`.
 
         Raises:

@@ -38,9 +38,9 @@ def _find_engine(model: Any) -> Engine:
     return TorchEngine(model)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def next_logits(model: Any, input_ids: Tensor) -> Tensor:
     """Run the model plainly over `input_ids` (1, T) from scratch and return the logits (1, V) of the last row."""
     engine = engine_of(model)
-    with engine.session(engine.cache(None), max_length=input_ids.shape[1], max_nodes=1) as session:
+    with engine.session(engine.cache(None), max_nodes=1) as session:
         return session.prefill(input_ids, None).logits

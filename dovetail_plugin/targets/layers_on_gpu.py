@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .transformers_model import decoder_layers
+from .features import decoder_layers
 
 
 class Border:

@@ -21,9 +21,7 @@ def exported(model_type: str = "llama", kind: str = "f32", **fields: Any) -> tup
 def open_session(target: Any, cache: Any = None, max_nodes: int = 30) -> Any:
     """A session of the target's engine for texts of up to 500 tokens; use it in a `with` statement."""
     engine = engine_of(target)
-    return engine.session(
-        cache or engine.cache(None), max_length=500, max_nodes=max_nodes, prefill_chunk=None, model_kwargs={}
-    )
+    return engine.session(cache or engine.cache(None), max_nodes=max_nodes, prefill_chunk=None, model_kwargs={})
 
 
 @torch.no_grad()

@@ -1,0 +1,108 @@
+"""Reads features of a transformers model: hidden states that forward hooks see while a pass of one session runs.
+
+Several threads may run one model at once. A hook therefore looks at the thread: it takes the states of the pass that
+its own session runs, and no others.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class FeatureReader:
+    """Collects the features of the passes of one session. The hooks stay on the model while `installed` lasts.
+
+    Args:
+        model: the target.
+        layers: hidden states whose concatenation is the feature, in transformers' numbering (0 is the embeddings, i the
+            output of decoder layer i - 1); None is the state after the final norm.
+
+    Raises:
+        ValueError: the model's decoder layers cannot be identified.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] | None) -> None:
+        if layers is None:
+            self._modules: list[nn.Module] = [feature_module(model)]
+            self._order = [0]
+            return
+        decoder, embedding = decoder_layers(model), model.get_input_embeddings()
+        states = sorted(set(layers))
+        self._modules = [decoder[state - 1] if state else embedding for state in states]
+        self._order = [states.index(state) for state in layers]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have the hooks on the model while the block runs."""
+        self._states: list[list[Tensor]] = [[] for _ in self._modules]
+        self._thread: int | None = None
+        handles = []
+        try:
+            for index, module in enumerate(self._modules):
+                handles.append(module.register_forward_hook(self._hook(index)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._states.clear()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Collect the states of the passes that this thread runs in the block."""
+        for states in self._states:
+            states.clear()
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._thread = None
+
+    def take(self, rows: int) -> Tensor:
+        """Return the features (rows, F) of the last rows of the passes in `reading`."""
+        states = [torch.cat(s) if len(s) > 1 else s[0] for s in self._states]
+        device = states[-1].device
+        chosen = [states[index][-rows:].to(device) for index in self._order]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def _hook(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._thread != threading.get_ident():
+                return
+            state = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+            self._states[index].append((output[0] if state is None else state)[0])
+
+        return hook
+
+
+def feature_module(model: PreTrainedModel) -> nn.Module:
+    """Return the module whose output is the last hidden state, after the final norm.
+
+    Raises:
+        ValueError: the model has no such module.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for module in (decoder, model.base_model):
+        if module is not None and module is not model and model.get_output_embeddings() not in module.modules():
+            return module
+    raise ValueError(f"{type(model).__name__} has no decoder apart from its head, so its features cannot be read.")
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of a model's decoder layers.
+
+    Raises:
+        ValueError: the model has no such list, or more than one.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(lists)} lists of {count} modules, so its decoder layers cannot be "
+            "identified. They cannot be moved to a GPU, and EAGLE-3 drafts cannot read features from them."
+        )
+    return lists[0]
