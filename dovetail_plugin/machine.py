@@ -179,6 +179,17 @@ def watch() -> Callable[[], bool]:
     return lambda: was_alone and _overlaps == overlaps
 
 
+@contextmanager
+def holding_back_others() -> Iterator[bool]:
+    """Yield whether the calling thread is `alone`, and let no other thread open or end a block before the end of this.
+
+    For single steps that must not meet the work of other threads. They take milliseconds, and nobody waits if the
+    thread is not alone and does nothing.
+    """
+    with _lock:
+        yield alone()
+
+
 def use(threads: int, processors: tuple[int, ...] | None = None) -> bool:
     """Set the number of torch threads of the calling thread, and the processors that all threads run on.
 
