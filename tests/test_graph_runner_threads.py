@@ -16,7 +16,6 @@ from dovetail_plugin.drafts import runners
 from dovetail_plugin.drafts.cuda_graphs import GraphRunner
 from dovetail_plugin.drafts.network import DraftNetwork
 from dovetail_plugin.drafts.runners import graph_runner_for, runner_for
-from dovetail_plugin.targets.engine import engine_of
 
 LENGTHS = (6, 40)
 
@@ -296,8 +295,8 @@ def test_drafts_are_copied_and_pickled_after_use(kind):
     """Without the lock."""
     target = tiny_target("llama")
     draft = make_draft() if kind == "dovetail" else PromptLookupDraft(shortest=1)
+    draft.budget = BUDGETS[0]
     draft.ensure_attached(target)
-    engine_of(target)
     for copied in (copy.deepcopy(draft), pickle.loads(pickle.dumps(draft))):
         ids = prompt().repeat(1, 2)
         plain = target.generate(ids, max_new_tokens=8, do_sample=False)
