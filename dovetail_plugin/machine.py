@@ -42,7 +42,11 @@ def _cpu_info(field: str) -> str:
 
 
 def cpus() -> list[int]:
-    """Return the processors that this process may use, in ascending order."""
+    """Return the processors that this process may use, in ascending order; bindings by `use` do not count."""
+    with _lock:
+        bound = _binding
+    if bound is not None:
+        return sorted(bound.before.get(threading.get_native_id(), bound.own))
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

@@ -174,6 +174,8 @@ def test_bindings_end_when_another_thread_begins(first_ends_first):
         assert first(machine.use, 1, tuple(one))
         born(number)
         assert set(map(frozenset, affinities().values())) == {frozenset(one)}
+        for worker in (first, second, born):  # keys of measurements name the processors
+            assert worker(machine.cpus) == sorted(own)
         second(blocks[1].enter_context, machine.thread_count(None))
         assert before.items() <= affinities().items() and born(os.sched_getaffinity, 0) == own
         assert not first(machine.use, 1, tuple(one)) and not second(machine.use, 1, tuple(one))

@@ -1,5 +1,6 @@
 """OpenVINO targets: the key/value state, its holes, and prompts in chunks. Runs with `--engine openvino`."""
 
+import copy
 import itertools
 import random
 
@@ -100,6 +101,35 @@ def test_a_cache_of_another_target_is_refused(llama):
     with pytest.raises(ValueError, match=r"another target.*whole text without past_key_values"):
         another.generate(more, **GREEDY, past_key_values=first.past_key_values)
     assert torch.equal(another.generate(more, **GREEDY), llama.generate(more, **GREEDY))
+
+
+def test_a_copied_cache_goes_on_by_itself(llama, draft):
+    first = llama.generate(prompt(), **GREEDY, return_dict_in_generate=True, assistant_model=draft)
+    copied = copy.deepcopy(first.past_key_values)
+    for cache, length in ((first.past_key_values, 3), (copied, 9), (first.past_key_values, 5)):
+        text = torch.cat([first.sequences, prompt(length)], dim=1)
+        assert torch.equal(
+            llama.generate(text, **GREEDY, past_key_values=copy.deepcopy(cache), assistant_model=draft),
+            llama.generate(text, **GREEDY),
+        )
+    text = torch.cat([first.sequences, prompt(3)], dim=1)
+    for cache in (first.past_key_values, copied):
+        drafted = llama.generate(text, **GREEDY, past_key_values=cache, assistant_model=draft)
+        assert torch.equal(drafted, llama.generate(text, **GREEDY))
+
+
+def test_a_session_that_cannot_be_opened_leaves_the_cache_free(llama, monkeypatch):
+    cache = engine_of(llama).cache(None)
+
+    def fail(cache, request):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino_session.OpenVINOCache, "move_to", fail)
+        with pytest.raises(MemoryError), open_session(llama, cache):
+            pass
+    with open_session(llama, cache) as session:
+        assert session.prefill(prompt(), None).logits.isfinite().all()
 
 
 def test_an_interrupted_round_leaves_a_valid_cache(llama):

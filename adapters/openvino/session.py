@@ -61,6 +61,15 @@ class OpenVINOCache(RowSlots):
         self.seen = np.zeros(0, dtype=np.int64)
         self.position = 0
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "OpenVINOCache":
+        """Copy the rows into a request of the copy, so that a text can go on in two ways."""
+        copied = OpenVINOCache()
+        copied.slots, copied.used, copied.seen = self.slots, self.used.copy(), self.seen.copy()
+        copied.position, copied.target, copied.request = self.position, self.target, self.request
+        if self.request is not None:
+            copied.move_to(self.request.get_compiled_model().create_infer_request())
+        return copied
+
     def move_to(self, request: ov.InferRequest) -> None:
         """Copy the state to another request, whose graph has the same layers."""
         if self.request is not None:
@@ -137,10 +146,14 @@ class OpenVINOSession:
     def __enter__(self) -> "OpenVINOSession":
         cache = self._cache
         cache.user.begin()
-        if cache.request is None or not has_outputs(cache.request.get_compiled_model(), self._features):
-            cache.move_to(self._compiled.create_infer_request())
-        elif cache.slots == 0:
-            cache.request.reset_state()
+        try:
+            if cache.request is None or not has_outputs(cache.request.get_compiled_model(), self._features):
+                cache.move_to(self._compiled.create_infer_request())
+            elif cache.slots == 0:
+                cache.request.reset_state()
+        except BaseException:
+            cache.user.end()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
