@@ -4,6 +4,7 @@ Holds the masks and positions of a pass, and `StoredTarget`, the class that user
 trees and transformers' generation, but no engine and no graph.
 """
 
+import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,29 @@ def stored_generation_config(name: str | Path, config: PretrainedConfig, **hub_k
         return GenerationConfig.from_model_config(config)
 
 
+class OneAtATime:
+    """Refuses a second session on one cache while the first is open, because a cache holds one text."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Note that a session uses the cache.
+
+        Raises:
+            ValueError: another session does.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise ValueError(
+                "past_key_values is in use by another call of generate, and a cache holds one text. Wait for that "
+                "call, or pass the whole text without past_key_values."
+            )
+
+    def end(self) -> None:
+        """Note that the session has ended."""
+        self._lock.release()
+
+
 class StoredSession(TargetSession, Protocol):
     """A session that can also score a whole text."""
 
@@ -152,7 +176,8 @@ class StoredEngine(Engine, Protocol):
 class StoredTarget(GenerationMixin):
     """A stored model with transformers' `generate`, with or without a draft, run by an engine.
 
-    Plain generation runs through the same loop as drafted generation.
+    Plain generation runs through the same loop as drafted generation. Any number of threads may generate at once: each
+    text has its own keys and values, and the weights are shared.
 
     Args:
         config: config of the model.

@@ -7,8 +7,10 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,11 @@ def _cpu_info(field: str) -> str:
 
 
 def cpus() -> list[int]:
-    """Return the processors that this process may use, in ascending order."""
+    """Return the processors that this process may use, in ascending order; bindings by `use` do not count."""
+    with _lock:
+        bound = _binding
+    if bound is not None:
+        return sorted(bound.before.get(threading.get_native_id(), bound.own))
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -106,11 +112,37 @@ def _cpu_list(text: str) -> set[int]:
     return found
 
 
+# --- threads ---------------------------------------------------------------------------------------
+
+_lock = threading.RLock()  # guards the names below, and changes of numbers of threads
+_open: dict[object, int] = {}  # open blocks of `thread_count`, with the thread of each
+_overlaps = 0  # how often a block was opened while another thread had one open
+_binding: "_Binding | None" = None  # what `use` has bound all threads to
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """All threads of the process bound to some processors.
+
+    Attributes:
+        processors: where they run.
+        before: thread -> its processors before.
+        own: processors of the calling thread before, also for threads that were born since.
+    """
+
+    processors: set[int]
+    before: dict[int, set[int]]
+    own: set[int]
+
+
 @contextmanager
 def thread_count(threads: int | None) -> Iterator[None]:
     """Run the block with `threads` torch threads, and restore number and processors of the threads afterwards.
 
-    This also undoes calls of `use` in the block.
+    This also undoes calls of `use` in the block. Any number of threads may have blocks open, which may end in any
+    order. The number belongs to the calling thread: other threads keep theirs, and those born in the meantime get the
+    number that they would get without the block. Bindings of processors are undone as soon as another thread opens a
+    block.
 
     Args:
         threads: 1 or more; None does not change the number.
@@ -120,32 +152,143 @@ def thread_count(threads: int | None) -> Iterator[None]:
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}. Use None to leave the number unchanged.")
-    before = torch.get_num_threads()
-    own, bound = _affinity(0), {thread: _affinity(thread) for thread in _threads()}
-    if threads is not None:
-        torch.set_num_threads(threads)
+    block, thread = object(), threading.get_ident()
+    bound = before = None
     try:
+        with _lock:
+            before = torch.get_num_threads()
+            bound = _enter(block, thread)
+            if threads is not None:
+                _set_own_number(threads)
         yield
     finally:
-        torch.set_num_threads(before)
-        for thread in _threads():
-            if _affinity(thread) != bound.get(thread, own):
-                _bind(thread, bound.get(thread, own))
+        with _lock:
+            _open.pop(block, None)
+            if _binding is not None and _binding.processors != bound:
+                _bind_all(bound)
+            if before is not None and thread == threading.get_ident():  # a generator may be closed by another thread
+                _set_own_number(before)
 
 
-def use(threads: int, processors: tuple[int, ...] | None = None) -> None:
-    """Set the number of torch threads, and the processors that they run on.
+def alone() -> bool:
+    """Return whether no other thread has a block of `thread_count` open."""
+    with _lock:
+        return all(thread == threading.get_ident() for thread in _open.values())
 
-    Threads that start later inherit the processors. Call this inside of `thread_count`, which undoes it.
+
+def watch() -> Callable[[], bool]:
+    """Return a function that says whether the calling thread has been `alone` from now on."""
+    with _lock:
+        was_alone, overlaps = alone(), _overlaps
+    return lambda: was_alone and _overlaps == overlaps
+
+
+@contextmanager
+def holding_back_others() -> Iterator[bool]:
+    """Yield whether the calling thread is `alone`, and let no other thread open or end a block before the end of this.
+
+    For single steps that must not meet the work of other threads. They take milliseconds, and nobody waits if the
+    thread is not alone and does nothing.
+    """
+    with _lock:
+        yield alone()
+
+
+def use(threads: int, processors: tuple[int, ...] | None = None) -> bool:
+    """Set the number of torch threads of the calling thread, and the processors that all threads run on.
+
+    Threads that start later inherit the processors. Call this inside of `thread_count`, which undoes it. Nothing
+    happens while other threads have such a block open: a choice for one generation does not suit several.
 
     Args:
         threads: 1 or more.
         processors: where all threads of this process may run; None does not change that.
+
+    Returns:
+        Whether number and processors were set.
     """
+    with _lock:
+        if not alone():
+            return False
+        if processors is not None:
+            _bind_all(set(processors))
+        _set_own_number(threads)
+        return True
+
+
+def _enter(block: object, thread: int) -> set[int] | None:
+    """Note an open block, and return the processors that all threads are bound to, or None."""
+    global _overlaps
+    crowded = not alone()
+    _open[block] = thread
+    if crowded:
+        _overlaps += 1
+        _bind_all(None)
+    return None if _binding is None else _binding.processors
+
+
+def _set_own_number(threads: int) -> None:
+    """Set the number of torch threads of the calling thread only.
+
+    `torch.set_num_threads` sets it for the calling thread and for all threads that use torch for the first time later.
+    A helper thread, which knows what such threads get, puts that back. If no thread can be started, the number stays.
+    """
+    if torch.get_num_threads() == threads:
+        return
+    known, changed = threading.Event(), threading.Event()
+
+    def keep() -> None:
+        number = torch.get_num_threads()
+        known.set()
+        changed.wait()
+        torch.set_num_threads(number)
+
+    helper = threading.Thread(target=keep, daemon=True, name="dovetail-thread-number")
+    try:
+        helper.start()
+    except RuntimeError:  # there are too many threads, or the interpreter is ending
+        return
+    try:
+        known.wait()
+        torch.set_num_threads(threads)
+    finally:
+        changed.set()
+        helper.join()
+
+
+def _bind_all(processors: set[int] | None) -> None:
+    """Bind all threads of the process to `processors`; None puts back what was before the first binding."""
+    global _binding
     if processors is not None:
+        now = _binding or _Binding(set(), {thread: _affinity(thread) for thread in _threads()}, _affinity(0))
+        _binding = replace(now, processors=processors)
         for thread in _threads():
-            _bind(thread, set(processors))
-    torch.set_num_threads(threads)
+            _bind(thread, processors)
+        return
+    if _binding is None:
+        return
+    undone, changed = _binding, True
+    while changed:  # once more, because a thread that was still bound may have started another
+        changed = False
+        for thread in _threads():
+            before = undone.before.get(thread, undone.own)
+            if _affinity(thread) == undone.processors != before:
+                _bind(thread, before)
+                changed |= _affinity(thread) == before
+    _binding = None
+
+
+def _forget_other_threads() -> None:
+    """Start anew in a forked process, which has none of the other threads and perhaps a lock that one of them held."""
+    global _lock
+    _lock = threading.RLock()
+    for block, thread in list(_open.items()):
+        if thread != threading.get_ident():
+            del _open[block]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def _threads() -> list[int]:

@@ -142,6 +142,7 @@ class OpenVINO:
         "test_openvino_files.py",
         "test_openvino_optimum.py",
         "test_openvino_state.py",
+        "test_stored_threads.py",
     }
 
     def __init__(self, config: pytest.Config) -> None:
@@ -165,7 +166,7 @@ class OpenVINO:
 class OnnxRuntime:
     """The target is an `OnnxRuntimeTarget` of the model's export, which is made in a separate environment."""
 
-    own_files = {"test_onnxruntime.py", "test_onnxruntime_files.py"}
+    own_files = {"test_onnxruntime.py", "test_onnxruntime_files.py", "test_stored_threads.py"}
 
     def __init__(self, config: pytest.Config) -> None:
         directory = Path(config.getoption("--exports")) / "onnxruntime"

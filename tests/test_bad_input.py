@@ -9,7 +9,7 @@ from helpers import ROOT, run_python
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget
 from dovetail_plugin.targets.engine import engine_of
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
@@ -70,17 +70,24 @@ def test_copy_of_the_same_target_gives_no_warning(llama, draft, monkeypatch, her
         llama.generate(prompt(), **GREEDY, assistant_model=DovetailDraft(draft.config))
 
 
-def test_prompt_beyond_the_positions(refused):
-    message = refused("513 tokens", ids=prompt(513))
-    assert "512" in message
+@pytest.mark.torch_only("stored targets refuse all texts beyond their config's positions")
+def test_prompt_beyond_the_table_of_positions(refused):
+    target = tiny_target("gpt2", max_position_embeddings=64)
+    message = refused("65 tokens", ids=prompt(65), target=target, assistant=PromptLookupDraft())
+    assert "64" in message
     assert "Shorten" in message
 
 
-def test_text_that_runs_beyond_the_positions():
-    """Plain generate continues beyond the positions; a draft does too, with the same text."""
+@pytest.mark.parametrize("tokens", [17, 40])
+@pytest.mark.torch_only("stored targets refuse prompts beyond their config's positions")
+def test_texts_beyond_computed_positions(tokens, oracle):
+    """Plain generate continues beyond max_position_embeddings; a draft does too, with the same text, and drafts."""
     target = tiny_target("llama", max_position_embeddings=32)
-    plain = target.generate(prompt(), **GREEDY)
-    assert torch.equal(plain, target.generate(prompt(), **GREEDY, assistant_model=DovetailDraft.for_target(target)))
+    plain = target.generate(prompt(tokens), **GREEDY)
+    oracle(plain, tokens)
+    draft = DovetailDraft.for_target(target)
+    assert torch.equal(plain, target.generate(prompt(tokens), **GREEDY, assistant_model=draft))
+    assert len(draft.report.rounds) < 12
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 import logging
 import sys
+import threading
+import warnings
 
 import pytest
 import torch
 from families import prompt, tiny_target
+from support.workers import workers
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
@@ -88,6 +91,53 @@ def test_two_texts_at_a_time_do_not_mix(pair):
     mixed = [(one, other) for one, other in zip(first, second, strict=True)]
     assert_same_trees(alone, [one for one, _ in mixed])
     assert_same_trees(alone, [other for _, other in mixed])
+
+
+def test_whole_texts_of_another_thread_in_the_middle_of_a_pass(pair, monkeypatch):
+    """Both threads use one runner. Between the inputs of a pass and its run, the other one grows all its trees."""
+    draft, runner = pair
+    alone, others, run = list(rounds(draft, runner)), [], OpenVINORunner.run
+    mine = threading.get_ident()
+
+    def between(runner, step, rows):
+        if threading.get_ident() == mine and len(others) < 4:
+            others.append(other(lambda: list(rounds(draft, runner))))
+        return run(runner, step, rows)
+
+    monkeypatch.setattr(OpenVINORunner, "run", between)
+    with workers(1) as (other,):
+        assert_same_trees(alone, list(rounds(draft, runner)))
+    assert len(others) == 4
+    for trees in others:
+        assert_same_trees(alone, trees)
+
+
+def test_a_graph_is_made_while_others_print_and_sample(monkeypatch, capsys, recwarn):
+    """Their output appears, their random numbers are used up, and no other graph is made meanwhile."""
+    compress, console = openvino_draft.nncf.compress_weights, openvino_draft.rich.get_console()
+    draft, filters = DovetailDraft.for_target(tiny_target("llama")), list(warnings.filters)
+    drawn = []
+
+    def meanwhile():
+        print("a token of another text")
+        drawn.append(torch.rand(3))
+        return openvino_draft._one_graph.acquire(blocking=False)
+
+    def between(*args, **kwargs):
+        assert not other(meanwhile)
+        return compress(*args, **kwargs)
+
+    monkeypatch.setattr(openvino_draft.nncf, "compress_weights", between)
+    torch.manual_seed(11)
+    with workers(1) as (other,):
+        openvino_draft.draft_graph(draft, "int8")
+        after = torch.rand(3)
+        assert other(openvino_draft._one_graph.acquire, False)
+        other(openvino_draft._one_graph.release)
+    torch.manual_seed(11)
+    assert torch.equal(torch.stack([drawn[0], after]), torch.rand(6).view(2, 3))
+    assert capsys.readouterr().out == "a token of another text\n"
+    assert warnings.filters == filters and not console.quiet
 
 
 def bits(graph):

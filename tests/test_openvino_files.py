@@ -82,7 +82,7 @@ def test_small_key_value_cache_warns():
 
 
 def test_default_precisions_do_not_warn(recwarn):
-    compiled = engine_of(OpenVINOTarget.from_pretrained(exported()[1])).request.get_compiled_model()
+    compiled = engine_of(OpenVINOTarget.from_pretrained(exported()[1])).compiled
     assert not [w for w in recwarn if "cache holds" in str(w.message)]
     for name in ("KV_CACHE_PRECISION", "INFERENCE_PRECISION_HINT"):
         assert compiled.get_property(name) == ov.Type.f32

@@ -1,5 +1,6 @@
 """OpenVINO targets: the key/value state, its holes, and prompts in chunks. Runs with `--engine openvino`."""
 
+import copy
 import itertools
 import random
 
@@ -31,8 +32,7 @@ def rows(monkeypatch):
 
     def spy(session, path):
         keep(session, path)
-        owned = session._state
-        held = [state.state.shape[owned.row_axis] for state in owned.request.query_state()]
+        held = [state.state.shape[session._row_axis] for state in session._request.query_state()]
         assert len(set(held)) == 1
         seen.append((session._cache.length, held[0], session._cache.slots))
 
@@ -94,14 +94,42 @@ def test_turns_with_holes_and_without(llama, draft, oracle, monkeypatch, free):
     assert torch.equal(out.sequences, second)
 
 
-def test_stale_cache(llama, draft):
-    """The state holds one text: a cache of an earlier text is refused, and the next text is right."""
-    first = llama.generate(prompt(), **GREEDY, return_dict_in_generate=True, assistant_model=draft)
-    other = llama.generate(prompt(9), **GREEDY)
+def test_a_cache_of_another_target_is_refused(llama):
+    first = llama.generate(prompt(), **GREEDY, return_dict_in_generate=True)
     more = torch.cat([first.sequences, prompt(3)], dim=1)
-    with pytest.raises(ValueError, match=r"earlier generation.*whole text without past_key_values"):
-        llama.generate(more, **GREEDY, past_key_values=first.past_key_values, assistant_model=draft)
-    assert torch.equal(other, llama.generate(prompt(9), **GREEDY))
+    another = engines.current().target(tiny_model("llama"))
+    with pytest.raises(ValueError, match=r"another target.*whole text without past_key_values"):
+        another.generate(more, **GREEDY, past_key_values=first.past_key_values)
+    assert torch.equal(another.generate(more, **GREEDY), llama.generate(more, **GREEDY))
+
+
+def test_a_copied_cache_goes_on_by_itself(llama, draft):
+    first = llama.generate(prompt(), **GREEDY, return_dict_in_generate=True, assistant_model=draft)
+    copied = copy.deepcopy(first.past_key_values)
+    for cache, length in ((first.past_key_values, 3), (copied, 9), (first.past_key_values, 5)):
+        text = torch.cat([first.sequences, prompt(length)], dim=1)
+        assert torch.equal(
+            llama.generate(text, **GREEDY, past_key_values=copy.deepcopy(cache), assistant_model=draft),
+            llama.generate(text, **GREEDY),
+        )
+    text = torch.cat([first.sequences, prompt(3)], dim=1)
+    for cache in (first.past_key_values, copied):
+        drafted = llama.generate(text, **GREEDY, past_key_values=cache, assistant_model=draft)
+        assert torch.equal(drafted, llama.generate(text, **GREEDY))
+
+
+def test_a_session_that_cannot_be_opened_leaves_the_cache_free(llama, monkeypatch):
+    cache = engine_of(llama).cache(None)
+
+    def fail(cache, request):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino_session.OpenVINOCache, "move_to", fail)
+        with pytest.raises(MemoryError), open_session(llama, cache):
+            pass
+    with open_session(llama, cache) as session:
+        assert session.prefill(prompt(), None).logits.isfinite().all()
 
 
 def test_an_interrupted_round_leaves_a_valid_cache(llama):

@@ -245,7 +245,12 @@ def test_the_text_is_unchanged(family, trees):
 def used(monkeypatch):
     """What `machine.use` was asked for, newest last, on a machine of four threads without NUMA nodes."""
     asked = []
-    monkeypatch.setattr(machine, "use", lambda threads, processors=None: asked.append((threads, processors)))
+
+    def use(threads, processors=None):
+        asked.append((threads, processors))
+        return True
+
+    monkeypatch.setattr(machine, "use", use)
     monkeypatch.setattr(machine, "numa_nodes", lambda: [[0, 1, 2, 3]])
     with machine.thread_count(4):
         yield asked

@@ -11,6 +11,7 @@ out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 and `onnx` are needed, optimum is not.
 """
 
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from dovetail_plugin.compat import find_file, require_file
 from dovetail_plugin.targets.base import Tables
 
 from ..stored_graph import missing_package
-from ..stored_target import GraphTraits, StoredTarget, refuse_model_kwargs, stored_generation_config
+from ..stored_target import GraphTraits, StoredTarget, feature_outputs, refuse_model_kwargs, stored_generation_config
 
 try:
     import onnxruntime as ort
@@ -46,7 +47,7 @@ NOT_OPTIMUMS = (
 
 
 class OnnxRuntimeEngine:
-    """A graph loaded by ONNX Runtime; implements `StoredEngine`.
+    """A graph loaded by ONNX Runtime; implements `StoredEngine`. Any number of threads may use it.
 
     Args:
         stored: the graph after `graph.prepare`, and the place of its weights.
@@ -79,6 +80,7 @@ class OnnxRuntimeEngine:
         self._layers: int = text_config.num_hidden_layers
         self._traits = GraphTraits.of(text_config, takes_positions=prepared.takes_positions)
         self._stored, self._prepared, self._options = stored, prepared, options
+        self._lock = threading.RLock()  # guards the graph, which is edited when layers are read for the first time
         self._runtime = self._load()
 
     def _load(self) -> ort.InferenceSession:
@@ -91,7 +93,8 @@ class OnnxRuntimeEngine:
 
     def tables(self) -> Tables:
         """Return float32 tables, decompressed if the graph stores them in fewer bits."""
-        return weights.tables(self._stored)
+        with self._lock:
+            return weights.tables(self._stored)
 
     def cache(self, given: Any) -> OnnxRuntimeCache:
         """Return the cache to generate with; see `Engine.cache`.
@@ -122,14 +125,15 @@ class OnnxRuntimeEngine:
     ) -> OnnxRuntimeSession:
         """Open a session; the first one that reads certain layers loads the graph once more.
 
+        Meanwhile others that read such layers wait, and those that read none do not.
+
         Raises:
             ValueError: the graph has no input for an argument of the forward pass, or layers cannot be read.
         """
         refuse_model_kwargs(model_kwargs)
-        if feature_layers is not None and expose_states(self._stored.model, feature_layers, self._layers):
-            self._runtime = self._load()
+        runtime = self._runtime if feature_layers is None else self._runtime_with(feature_layers)
         return OnnxRuntimeSession(
-            self._runtime,
+            runtime,
             cache,
             self._traits,
             exact=self.exact,
@@ -144,9 +148,18 @@ class OnnxRuntimeEngine:
         """Positions of the model; None if its config names no number."""
         return self._traits.max_length
 
+    def _runtime_with(self, layers: tuple[int, ...]) -> ort.InferenceSession:
+        """Return the graph with outputs for these layers. Sessions that are open keep the graph they have."""
+        with self._lock:
+            expose_states(self._stored.model, layers, self._layers)
+            if not set(feature_outputs(layers)) <= {output.name for output in self._runtime.get_outputs()}:
+                self._runtime = self._load()
+            return self._runtime
+
     def num_parameters(self) -> int:
         """Return the number of weights in the graph's matrices."""
-        return weights.num_parameters(self._stored.model)
+        with self._lock:
+            return weights.num_parameters(self._stored.model)
 
 
 def _rounding(prepared: graph.Prepared) -> torch.dtype:

@@ -15,7 +15,7 @@ from dovetail_plugin.targets.base import TargetOutput
 from dovetail_plugin.tree import DraftTree
 
 from ..stored_graph import FIRST_LOGIT_ROW, NO_BIAS, TREE_BIAS
-from ..stored_target import PREFILL_ROWS, GraphTraits, feature_outputs, seen_and_positions, tree_bias
+from ..stored_target import PREFILL_ROWS, GraphTraits, OneAtATime, feature_outputs, seen_and_positions, tree_bias
 from . import graph
 
 STEP = 64
@@ -23,7 +23,7 @@ STEP = 64
 
 
 class OnnxRuntimeCache:
-    """Keys and values of one text, as `past_key_values` of a later turn. A target can serve several caches in turns.
+    """Keys and values of one text, as `past_key_values` of a later turn. A target can serve several caches at once.
 
     Args:
         layout: keys and values of every layer; see `graph.Prepared`.
@@ -35,6 +35,7 @@ class OnnxRuntimeCache:
         seen: (capacity,) int64, 1 for each row that may be attended to, 0 at padding and free rows.
         tokens: tokens of the text, padding included.
         position: position of the next token.
+        user: the session that uses the cache.
     """
 
     def __init__(self, layout: list[graph.Rows], dtype: np.dtype) -> None:
@@ -43,6 +44,7 @@ class OnnxRuntimeCache:
         self.values = [ort.OrtValue.ortvalue_from_numpy(rows) for rows in self.rows]
         self.seen = np.zeros(0, dtype=np.int64)
         self.tokens = self.position = 0
+        self.user = OneAtATime()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers hold the same rows
         """Return the number of tokens held, padding included."""
@@ -112,10 +114,12 @@ class OnnxRuntimeSession:
         self._new: list[np.ndarray] = []  # keys and values of the latest pass
 
     def __enter__(self) -> "OnnxRuntimeSession":
+        self._cache.user.begin()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._new = []
+        self._cache.user.end()
 
     def _counts_rows(self, new: int) -> bool:
         """Return whether a row's place in the cache has to be its place in the text, in a pass of `new` rows.

@@ -12,6 +12,7 @@ needed only for optimum's own model objects.
 """
 
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,10 +26,10 @@ from dovetail_plugin.compat import require_file
 from dovetail_plugin.drafts.network import DraftNetwork
 from dovetail_plugin.targets.base import Tables
 
-from ..stored_target import GraphTraits, StoredTarget, refuse_model_kwargs, stored_generation_config
+from ..stored_target import GraphTraits, StoredTarget, feature_outputs, refuse_model_kwargs, stored_generation_config
 from . import graph
 from .graph import ov
-from .session import OpenVINOCache, OpenVINOSession, RequestState
+from .session import OpenVINOCache, OpenVINOSession, has_outputs, set_neutral
 from .states import expose_states
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ DRAFT_WEIGHTS = ("int4", "int8", "f32")
 
 
 class OpenVINOEngine:
-    """A compiled graph with one request; implements `StoredEngine`.
+    """A compiled graph, with a request for each text; implements `StoredEngine`. Any number of threads may use it.
 
     Args:
         model: the graph after `graph.prepare`.
-        compile_model: compiles `model` as it is at the time of the call, and returns a request for it.
+        compile_model: compiles `model` as it is at the time of the call.
         config: config of the transformers model that was exported.
 
     Attributes:
@@ -64,19 +65,21 @@ class OpenVINOEngine:
     def __init__(
         self,
         model: ov.Model,
-        compile_model: Callable[[], ov.InferRequest],
+        compile_model: Callable[[], ov.CompiledModel],
         config: PretrainedConfig,
     ) -> None:
         self.exact = False
         self.draft_weights: str | None = None
         self.config = config
         self._model, self._compile = model, compile_model
-        self._state = RequestState(compile_model(), graph.row_axis(model))
-        self.rounding = graph.rounding(model, self.request)
+        self._identity = object()  # known to the caches of this target, which do not keep it alive
+        self._lock = threading.RLock()  # guards the graph, which is edited when layers are read for the first time
+        self.compiled = compiled = compile_model()
+        self._row_axis = graph.row_axis(model)
+        self.rounding = graph.rounding(model, compiled)
         text_config = config.get_text_config(decoder=True)
         self._layers: int = text_config.num_hidden_layers
         self._traits = GraphTraits.of(text_config, takes_positions="position_ids" in graph.input_names(model))
-        compiled = self.request.get_compiled_model()
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
         self._draft_properties = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         kept_as = compiled.get_property("KV_CACHE_PRECISION")
@@ -87,23 +90,19 @@ class OpenVINOEngine:
                 "option."
             )
 
-    @property
-    def request(self) -> ov.InferRequest:
-        """The request that runs passes. A session that reads further hidden states replaces it."""
-        return self._state.request
-
     def check(self) -> None:
         """Do nothing: the graph was checked when it was loaded."""
 
     def tables(self) -> Tables:
         """Return float32 copies, decompressed if the graph stores them in fewer bits."""
-        return graph.tables(self._model)
+        with self._lock:
+            return graph.tables(self._model)
 
     def cache(self, given: Any) -> OpenVINOCache:
         """Return the cache to generate with; see `Engine.cache`.
 
         Raises:
-            ValueError: `given` is a cache of another kind.
+            ValueError: `given` is a cache of another kind or of another target.
         """
         if given is None or (isinstance(given, tuple) and not any(given)):  # optimum passes an empty tuple for None
             return OpenVINOCache()
@@ -112,6 +111,8 @@ class OpenVINOEngine:
                 f"past_key_values is a {type(given).__name__}, which an OpenVINO target cannot read. Pass what its own "
                 "`generate` returned."
             )
+        if given.target not in (None, self._identity):
+            raise ValueError("past_key_values is from another target. Pass the whole text without past_key_values.")
         return given
 
     def draft_runner(self, draft: nn.Module) -> "OpenVINORunner | None":
@@ -134,14 +135,17 @@ class OpenVINOEngine:
     ) -> OpenVINOSession:
         """Open a session; the first one that reads certain layers compiles the graph once more.
 
+        Meanwhile others that read such layers wait, and those that read none do not.
+
         Raises:
             ValueError: the graph has no input for an argument of the forward pass, or layers cannot be read.
         """
         refuse_model_kwargs(model_kwargs)
-        if feature_layers is not None and expose_states(self._model, feature_layers, self._layers):
-            self._state = RequestState(self._compile(), self._state.row_axis)  # rows of other texts are gone
+        compiled = self.compiled if feature_layers is None else self._compiled_with(feature_layers)
+        cache.target = self._identity
         return OpenVINOSession(
-            self._state,
+            compiled,
+            self._row_axis,
             cache,
             self._traits,
             exact=self.exact,
@@ -155,15 +159,25 @@ class OpenVINOEngine:
         """Positions of the model; None if its config names no number."""
         return self._traits.max_length
 
+    def _compiled_with(self, layers: tuple[int, ...]) -> ov.CompiledModel:
+        """Return the compiled graph with outputs for these layers. Sessions that are open keep the graph they have."""
+        with self._lock:
+            expose_states(self._model, layers, self._layers)
+            if not has_outputs(self.compiled, feature_outputs(layers)):
+                self.compiled = self._compile()
+            return self.compiled
+
     def num_parameters(self) -> int:
         """Return the number of weights in the graph's matrices."""
-        return graph.num_parameters(self._model)
+        with self._lock:
+            return graph.num_parameters(self._model)
 
 
 def engine_for(model: Any) -> OpenVINOEngine:
     """Make the engine of an optimum `OVModelForCausalLM`.
 
-    The model's own graph is edited and compiled again, so there is one copy of the weights.
+    The model's own graph is edited and compiled again, so there is one copy of the weights. optimum's own loop goes on
+    using the model's own request, which holds one text at a time.
 
     Raises:
         ValueError: the model is not a stateful export, or was loaded with `compile_only=True`.
@@ -178,12 +192,13 @@ def engine_for(model: Any) -> OpenVINOEngine:
         model.ov_config = precision_properties(**_given_precisions(model.ov_config)) | model.ov_config
     held = weakref.ref(model)  # the engine is remembered by its model and must not keep it alive
 
-    def compile_model() -> ov.InferRequest:
+    def compile_model() -> ov.CompiledModel:
         model = held()
         assert model is not None
         model.clear_requests()
         model.compile()
-        return model.request
+        set_neutral(model.request)
+        return model.request.get_compiled_model()
 
     return OpenVINOEngine(model.model, compile_model, model.config)
 
@@ -258,8 +273,6 @@ class OpenVINOTarget(StoredTarget):
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
         properties |= ov_config or {}
-        engine = OpenVINOEngine(
-            model, lambda: core.compile_model(model, "CPU", properties).create_infer_request(), config
-        )
+        engine = OpenVINOEngine(model, lambda: core.compile_model(model, "CPU", properties), config)
         engine.exact, engine.draft_weights = exact, draft_weights
         return cls(config, engine, stored_generation_config(name, config, **hub_kwargs))

@@ -7,8 +7,8 @@ hides. This module knows nothing of trees or targets.
 """
 
 import contextlib
-import io
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -30,6 +30,7 @@ from .rows import RowSlots
 
 try:
     import nncf
+    import rich
 except ImportError as error:
     raise ImportError(
         missing_package("Drafts on OpenVINO", "nncf", extra="openvino") + ' Set draft.runner = "torch" to do without.'
@@ -48,6 +49,10 @@ COMPRESSION: dict[str, dict[str, Any]] = {
     },
     "int8": {"mode": nncf.CompressWeightsMode.INT8_ASYM},
 }
+
+_one_graph = threading.RLock()
+"""Held while a graph is made, which takes seconds and happens once for a draft. Tracing and compression keep what they
+are doing in places that belong to the whole process, so two threads must not do it at once."""
 
 SPARE_HOLES = 512
 """Holes that are left in the state whatever the number of rows in use."""
@@ -124,14 +129,34 @@ def draft_graph(draft: DraftNetwork, weights: str) -> ov.Model:
         draft: draft that is attached to its target. Its tables and weights are copied into the graph.
         weights: "int4", "int8" or "f32". With "int4" the head and matrices that do not divide into groups are int8.
     """
-    config = draft.config
-    with torch.random.fork_rng(devices=[]):  # initial weights must not take draws from the user's sampling
-        exact = DraftNetwork(config).float().eval()
-    exact.load_state_dict(draft.state_dict())
+    with _one_graph:
+        model = _traced(draft)
+        if weights == "f32":
+            return model
+        with _quiet_nncf():
+            return nncf.compress_weights(model, **COMPRESSION[weights])
+
+
+def _copy_in_float32(draft: DraftNetwork) -> DraftNetwork:
+    """Return a copy of the network with its head. It has neither embedding table nor rotary table."""
+    weights = {name: _float32(weight) for name, weight in draft.state_dict().items()}
+    with torch.device("meta"):  # initial weights must not take draws from the sampling of other threads
+        copy = DraftNetwork(draft.config).eval()
+    copy.load_state_dict(weights, assign=True)
     assert draft.head_weight is not None, "the draft has to be attached first"
     if draft.config.fusion != "eagle3":  # an EAGLE-3 draft has its own head, which the state dict holds
-        exact.head_weight = draft.head_weight.float()
-    exact.head_bias = None if draft.head_bias is None else draft.head_bias.float()
+        copy.head_weight = draft.head_weight.float()
+    copy.head_bias = None if draft.head_bias is None else draft.head_bias.float()
+    return copy
+
+
+def _float32(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.float32 if weight.is_floating_point() else weight.dtype, copy=True)
+
+
+def _traced(draft: DraftNetwork) -> ov.Model:
+    """Return the graph of one draft step with its rows as state."""
+    config = draft.config
     n, past, size, heads, dim = 3, 5, config.hidden_size, config.num_key_value_heads, config.head_dim
     assert heads is not None and dim is not None  # the configuration fills them in
     example = (
@@ -146,12 +171,9 @@ def draft_graph(draft: DraftNetwork, weights: str) -> ov.Model:
     )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of deprecations and of numbers that become constants
-        model = ov.convert_model(_Step(exact), example_input=example)
+        model = ov.convert_model(_Step(_copy_in_float32(draft)), example_input=example)
     _make_stateful(model, heads, dim)
-    if weights == "f32":
-        return model
-    with _quiet_nncf():
-        return nncf.compress_weights(model, **COMPRESSION[weights])
+    return model
 
 
 @contextlib.contextmanager
@@ -159,16 +181,18 @@ def _quiet_nncf() -> Iterator[None]:
     """Hide messages and progress bars of a step that takes a second.
 
     The logger's own level is changed, and only for this time: `nncf.set_log_level` also sets the level of all handlers
-    of the logger, which may be the application's.
+    of the logger, which may be the application's. Standard output stays where it is: other threads may be printing
+    their texts. Progress bars go through rich's own console.
     """
-    logger = logging.getLogger("nncf")
-    level = logger.level
+    logger, console = logging.getLogger("nncf"), rich.get_console()
+    level, quiet = logger.level, console.quiet
     logger.setLevel(logging.ERROR)
+    console.quiet = True
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
+        yield
     finally:
         logger.setLevel(level)
+        console.quiet = quiet
 
 
 def _make_stateful(model: ov.Model, heads: int, dim: int) -> None:

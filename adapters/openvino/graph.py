@@ -147,12 +147,11 @@ def num_parameters(model: ov.Model) -> int:
     return sum(int(np.prod(shape)) for shape in shapes if len(shape) >= 2 and min(shape[-2:]) > 1)
 
 
-def rounding(model: ov.Model, request: ov.InferRequest) -> torch.dtype:
+def rounding(model: ov.Model, compiled: ov.CompiledModel) -> torch.dtype:
     """Return the coarsest float dtype that the results of a compiled graph pass through; see `Engine.rounding`.
 
     With integer weights the CPU plugin rounds activations to eight bits too, which is about as coarse as bfloat16.
     """
-    compiled = request.get_compiled_model()
     precise = all(compiled.get_property(name) == ov.Type.f32 for name in PRECISIONS)
     groups = compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")
     integers = {ov.Type.u8, ov.Type.i8, ov.Type.u4, ov.Type.i4}

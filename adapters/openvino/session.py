@@ -1,11 +1,10 @@
-"""One generation on the request of an OpenVINO target.
+"""One generation on an OpenVINO target.
 
-A session runs prompts and trees over a prepared graph. The keys and values of the text are the state of one request,
-which belongs to the cache of one text at a time (`RequestState`). Rows of rejected nodes stay in the state as holes
-until there are so many that they are removed. This module knows nothing of models and how they are loaded.
+A session runs prompts and trees over a prepared graph. The keys and values of a text are the state of one inference
+request, which belongs to the text's cache and is freed with it. So texts do not affect each other, in whatever order or
+threads they are generated. Rows of rejected nodes stay in the state as holes until there are so many that they are
+removed. This module knows nothing of models and how they are loaded.
 """
-
-import weakref
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from dovetail_plugin.targets.base import TargetOutput
 from dovetail_plugin.tree import DraftTree
 
 from ..stored_graph import FIRST_LOGIT_ROW, NO_BIAS, TREE_BIAS
-from ..stored_target import PREFILL_ROWS, GraphTraits, feature_outputs, seen_and_positions, tree_bias
+from ..stored_target import PREFILL_ROWS, GraphTraits, OneAtATime, feature_outputs, seen_and_positions, tree_bias
 from .graph import ov
 from .rows import RowSlots
 
@@ -25,9 +24,6 @@ FREE_HOLES = 128
 BLOCK, REST = 64, 48
 """Rows that OpenVINO multiplies together, and the largest rest that is faster in a pass by itself: 65 rows of an int8
 target take 420 ms, 64 rows take 288 ms, and 64 rows followed by one row take a fifth less than 65."""
-
-NO_TOKEN = np.array([[-1]], dtype=np.int64)
-"""Token ids of a request between sessions. A request that others run has other token ids afterwards."""
 
 
 def prompt_passes(rows: int, most: int) -> list[int]:
@@ -47,19 +43,40 @@ def prompt_passes(rows: int, most: int) -> list[int]:
 
 
 class OpenVINOCache(RowSlots):
-    """The rows of a text in a request's state, as `past_key_values` of a later turn.
-
-    It is valid until the target runs another text.
+    """The rows of a text in the state of a request, as `past_key_values` of a later turn.
 
     Attributes:
+        request: holds the rows, from the first session on.
+        target: identifies the target that the request belongs to, once there is one.
+        user: the session that uses the cache.
         seen: (n,) int64, 1 for each row in use that may be attended to, 0 at padding.
         position: position of the next token.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.request: ov.InferRequest | None = None
+        self.target: object | None = None
+        self.user = OneAtATime()
         self.seen = np.zeros(0, dtype=np.int64)
         self.position = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "OpenVINOCache":
+        """Copy the rows into a request of the copy, so that a text can go on in two ways."""
+        copied = OpenVINOCache()
+        copied.slots, copied.used, copied.seen = self.slots, self.used.copy(), self.seen.copy()
+        copied.position, copied.target, copied.request = self.position, self.target, self.request
+        if self.request is not None:
+            copied.move_to(self.request.get_compiled_model().create_infer_request())
+        return copied
+
+    def move_to(self, request: ov.InferRequest) -> None:
+        """Copy the state to another request, whose graph has the same layers."""
+        if self.request is not None:
+            held = {state.name: state.state for state in self.request.query_state()}
+            for state in request.query_state():
+                state.state = held[state.name]
+        self.request = request
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers hold the same rows
         """Return the number of tokens held, padding included."""
@@ -82,50 +99,23 @@ class OpenVINOCache(RowSlots):
         return mask
 
 
-class RequestState:
-    """A request whose state holds the rows of one text at a time.
+def has_outputs(compiled: ov.CompiledModel, names: list[str]) -> bool:
+    """Return whether a graph has all of these outputs."""
+    return set(names) <= {name for port in compiled.outputs for name in port.get_names()}
 
-    Args:
-        request: a request for a graph after `graph.prepare`.
-        row_axis: dimension of the state's tensors that counts rows.
-    """
 
-    def __init__(self, request: ov.InferRequest, row_axis: int) -> None:
-        self.request, self.row_axis = request, row_axis
-        self._owner: weakref.ref[OpenVINOCache] | None = None
-        self.set_neutral()
-
-    def claim(self, cache: OpenVINOCache) -> None:
-        """Give the state to `cache`. A new cache begins with an empty state.
-
-        Raises:
-            ValueError: the state has been used for another text since `cache` held it.
-        """
-        if cache.slots == 0:
-            self.request.reset_state()
-            self._owner = weakref.ref(cache)
-        elif self._owner is None or self._owner() is not cache or self._was_run_by_others():
-            raise ValueError(
-                "past_key_values is from an earlier generation, and its rows are gone: an OpenVINO target holds one "
-                "text at a time. Pass the whole text without past_key_values."
-            )
-
-    def set_neutral(self) -> None:
-        """Set inputs that leave the function of the graph as it is, for other users of the request."""
-        self.request.set_tensor(TREE_BIAS, ov.Tensor(NO_BIAS))
-        self.request.set_tensor(FIRST_LOGIT_ROW, ov.Tensor(np.zeros(1, dtype=np.int64)))
-        self.request.set_tensor("input_ids", ov.Tensor(NO_TOKEN))
-
-    def _was_run_by_others(self) -> bool:
-        """Return whether the request, which an optimum model shares, has run since `set_neutral`."""
-        return not np.array_equal(self.request.get_tensor("input_ids").data, NO_TOKEN)
+def set_neutral(request: ov.InferRequest) -> None:
+    """Set inputs that leave the function of the graph as it is, for users of the request who do not know them."""
+    request.set_tensor(TREE_BIAS, ov.Tensor(NO_BIAS))
+    request.set_tensor(FIRST_LOGIT_ROW, ov.Tensor(np.zeros(1, dtype=np.int64)))
 
 
 class OpenVINOSession:
-    """One generation on a target's request; implements `StoredSession`. Use it as a context manager.
+    """One generation on a target; implements `StoredSession`. Use it as a context manager.
 
     Args:
-        state: the request.
+        compiled: the graph. A cache without a request, or with one that lacks outputs for `feature_layers`, gets one.
+        row_axis: dimension of the state's tensors that counts rows.
         cache: rows of the text so far.
         traits: properties of the graph.
         exact: draft chains only and remove holes in every round; see `OpenVINOEngine`.
@@ -136,7 +126,8 @@ class OpenVINOSession:
 
     def __init__(
         self,
-        state: RequestState,
+        compiled: ov.CompiledModel,
+        row_axis: int,
         cache: OpenVINOCache,
         traits: GraphTraits,
         *,
@@ -145,7 +136,7 @@ class OpenVINOSession:
         prefill_chunk: int | None,
         feature_layers: tuple[int, ...] | None = None,
     ) -> None:
-        self._state, self._cache, self._traits = state, cache, traits
+        self._compiled, self._row_axis, self._cache, self._traits = compiled, row_axis, cache, traits
         self._exact, self._max_nodes = exact, max_nodes
         self._chunk = prefill_chunk or PREFILL_ROWS
         self._features = feature_outputs(feature_layers)
@@ -154,11 +145,25 @@ class OpenVINOSession:
         self._scored = np.zeros(0, dtype=np.int64)  # slots of the latest tree
 
     def __enter__(self) -> "OpenVINOSession":
-        self._state.claim(self._cache)
+        cache = self._cache
+        cache.user.begin()
+        try:
+            if cache.request is None or not has_outputs(cache.request.get_compiled_model(), self._features):
+                cache.move_to(self._compiled.create_infer_request())
+            elif cache.slots == 0:
+                cache.request.reset_state()
+        except BaseException:
+            cache.user.end()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._state.set_neutral()
+        self._cache.user.end()
+
+    @property
+    def _request(self) -> ov.InferRequest:
+        assert self._cache.request is not None, "the session was opened"
+        return self._cache.request
 
     @property
     def _near_window(self) -> bool:
@@ -250,8 +255,8 @@ class OpenVINOSession:
         }
         if self._traits.takes_positions:
             inputs["position_ids"] = positions[None].astype(np.int64)
-        request = self._state.request
-        request.infer(inputs, share_inputs=True)  # sets every input: other users of the request may have left theirs
+        request = self._request
+        request.infer(inputs, share_inputs=True)
         self._scored = self._cache.grow(len(ids))
         features = [request.get_tensor(name).data[0] for name in self._features]
         return request.get_tensor("logits").data[0].copy(), np.concatenate(features, axis=-1)
@@ -259,4 +264,4 @@ class OpenVINOSession:
     def _compact(self) -> None:
         """Remove the holes from the state, if there are any."""
         if self._cache.holes:
-            self._cache.compact(self._state.request, self._state.row_axis)
+            self._cache.compact(self._request, self._row_axis)

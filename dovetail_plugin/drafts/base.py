@@ -5,6 +5,7 @@ docs/developer/add-a-draft.md. A draft knows nothing of how its target runs, and
 """
 
 import difflib
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -145,8 +146,9 @@ class Setting(Generic[Value]):
 
 
 def without_references(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a draft's state without weak references, for copies and pickles."""
-    return {k: v for k, v in state.items() if not isinstance(v, (weakref.ref, weakref.WeakKeyDictionary))}
+    """Return a draft's state without weak references and locks, for copies and pickles."""
+    of_this_process = (weakref.ref, weakref.WeakKeyDictionary, type(threading.RLock()))
+    return {k: v for k, v in state.items() if not isinstance(v, of_this_process)}
 
 
 def one_of(*names: str) -> Callable[[Any, Any], str | None]:
@@ -260,9 +262,13 @@ class Draft(ABC):
         self._attached_to = weakref.ref(target)
 
     def ensure_attached(self, target: TargetModel) -> None:
-        """Call `attach`, unless `target` is the one that this draft is attached to."""
-        if self._attached_to is None or self._attached_to() is not target:
-            self.attach(target)
+        """Call `attach`, unless `target` is the one that this draft is attached to.
+
+        Of several threads that need it at once, one attaches the draft and the others wait.
+        """
+        with self.__dict__.setdefault("_attaching", threading.RLock()):
+            if self._attached_to is None or self._attached_to() is not target:
+                self.attach(target)
 
     def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...] | None:  # noqa: ARG002
         """Return the hidden states that features consist of, in transformers' numbering (0 is the embeddings).

@@ -10,6 +10,10 @@ the capacity a power of two; `16 * (V + 3 H + capacity) * b` for what goes in an
 `16 * (V + 3 * intermediate) * b`, once, because all graphs of a text share a pool; and what the driver takes for each
 graph, of which there are 5 x log2(capacity / 128) at most. cuBLAS takes a workspace for the stream that captures
 (8 MiB, 32 MiB on Hopper). The storage of a text is kept when the text ends, for the next one.
+
+Texts of several threads have their own storage and graphs, so that their passes do not meet. Captures are different:
+while one goes on, torch gives no random numbers on the GPU to other threads, and frees no memory for them. So passes
+are captured while one thread generates; while several do, those that were not captured before run without a graph.
 """
 
 import contextlib
@@ -21,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import machine
 from ..runner import Pass, Predicted
 from .cuda_graph_rows import MAX_STATIC_ROWS, MIN_COLUMNS, BlockRows, GraphRows, Store, power_of_two
 from .network import DraftNetwork
@@ -35,7 +40,7 @@ class GraphRunner:
     """Runs a draft's steps with static shapes; implements `DraftRunner`.
 
     Graphs contain addresses of tensors. They are dropped when the draft's weights or the target's head move, and when a
-    text outgrows its storage. If a capture fails, the runner never uses graphs again.
+    text outgrows its storage. If a capture fails, the runner never uses graphs again. It serves any number of threads.
 
     Args:
         draft: attached to its target before the first pass.
@@ -129,18 +134,29 @@ class GraphRunner:
         """Replay the graph of the static pass, captured first if needed, or run the pass itself without graphs."""
         assert self._draft.head_weight is not None, "attach() comes first"
         store.fit(self._draft.head_weight.shape[0], self._addresses())
-        if self.enable_graphs and (rows, columns) not in store.graphs:
+        graph = self._graph(store, rows, columns) if self.enable_graphs else None
+        if graph is None:
+            self._static_pass(store, rows, columns)
+            return
+        with torch.inference_mode():  # torch sets its generator's tensors, which others may have made in this mode
+            graph.replay()
+
+    def _graph(self, store: Store, rows: int, columns: int) -> torch.cuda.CUDAGraph | None:
+        """Return the graph of the static pass, captured if needed; None if it cannot be captured, or not now."""
+        kept = store.graphs.get((rows, columns))
+        if kept is not None:
+            return kept
+        with machine.holding_back_others() as alone:
+            if not alone:
+                return None
             try:
-                store.graphs[rows, columns] = self._capture(store, rows, columns)
+                store.graphs[rows, columns] = captured = self._capture(store, rows, columns)
+                return captured
             except RuntimeError as error:
                 self.enable_graphs = False
                 store.drop_graphs()
                 logger.warning("the draft goes on without CUDA graphs: %s: %s", type(error).__name__, error)
-        if self.enable_graphs:
-            with torch.inference_mode():  # torch sets its generator's tensors, which others may have made in this mode
-                store.graphs[rows, columns].replay()
-        else:
-            self._static_pass(store, rows, columns)
+                return None
 
     @torch.inference_mode(False)  # torch makes its generator's tensors, which others must be able to set in any mode
     @torch.no_grad()
@@ -195,13 +211,28 @@ class GraphRunner:
         return store
 
     def _take(self, capacity: int) -> Store:
-        """Return storage that an ended text left, with its graphs, or new one; other idle storage is freed."""
-        left = next((store for store in self._idle if store.capacity >= capacity), None)
-        self._idle.clear()
+        """Return storage that an ended text left, with its graphs, or new one.
+
+        Other idle storage is freed, except while other threads generate, whose next texts will want it.
+        """
+        left = self._pop_idle(capacity)
+        if machine.alone():
+            self._idle.clear()
         if left is None:
             return Store(self._draft, capacity)
         left.clear()
         return left
+
+    def _pop_idle(self, capacity: int) -> Store | None:
+        """Remove the first idle storage with room for `capacity` rows, and the smaller ones before it."""
+        while self._idle:
+            try:
+                left = self._idle.pop(0)  # no two threads get the same one
+            except IndexError:  # another thread got the last one
+                break
+            if left.capacity >= capacity:
+                return left
+        return None
 
 
 def _recover(stream: torch.cuda.Stream, pool: Any) -> None:

@@ -1,8 +1,11 @@
 """Chooses what runs a draft's steps, and caches what is expensive to prepare: CUDA graphs, compiled graphs.
 
-A cached runner is freed with its draft. It is replaced if the draft was moved, cast or given other weights.
+A cached runner is freed with its draft. It is replaced if the draft was moved, cast or given other weights. All calls
+that use a draft share its runner, also calls of several threads. A thread that needs a runner which another one is
+making waits for it; others do not.
 """
 
+import threading
 import weakref
 from typing import Any
 
@@ -20,11 +23,20 @@ _compiled: "weakref.WeakKeyDictionary[DraftNetwork, weakref.WeakKeyDictionary[En
 )
 
 
-class _Kept:
-    """Runner of an engine, or None if the engine cannot run drafts, and the weights that it was made from."""
+_lock = threading.RLock()  # guards the dictionaries; it is not held while a runner is compiled
 
-    def __init__(self, runner: DraftRunner[Any] | None, version: tuple[int, ...]) -> None:
-        self.runner, self.version = runner, version
+
+class _Kept:
+    """Runner of an engine, or None if the engine cannot run drafts, and the weights that it was made from.
+
+    Attributes:
+        lock: held while a runner is compiled, so that it is compiled once.
+    """
+
+    def __init__(self) -> None:
+        self.runner: DraftRunner[Any] | None = None
+        self.version: tuple[int, ...] | None = None
+        self.lock = threading.RLock()
 
 
 def runner_for(draft: DraftNetwork, engine: Engine, *, plainly: bool = False) -> DraftRunner[Any]:
@@ -49,18 +61,22 @@ def runner_for(draft: DraftNetwork, engine: Engine, *, plainly: bool = False) ->
 
 def graph_runner_for(draft: DraftNetwork) -> GraphRunner:
     """Return the draft's `GraphRunner`, so that a generation replays what earlier ones captured."""
-    weight, kept = next(draft.parameters()), _graphs.get(draft)
-    if kept is None or (kept.device, kept.dtype) != (weight.device, weight.dtype):
-        kept = _graphs[draft] = GraphRunner(draft)
-    return kept
+    weight = next(draft.parameters())
+    with _lock:
+        kept = _graphs.get(draft)
+        if kept is None or (kept.device, kept.dtype) != (weight.device, weight.dtype):
+            kept = _graphs[draft] = GraphRunner(draft)
+        return kept
 
 
 def _compiled_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | None:
-    of_engine = _compiled.setdefault(draft, weakref.WeakKeyDictionary())
-    kept, version = of_engine.get(engine), _version_of(draft)
-    if kept is None or kept.version != version:
-        kept = of_engine[engine] = _Kept(engine.draft_runner(draft), version)
-    return kept.runner
+    with _lock:
+        kept = _compiled.setdefault(draft, weakref.WeakKeyDictionary()).setdefault(engine, _Kept())
+    with kept.lock:
+        version = _version_of(draft)
+        if kept.version != version:
+            kept.runner, kept.version = engine.draft_runner(draft), version
+        return kept.runner
 
 
 def _version_of(draft: DraftNetwork) -> tuple[int, ...]:

@@ -36,7 +36,9 @@ LIMITS = TreeBudget(nodes=48, depth=10, top_k=8)
 
 
 class DeviceSplitPolicy:
-    """Decides where parts run and how large the tree of each round is. One policy can serve many generations.
+    """Decides where parts run and how large the tree of each round is.
+
+    One policy can serve many generations, also at the same time. They learn from each other's rounds.
 
     Args:
         vram_budget: GPU memory that a plan may use, as text ("4GiB") or in bytes. None uses the memory that is free on
@@ -73,15 +75,22 @@ class DeviceSplitPolicy:
         self.measured_in = Path(measured_in) if measured_in is not None else records.default_directory()
         self.costs: dict[str, CostModel] = {}
         self.switches: dict[tuple[str, float], DraftingSwitch] = {}
+        self._share()
+
+    def _share(self) -> None:
+        """Make what generations of this process share: a lock, and the keys that one of them is measuring."""
         self._lock = threading.RLock()
+        self._measuring: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the lock, so that a policy can be copied together with its draft and all that it has learned."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        """Leave out what belongs to this process, so that a policy can be copied with its draft and what it learned."""
+        with self._lock:  # other threads may be adding to the dictionaries
+            copied = {"costs": dict(self.costs), "switches": dict(self.switches)}
+            return {name: value for name, value in vars(self).items() if name not in ("_lock", "_measuring")} | copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._lock = threading.RLock()
+        self._share()
 
     def plan(
         self, target: str | PretrainedConfig, draft: str | PretrainedConfig | None = None, **options: Any
@@ -128,7 +137,7 @@ class DeviceSplitPolicy:
             if place not in self.switches:
                 curve = AcceptanceCurve(prior(calibration, temperature, self.settings), self.settings)
                 self.switches[place] = DraftingSwitch(curve, self.settings)
-            return AdaptivePlanner(self, key, self.switches[place], shape, self._lock)
+            return AdaptivePlanner(self, key, self.switches[place], shape, self._lock, self._measuring)
 
 
 @dataclass
@@ -144,7 +153,8 @@ class AdaptivePlanner:
         key: identifies target, draft and machine.
         switch: decides whether rounds draft; contains the acceptance curve.
         shape: returns the sizes of the target, or None.
-        lock: guards the policy, which several threads may share.
+        lock: guards the policy, which several threads may share. It is not held while anything is measured.
+        measuring: keys that a thread is measuring for this policy.
         limits: the largest tree of any round.
     """
 
@@ -153,6 +163,7 @@ class AdaptivePlanner:
     switch: DraftingSwitch
     shape: Callable[[], Shape | None]
     lock: Any
+    measuring: set[str]
     limits: TreeBudget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +171,7 @@ class AdaptivePlanner:
 
     @property
     def cost(self) -> CostModel:
-        """The latency model. It exists after `prepare`."""
+        """The latency model. It exists when a `prepare` has returned measurements, in whatever thread."""
         return self.policy.costs[self.key]
 
     @property
@@ -168,23 +179,42 @@ class AdaptivePlanner:
         """Whether the next round will draft. It will not while drafting rests."""
         return self.switch.rest == 0
 
-    def prepare(self, measure: Measure) -> Measurements:
-        """Return the measurements of this machine, and make them if neither this process nor an earlier one has."""
+    def prepare(self, measure: Measure) -> Measurements | None:
+        """Return the measurements of this machine, and make them if neither this process nor an earlier one has.
+
+        While another thread makes them, this generation does not wait: it gets None, and its rounds are plain until
+        they are there. Measurements that other generations have disturbed are not stored for later processes.
+        """
         policy = self.policy
         with self.lock:
-            if self.key not in policy.costs:
-                measured = records.load(self.key, policy.measured_in)
-                if measured is None:
-                    measured = measure(policy.settings)
+            if self.key in policy.costs:
+                self.cost.last_nodes = None  # the pass over the prompt came in between
+                return self.cost.measured
+            if self.key in self.measuring:
+                return None
+            self.measuring.add(self.key)
+        try:
+            measured = records.load(self.key, policy.measured_in)
+            if measured is None:
+                undisturbed = machine.watch()
+                measured = measure(policy.settings)
+                if undisturbed():
                     records.store(self.key, measured, policy.measured_in)
-                policy.costs[self.key] = CostModel(measured, self.shape(), policy.settings)
-            self.cost.last_nodes = None  # the pass over the prompt came in between
-            return self.cost.measured
+            cost = CostModel(measured, self.shape(), policy.settings)
+            with self.lock:
+                policy.costs[self.key] = cost
+            return measured
+        finally:
+            with self.lock:
+                self.measuring.discard(self.key)
 
     def plan(self, context: int, bound: TreeBudget) -> RoundPlan:
-        """Plan a tree within `bound` that a `TreeJudge` shapes, or a plain round while drafting rests."""
+        """Plan a tree within `bound` that a `TreeJudge` shapes.
+
+        The round is plain while drafting rests, and while another thread measures this machine.
+        """
         with self.lock:
-            if not self.drafting or bound.nodes < 2:
+            if self.key not in self.policy.costs or not self.drafting or bound.nodes < 2:
                 return RoundPlan(PLAIN)
             cost, switch = self.cost, self.switch
             if switch.since % self.policy.settings.refit_every == 0:
@@ -205,15 +235,18 @@ class AdaptivePlanner:
             return self.policy.settings.usual_gain * plain_rate
         return max(self.switch.rate(), plain_rate)
 
-    def forecast(self, plan: RoundPlan, nodes: int, context: int) -> Forecast:
-        """Forecast a round with the latency model and the tokens that the judge expects."""
+    def forecast(self, plan: RoundPlan, nodes: int, context: int) -> Forecast | None:
+        """Forecast a round with the latency model and the tokens that the judge expects; None before there is one."""
         widths, tokens = (plan.judge.widths, plan.judge.expected) if plan.judge else (None, 1.0)
         with self.lock:
+            if self.key not in self.policy.costs:
+                return None
             return self.cost.forecast(widths, nodes, context, tokens)
 
     def observe(self, round_: Round, tree: DraftTree, path: list[int], forecast: Forecast | None) -> None:
         """Correct the latency model, the acceptance curve and the running rate with a finished round."""
-        assert forecast is not None
+        if forecast is None:  # there was no latency model yet
+            return
         switch = self.switch
         with self.lock:
             self.cost.observe(round_, forecast)

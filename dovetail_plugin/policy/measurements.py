@@ -1,8 +1,10 @@
 """`Measurements`, the result of a probe of this machine, and its JSON form."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+MOST_ROWS, MOST_COUNTS, LONGEST_CONTEXT, LONGEST_S = 1 << 20, 1024, 1 << 31, 1e6
+"""Bounds of what a stored file may say: rows of a pass, number of row counts, tokens, seconds of a pass."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,25 @@ class Measurements:
             )
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"incomplete measurements: {error!r}") from error
-        seconds = [found.draft_s, found.transfer_s, *verify_s.values(), *level_s.values()]
-        if not verify_s or not level_s or not all(math.isfinite(s) and s >= 0 for s in seconds):
-            raise ValueError("measurements without row counts, or with seconds that are not positive numbers")
-        if min(*verify_s, *level_s, 1 if found.threads is None else found.threads) < 1:
-            raise ValueError("measurements with counts of rows or threads below 1")
+        found._check()
         return found
+
+    def _check(self) -> None:
+        """Refuse values that no probe gives.
+
+        Raises:
+            ValueError: names the kind of the value.
+        """
+        seconds = [self.draft_s, self.transfer_s, *self.verify_s.values(), *self.level_s.values()]
+        if not self.verify_s or not self.level_s or not all(0 <= s <= LONGEST_S for s in seconds):
+            raise ValueError(f"measurements without row counts, or with seconds that are not 0 to {LONGEST_S}")
+        if len(self.verify_s) > MOST_COUNTS or len(self.level_s) > MOST_COUNTS:
+            raise ValueError(f"measurements of more than {MOST_COUNTS} row counts")
+        if not all(1 <= count <= MOST_ROWS for count in (*self.verify_s, *self.level_s)):
+            raise ValueError(f"measurements with row counts that are not 1 to {MOST_ROWS}")
+        if not 0 <= self.context <= LONGEST_CONTEXT:
+            raise ValueError(f"measurements with a context that is not 0 to {LONGEST_CONTEXT} tokens")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError("measurements with a number of threads below 1")
+        if self.processors is not None and (not self.processors or min(self.processors) < 0):
+            raise ValueError("measurements with processors that are not numbers from 0")

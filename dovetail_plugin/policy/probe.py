@@ -81,7 +81,8 @@ def choose_threads(
     """Choose the number of torch threads, up to the current number, and the NUMA node that they are bound to.
 
     The choice stays set. All choices are tried in turns, twice if a turn is short, and the best time of each counts,
-    because another process may slow down one turn. The current number is kept unless another choice is clearly faster.
+    because another process may slow down one turn. The current number is kept unless another choice is clearly faster,
+    and while other threads generate too: what is fastest for one generation is not for several.
 
     Args:
         run: returns the seconds of a pass with the current threads.
@@ -89,7 +90,7 @@ def choose_threads(
 
     Returns:
         The number of threads; the processors to bind them to, or None; and the seconds of a pass with them, or None if
-        there was only one choice.
+        nothing was chosen.
     """
     most = torch.get_num_threads()
     nodes = machine.numa_nodes()
@@ -98,7 +99,8 @@ def choose_threads(
     ]
     if len(nodes) > 1:
         choices += [(min(most, len(node)), tuple(node)) for node in nodes]
-    if len(choices) == 1:
+    undisturbed = machine.watch()
+    if len(choices) == 1 or not undisturbed():
         return *choices[0], None
     seconds = dict.fromkeys(choices, math.inf)
     for _ in range(settings.thread_turns):
@@ -107,10 +109,13 @@ def choose_threads(
             with machine.thread_count(None):
                 machine.use(*choice)
                 seconds[choice] = min(seconds[choice], run())
+            if not undisturbed():  # another thread began to generate: the current number is kept
+                return *choices[0], None
         if time.perf_counter() - start_s > settings.thread_turn_s:
             break
     best = min(choices, key=lambda choice: seconds[choice] * (1.0 if choice == choices[0] else settings.thread_gain))
-    machine.use(*best)
+    if not machine.use(*best):
+        return *choices[0], None
     return *best, seconds[best]
 
 

@@ -22,6 +22,8 @@ class Lookahead:
     gain of a child is a convex function of its probability, because children that do not pay off are not verified.
     Therefore the expected gain is a mean over the remembered children, not the gain of a mean child.
 
+    Trees of several threads may use `observe` and `gains` at any time; `refresh` is for one thread at a time.
+
     Args:
         settings: how many nodes are remembered, and which.
     """
@@ -46,16 +48,19 @@ class Lookahead:
 
     def refresh(self, curve: AcceptanceCurve) -> None:
         """Remember the nodes observed since the last call; `curve` turns scores into acceptance."""
-        if not self._seen:
+        seen = self._seen[:]
+        if not seen:
             return
-        parents = np.concatenate([parents for parents, _ in self._seen])
-        scores = np.concatenate([children for _, children in self._seen])
-        self._seen.clear()
+        del self._seen[: len(seen)]  # other threads may have appended more
+        parents = np.concatenate([parents for parents, _ in seen])
+        scores = np.concatenate([children for _, children in seen])
         likely = parents > self._least_parent
         shares = curve(scores[likely]) / parents[likely, None]
-        shares = np.minimum(shares[-len(self._children) :], 1.0)
-        self._children[(self._next + np.arange(len(shares))) % len(self._children)] = shares
-        self._next = (self._next + len(shares)) % len(self._children)
+        children = self._children.copy()  # other threads may be reading the old ones
+        shares = np.minimum(shares[-len(children) :], 1.0)
+        children[(self._next + np.arange(len(shares))) % len(children)] = shares
+        self._next = (self._next + len(shares)) % len(children)
+        self._children = children
 
     def gains(self, likely: np.ndarray, prices: np.ndarray) -> np.ndarray:
         """Return the expected gain, in tokens, of drafting the children of each node, (K,).
@@ -64,10 +69,11 @@ class Lookahead:
             likely: (K,) acceptance of the nodes.
             prices: (2 K,) costs of verifying one child, in tokens, ascending. The most likely child takes the first.
         """
-        expected = likely[:, None] * self._children.mean(axis=0)
+        children = self._children
+        expected = likely[:, None] * children.mean(axis=0)
         paid = np.empty(expected.size)
         paid[np.argsort(-expected, axis=None, kind="stable")] = prices
-        brought = likely[:, None, None] * self._children.T - paid.reshape(*expected.shape, 1)
+        brought = likely[:, None, None] * children.T - paid.reshape(*expected.shape, 1)
         return np.maximum(brought, 0.0).mean(axis=2).sum(axis=1)
 
 

@@ -1,4 +1,4 @@
-"""What the passes of a transformers model can do, found out on the model itself.
+"""Finds out what the passes of a transformers model can do, on the model itself.
 
 Verification runs several rows in one pass, and lets the rows of a tree see their ancestors only. Most models do that
 exactly. Some do not: attention that ignores a mask, activations that are scaled over all rows of a pass, models that
@@ -30,7 +30,7 @@ LOW_PRECISION = 0.1
 
 @dataclass(frozen=True)
 class Support:
-    """What a pass may look like.
+    """The shapes that passes may have.
 
     Attributes:
         trees: whether the rows may be a tree with branches; else a chain.
@@ -98,7 +98,7 @@ _CHAIN = torch.tensor([-1, 0, 1]), torch.tensor([0, 1, 2])
 
 
 def _masks_by_row(model: PreTrainedModel, config: Any) -> bool:
-    """Return whether attention has a causal mask of its own, a square table in which rows are numbered one by one."""
+    """Return whether attention keeps its causal mask in a square table, in which rows are numbered one by one."""
     positions = getattr(config, "max_position_embeddings", None)
     return any(b.dim() > 1 and b.shape[-1] == b.shape[-2] == positions for b in model.buffers())
 

@@ -24,6 +24,7 @@ ONE_ENVIRONMENT = {
     "test_graph_runner*": "the draft's own layers and rows",
     "test_import*": "orders of imports; registration itself is tested on every version",
     "test_layering*": "reads the package's source files",
+    "test_machine*": "numbers and processors of threads; no models",
     "test_losses*": "formulas on tensors",
     "test_packaging*": "builds and installs the package",
     "test_plan_command*": "arithmetic on configs, and printing",
