@@ -35,6 +35,9 @@ class Kind:
     accepts: Callable[[Any], bool]
 
 
+anything = Kind("anything", lambda _: True)
+
+
 def whole(low: int, high: int) -> Kind:
     """Return the kind of whole numbers from `low` to `high`. True and False are not numbers."""
     return Kind(
@@ -76,7 +79,7 @@ def list_of(kind: Kind, shortest: int, longest: int) -> Kind:
 def mapping_of(kind: Kind, longest: int = 2**16) -> Kind:
     """Return the kind of JSON objects whose values are of a kind."""
     return Kind(
-        f"an object with values that are {kind.words}",
+        "an object" if kind is anything else f"an object with values that are {kind.words}",
         lambda value: (
             isinstance(value, Mapping)
             and len(value) <= longest
@@ -113,7 +116,6 @@ def _is_dtype(value: Any) -> bool:
 null = Kind("null", lambda value: value is None)
 flag = Kind("true or false", lambda value: isinstance(value, bool))
 text = Kind(f"a text of at most {MOST_TEXT} characters", _is_text)
-anything = Kind("anything", lambda _: True)
 labels = Kind("an object from numbers to labels", _is_label_table)
 float_dtype = either(one_of("float32", "bfloat16", "float16", "float64"), Kind("such a torch.dtype", _is_dtype))
 token_id = whole(-(2**31), 2**31)  # out of range in some published configs, and not used by drafts

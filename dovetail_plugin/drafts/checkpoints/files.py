@@ -92,6 +92,7 @@ class Weights:
     Args:
         name: directory or hub id.
         variant: as in transformers' `from_pretrained`: a word within the names of the files.
+        use_safetensors: as in transformers' `from_pretrained`: False leaves out safetensors files.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
     Attributes:
@@ -104,8 +105,11 @@ class Weights:
         InputError: a file is damaged, contains other things than tensors, or an index names files elsewhere.
     """
 
-    def __init__(self, name: str, *, variant: str | None = None, **hub_kwargs: Any) -> None:
-        self.files = _find(name, variant, hub_kwargs)
+    def __init__(
+        self, name: str, *, variant: str | None = None, use_safetensors: bool | None = None, **hub_kwargs: Any
+    ) -> None:
+        candidates = [file for file in WEIGHT_FILES if use_safetensors is not False or ".bin" in file]
+        self.files = _find(name, [_with_variant(file, variant) for file in candidates], hub_kwargs)
         self.bytes = sum(os.path.getsize(file) for file in self.files)
         self.stand_ins: dict[str, Tensor] = {}
         for file in self.files:
@@ -122,9 +126,8 @@ class Weights:
         return tensors
 
 
-def _find(name: str, variant: str | None, hub_kwargs: dict[str, Any]) -> list[str]:
-    """Return the paths of a checkpoint's weight files."""
-    candidates = WEIGHT_FILES if variant is None else [_with_variant(file, variant) for file in WEIGHT_FILES]
+def _find(name: str, candidates: list[str], hub_kwargs: dict[str, Any]) -> list[str]:
+    """Return the paths of a checkpoint's weight files: the first candidate, or the files that it lists."""
     for candidate in candidates:
         file = find_file(name, candidate, **hub_kwargs)
         if file is None:
@@ -141,8 +144,10 @@ def _find(name: str, variant: str | None, hub_kwargs: dict[str, Any]) -> list[st
     raise MissingFileError(f"{name} has no weights. One of these files is needed: {', '.join(candidates)}.")
 
 
-def _with_variant(file: str, variant: str) -> str:
+def _with_variant(file: str, variant: str | None) -> str:
     """Return the name of a variant's file: "model.fp16.safetensors", "model.safetensors.index.fp16.json"."""
+    if variant is None:
+        return file
     stem, _, suffix = file.rpartition(".")
     return f"{stem}.{variant}.{suffix}"
 

@@ -79,7 +79,8 @@ def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
             config = DovetailConfig.from_dict(content | changed, name_or_path=name)
         else:
             stored = content
-    weights = Weights(name, variant=arguments.get("variant"), **hub)
+    files = {field: arguments.get(field) for field in ("variant", "use_safetensors")}
+    weights = Weights(name, **files, **hub)
     stand_ins = weights.stand_ins
     if stored is not None:
         translated = translate(name, stored, own_names(stand_ins))

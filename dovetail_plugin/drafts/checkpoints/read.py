@@ -72,6 +72,8 @@ def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
     """
     try:
         file = name if Path(name).is_file() else require_file(name, "config.json", **hub_kwargs)
+        if file is None:  # which transformers returns for an optional file of a directory
+            raise FileNotFoundError("no such file")
     except OSError as error:
         raise MissingFileError(
             f"{name} has no config.json, neither as a directory nor on the hub ({error}). If the hub cannot be reached "
