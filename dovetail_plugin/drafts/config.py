@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from ..compat import LlamaRotaryEmbedding
 from ..errors import InputError
 from ..targets.config_sizes import sizes_of
-from .fields import FIELDS, check_fields, check_rope, shown
+from .fields import FIELDS, OVERRIDES, check_fields, check_rope, shown
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class DovetailConfig(PretrainedConfig):
         if unknown := [field for field in unknown if field not in ("model_type", "auto_map")]:
             logger.warning("%s: config.json has fields that no draft has. They are ignored: %s", name, shown(unknown))
         stored = {field: value for field, value in config_dict.items() if field in FIELDS}
-        for field in [field for field in kwargs if field in FIELDS and field not in ("dtype", "torch_dtype")]:
+        for field in [field for field in kwargs if field in OVERRIDES]:
             stored[field] = kwargs.pop(field)
         try:
             check_fields(stored, FIELDS)

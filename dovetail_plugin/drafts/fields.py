@@ -170,6 +170,9 @@ FIELDS: dict[str, Kind] = {
 }
 """Fields of `DovetailConfig`."""
 
+OVERRIDES = FIELDS.keys() - {"dtype", "torch_dtype", "quantization_config"}
+"""Fields that arguments of `from_pretrained` replace. The others mean something else there."""
+
 _layers = either(null, list_of(whole(0, MOST_BLOCKS), 0, 64))
 _object = either(null, mapping_of(anything))
 

@@ -18,10 +18,9 @@ from .base import Draft, Drafter, Setting, one_of, without_references
 from .checkpoints.load import (
     check_loaded,
     check_stored,
-    check_token_ids,
     dtype_for,
-    foreign_arguments,
     frequent_tokens,
+    loading_arguments,
     open_checkpoint,
     token_order,
 )
@@ -234,17 +233,12 @@ class DovetailDraft(DraftNetwork, Draft):
                 expected = cls(copy.deepcopy(opened.config)).state_dict()
             check_stored(opened, expected)
             order = token_order(opened, kwargs)
-            if opened.stored is not None:
-                source = [None]
-                kwargs |= foreign_arguments(opened, kwargs)
-            else:
-                kwargs["config"] = opened.config
+            source = [None]
+            kwargs |= loading_arguments(opened)
         draft, info = super().from_pretrained(
             *source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         check_loaded(name, info)
-        if isinstance(draft.token_ids, Tensor):
-            check_token_ids(name, draft.token_ids, draft.config.vocab_size)
         if name is not None:
             draft.name_or_path = draft.config.name_or_path = str(name)
         draft.token_order = order

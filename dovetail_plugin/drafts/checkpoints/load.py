@@ -15,9 +15,9 @@ from ... import machine
 from ...compat import find_file
 from ...errors import InputError
 from ..config import DovetailConfig
-from ..fields import FIELDS
+from ..fields import OVERRIDES
 from .files import Weights, read_token_order
-from .read import BORROWED, load_checkpoint, own_names, read_config, translate
+from .read import BORROWED, own_names, read_config, translate
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 """Arguments of `from_pretrained` that select where files come from."""
@@ -48,14 +48,14 @@ class Opened:
         name: directory or hub id.
         config: config of the draft.
         stand_ins: tensors on the meta device, under the names that `DovetailDraft` uses.
-        bytes: of the weight files together.
+        weights: the weight files.
         stored: content of config.json if it has the format of another project, otherwise None.
     """
 
     name: str
     config: DovetailConfig
     stand_ins: dict[str, Tensor]
-    bytes: int
+    weights: Weights
     stored: dict[str, Any] | None
 
 
@@ -75,7 +75,7 @@ def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
     if not isinstance(config, DovetailConfig):
         content = read_config(name, **hub)
         if content.get("model_type") == DovetailConfig.model_type:
-            changed = {field: arguments.pop(field) for field in list(arguments) if field in FIELDS and field != "dtype"}
+            changed = {field: arguments.pop(field) for field in list(arguments) if field in OVERRIDES}
             config = DovetailConfig.from_dict(content | changed, name_or_path=name)
         else:
             stored = content
@@ -92,26 +92,31 @@ def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
             f"{name} is not a complete Dovetail draft. Its config has num_hidden_layers={config.num_hidden_layers}, "
             f"and its weights have {blocks} blocks. Download the checkpoint again."
         )
-    return Opened(name, config, stand_ins, weights.bytes, stored)
+    return Opened(name, config, stand_ins, weights, stored)
 
 
-def foreign_arguments(opened: Opened, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Read the tensors of a checkpoint of another project.
+def loading_arguments(opened: Opened) -> dict[str, Any]:
+    """Read the tensors of a checkpoint.
 
     Args:
         opened: the checkpoint.
-        arguments: of `from_pretrained`.
 
     Returns:
-        Arguments that make transformers' `from_pretrained` load these tensors.
+        Arguments that make transformers' `from_pretrained` load these tensors, and no files.
 
     Raises:
         InputError: the ids of a reduced vocabulary are not valid.
     """
-    checkpoint = load_checkpoint(opened.name, opened.stored, **hub_arguments(arguments))
-    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point()}
-    checkpoint.config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return {"config": checkpoint.config, "state_dict": checkpoint.tensors}
+    config, tensors = opened.config, opened.weights.read()
+    if opened.stored is not None:
+        tensors = translate(opened.name, opened.stored, own_names(tensors)).tensors
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in BORROWED}
+    if config.dtype is None:
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    if "token_ids" in tensors:
+        check_token_ids(opened.name, tensors["token_ids"], config.vocab_size)
+    return {"config": config, "state_dict": tensors}
 
 
 def check_stored(opened: Opened, expected: Mapping[str, Tensor]) -> None:
@@ -141,7 +146,7 @@ def check_stored(opened: Opened, expected: Mapping[str, Tensor]) -> None:
                 f"{'float64, float32, float16 or bfloat16' if wanted.is_floating_point() else wanted.dtype}. Quantized "
                 "drafts are not supported; use the draft that this one was made from."
             )
-    if sum(tensor.numel() * tensor.itemsize for tensor in found.values()) > opened.bytes:
+    if sum(tensor.numel() * tensor.itemsize for tensor in found.values()) > opened.weights.bytes:
         raise InputError(f"{opened.name}: the tensors have more bytes than the weight files. Download it again.")
 
 
