@@ -21,6 +21,7 @@ from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
 from dovetail_plugin.drafts.checkpoints.read import UnknownFormat
 from dovetail_plugin.drafts.known_pairs import load_draft
 from dovetail_plugin.errors import InputError, MissingFileError
+from dovetail_plugin.planning.draft_config import load_draft_config
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
 
@@ -252,6 +253,23 @@ def test_speculators_config(fields, match, tmp_path):
     made = checkpoints.speculators()
     made.config |= fields
     refused(made.write(tmp_path), match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"draft_vocab_size": 10**8}, "draft_vocab_size must be"),
+        ({"draft_vocab_size": None, "vocab_size": 10**10}, "vocab_size must be"),
+        ({"vocab_size": "97"}, "vocab_size must be"),
+        ({"transformer_layer_config": {"vocab_size": 10**10}}, "vocab_size must be"),
+    ],
+)
+def test_plans_do_not_believe_sizes_either(fields, match, tmp_path):
+    config = eagle3().config | {"architectures": ["LlamaForCausalLMEagle3"]} | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with at_most(tensor_bytes=MIB, python_bytes=MIB), pytest.raises(InputError, match=match) as raised:
+        load_draft_config(str(tmp_path))
+    assert str(tmp_path) in str(raised.value)
 
 
 def test_dspark_of_gemma_4(tmp_path):

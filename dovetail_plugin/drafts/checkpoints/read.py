@@ -81,10 +81,19 @@ def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
         ) from error
     config = read_json(file, f"{name}: the config")
     try:
-        check_fields({field: config[field] for field in DRAFT_ONLY.keys() & config.keys()}, DRAFT_ONLY)
+        _check_published(config)
     except InputError as error:
-        raise InputError(f"{name}: config.json cannot be used: {error}") from error
+        raise InputError(f"{name}: config.json cannot be used: {error} Download it again.") from error
     return config
+
+
+def _check_published(config: dict[str, Any]) -> None:
+    """Check the fields of a config that can only belong to a draft of another project."""
+    of_draft = {field: config[field] for field in DRAFT_ONLY.keys() & config.keys()}
+    if of_draft or any("eagle" in name.lower() for name in architectures_of(config)):
+        check_fields(of_draft, DRAFT_ONLY)
+        sizes = config.get("transformer_layer_config") or config
+        check_fields({field: value for field, value in sizes.items() if value is not None}, PUBLISHED)
 
 
 def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwargs: Any) -> Checkpoint:
