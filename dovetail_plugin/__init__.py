@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .drafts.model import DovetailDraft
     from .drafts.prompt_lookup import PromptLookupDraft
     from .drafts.small_model import SmallModelDraft
+    from .errors import DovetailError
     from .generation.generate import generate_with_draft
     from .generation.stock_loop import DovetailCandidateGenerator
     from .hf import is_registered, register, unregister
@@ -33,6 +34,7 @@ __all__ = [
     "DovetailCandidateGenerator",
     "DovetailConfig",
     "DovetailDraft",
+    "DovetailError",
     "Draft",
     "DraftTree",
     "Drafter",
@@ -52,6 +54,7 @@ _MODULE_OF = {
     "DovetailCandidateGenerator": "generation.stock_loop",
     "DovetailConfig": "drafts.config",
     "DovetailDraft": "drafts.model",
+    "DovetailError": "errors",
     "Draft": "drafts.base",
     "DraftTree": "tree",
     "Drafter": "drafts.base",

@@ -62,8 +62,10 @@ def test_embedding_on_the_cpu_beside_a_draft_on_the_gpu():
 def test_a_cut_head_proposes_the_whole_heads_best_of_its_tokens(tmp_path):
     target, draft = tiny_target("llama"), make_draft()
     order = np.random.default_rng(0).permutation(VOCAB).astype(np.int32)
+    draft.save_pretrained(tmp_path)
     np.save(tmp_path / TOKEN_ORDER, order)
-    draft.name_or_path = str(tmp_path)
+    draft = type(draft).from_pretrained(tmp_path)
+    draft.attach(target)
     kept = sorted(order[:20].tolist())
     ids, features = text_and_features(8)
     logits = draft(features=features[None], input_ids=ids[None, 1:]).logits[0, -1]
@@ -95,7 +97,7 @@ def test_texts_stay_the_same(verification):
 @pytest.mark.parametrize("count", [0, VOCAB + 1])
 def test_impossible_sizes(count):
     with pytest.raises(ValueError, match=f"between 1 and the target's {VOCAB} tokens, got {count}"):
-        frequent_tokens("", count, VOCAB)
+        frequent_tokens(None, count, VOCAB)
 
 
 def test_fp16_stays_finite():

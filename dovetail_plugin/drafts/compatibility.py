@@ -9,6 +9,7 @@ import warnings
 
 from transformers import PretrainedConfig
 
+from ..errors import InputError
 from .config import DovetailConfig
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def check_fits(config: DovetailConfig, target: PretrainedConfig) -> None:
         target: config of the target.
 
     Raises:
-        ValueError: vocabulary, hidden size or layers differ.
+        InputError: vocabulary, hidden size or layers differ.
     """
     text = target.get_text_config(decoder=True)
     sizes = {
@@ -31,7 +32,7 @@ def check_fits(config: DovetailConfig, target: PretrainedConfig) -> None:
     }
     for name, (own, seen) in sizes.items():
         if own != seen:
-            raise ValueError(
+            raise InputError(
                 f"the draft's {name} is {own}, the target's is {seen}: "
                 f"this draft was trained for {config.target_name_or_path or 'another target'}, not for "
                 f"{target.name_or_path or type(target).__name__}. Load the target that the draft was trained for, or "

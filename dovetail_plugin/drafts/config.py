@@ -4,13 +4,22 @@ It is made from a target's config (`DovetailConfig.for_target`) or read from `co
 draft from it. It contains no budget and no device, because these belong to a run and not to a checkpoint.
 """
 
+import logging
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
+from ..compat import LlamaRotaryEmbedding
+from ..errors import InputError
 from ..targets.config_sizes import sizes_of
+from .fields import FIELDS, OVERRIDES, check_fields, check_rope, shown
+
+logger = logging.getLogger(__name__)
 
 # Fields are named as in Llama's config and in the reference checkpoints, so that vLLM and other tools that read
 # `config.json` understand them.
@@ -60,7 +69,7 @@ class DovetailConfig(PretrainedConfig):
             "greedy" and "sampling". Training measures them. None if they were not measured.
 
     Raises:
-        ValueError: a size is below 1, sizes do not fit together, `fusion` is unknown, or `calibration` is not valid.
+        InputError: a field has a wrong type or is out of bounds (see `fields.FIELDS`), or fields do not fit together.
     """
 
     model_type = "dovetail"
@@ -93,7 +102,35 @@ class DovetailConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DovetailConfig":
+        """Make a config from the content of a config.json. Fields that no draft has are ignored with a warning.
+
+        Args:
+            config_dict: content of the file.
+            kwargs: see `PretrainedConfig.from_dict`. `name_or_path` names the checkpoint in messages.
+
+        Raises:
+            InputError: see `DovetailConfig`.
+        """
+        name = kwargs.get("name_or_path") or "the draft"
+        unknown = sorted(field for field in config_dict if field not in FIELDS and not field.startswith("_"))
+        if unknown := [field for field in unknown if field not in ("model_type", "auto_map")]:
+            logger.warning("%s: config.json has fields that no draft has. They are ignored: %s", name, shown(unknown))
+        stored = {field: value for field, value in config_dict.items() if field in FIELDS}
+        for field in [field for field in kwargs if field in OVERRIDES]:
+            stored[field] = kwargs.pop(field)
+        try:
+            check_fields(stored, FIELDS)
+            return super().from_dict(stored, **kwargs)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(
+                f"{name}: config.json cannot be used: {error} Correct it, or download the draft again."
+            ) from error
+
     def __post_init__(self, **kwargs: Any) -> None:
+        own = {name: getattr(self, name) for name in FIELDS if name in type(self).__dataclass_fields__}
+        check_fields(own | kwargs, FIELDS)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -102,37 +139,50 @@ class DovetailConfig(PretrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": float(kwargs.pop("rope_theta", 10000.0))}
         super().__post_init__(**kwargs)
         self._check()
+        self._check_rotary()
 
     def _check(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "num_key_value_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         assert self.num_key_value_heads is not None and self.head_dim is not None  # filled in above
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise InputError(f"head_dim must be even, and 2 or more, for rotary embeddings, got {self.head_dim}.")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
-        if self.fusion not in ("dgf", "concat", "eagle3"):
-            raise ValueError(f'fusion must be "dgf", "concat" or "eagle3", got {self.fusion!r}.')
         if self.fusion == "eagle3" and self.num_hidden_layers != 1:
-            raise ValueError(
+            raise InputError(
                 f'num_hidden_layers must be 1 with fusion="eagle3", because EAGLE-3 has one block; '
                 f"got {self.num_hidden_layers}."
             )
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
+            raise InputError(
                 f"draft_vocab_size must be between 1 and vocab_size ({self.vocab_size}), got {self.draft_vocab_size}."
             )
         for name, rates in (self.calibration or {}).items():
-            if name not in ("greedy", "sampling") or len(rates) != BINS or not all(0.0 <= r <= 1.0 for r in rates):
-                raise ValueError(
+            if name not in ("greedy", "sampling") or len(rates) != BINS:
+                raise InputError(
                     f'calibration must have {BINS} rates between 0 and 1 under "greedy" and "sampling", got '
-                    f"{rates} under {name!r}."
+                    f"{shown(rates)} under {name!r}."
                 )
+
+    def _check_rotary(self) -> None:
+        """Refuse rotary parameters that give no table of finite angles for whole heads."""
+        assert self.head_dim is not None and self.rope_parameters is not None  # filled in above
+        check_rope(self.rope_parameters, self.head_dim)
+        try:
+            with torch.device("cpu"):
+                rotary = LlamaRotaryEmbedding(self)
+            usable = rotary.inv_freq.shape == (self.head_dim // 2,) and math.isfinite(rotary.attention_scaling)
+            if rotary.rope_type != "default":  # whose angles are finite for every base
+                usable = usable and bool(rotary.inv_freq.isfinite().all())
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise InputError(f"rope_parameters cannot be used: {shown(self.rope_parameters)} ({error!r}).") from error
+        if not usable:
+            raise InputError(
+                f"rope_parameters must give {self.head_dim // 2} finite frequencies for heads of {self.head_dim}, got "
+                f"{shown(self.rope_parameters)}."
+            )
 
     @property
     def feature_size(self) -> int:
@@ -148,14 +198,14 @@ class DovetailConfig(PretrainedConfig):
             target: config of the target.
 
         Raises:
-            ValueError: the target does not have these layers.
+            InputError: the target does not have these layers.
         """
         if self.fusion != "eagle3":
             return None
         count = target.get_text_config(decoder=True).num_hidden_layers
         layers = tuple(self.feature_layers or (2, count // 2, count - 3))
         if not all(0 <= layer < count for layer in layers):
-            raise ValueError(
+            raise InputError(
                 f"the draft reads hidden states {layers}, but the target has {count} layers. Use the draft with the "
                 "target that it was trained for."
             )

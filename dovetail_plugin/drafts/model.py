@@ -3,19 +3,27 @@
 The network is in `network.py`, trees grow in `feature_drafter.py`, and `runners.py` chooses what runs the steps.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..report import PhaseClock
 from ..targets.base import Engine, Tables, TargetModel
 from ..targets.engine import engine_of
 from .base import Draft, Drafter, Setting, one_of, without_references
-from .checkpoints.load import check_loaded, dtype_for, foreign_arguments, frequent_tokens, hub_arguments
-from .checkpoints.read import load_checkpoint, read_config
+from .checkpoints.load import (
+    check_loaded,
+    check_stored,
+    dtype_for,
+    frequent_tokens,
+    loading_arguments,
+    open_checkpoint,
+    token_order,
+)
 from .compatibility import check_fits, note_positions, warn_of_other_target
 from .config import DovetailConfig
 from .feature_drafter import FeatureDrafter
@@ -66,11 +74,15 @@ class DovetailDraft(DraftNetwork, Draft):
             bytes on a small GPU and costs a short wait per tree level.
         draft_vocab_size: number of tokens that the draft may propose, the most frequent ones of its training. It saves
             bytes and time of the head; None proposes all tokens.
+        token_order: (V,) int32 ids of all tokens, the most frequent first, from the checkpoint. None means ascending
+            ids, which is the order in byte-pair vocabularies.
     """
 
     runner: Setting[Literal["auto", "torch"]] = Setting("auto", one_of("auto", "torch"))
     embedding_device: Setting[str | None] = Setting(None, _check_embedding_device, after="_attach_again")  # type: ignore[assignment]
     draft_vocab_size: Setting[int | None] = Setting(None, _check_draft_vocab_size, after="_attach_again")
+
+    token_order: Tensor | None = None
 
     supports_stock_loop = True
     supports_placement = True
@@ -153,7 +165,7 @@ class DovetailDraft(DraftNetwork, Draft):
         weight = next(self.layers.parameters())
         head, bias, self.token_ids = tables.head, tables.bias, None
         if self.draft_vocab_size is not None:
-            ids = frequent_tokens(self.name_or_path, self.draft_vocab_size, self.config.vocab_size).to(head.device)
+            ids = frequent_tokens(self.token_order, self.draft_vocab_size, self.config.vocab_size).to(head.device)
             head, bias = head[ids], None if bias is None else bias[ids]
             self.token_ids = ids.to(weight.device)
         tied = head is tables.embedding and self.embedding_device is None
@@ -202,38 +214,36 @@ class DovetailDraft(DraftNetwork, Draft):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a draft of this project or of the Dovetail paper, an EAGLE-1, 2 or 3 head, or speculators' eagle3.
 
-        All tensors of the architecture must be present in the right shape. Accepts the arguments of transformers'
-        `from_pretrained` (`dtype`, `device_map`, `revision`, ...), and the settings of the draft (`budget`, ...).
+        Config, names, shapes and dtypes are checked before anything is built: what a file claims never takes more
+        memory than the weights that it holds. Accepts the arguments of transformers' `from_pretrained` (`dtype`,
+        `device_map`, `revision`, ...), and the settings of the draft (`budget`, ...).
 
         Raises:
-            ValueError: the format is unknown, a file cannot be read, or tensors are missing, unexpected or of the wrong
-                shape (all are named).
-            OSError: there is no such directory or hub repository.
+            InputError: the format is unknown, a field of the config or a file cannot be used, or tensors are missing,
+                unexpected or of the wrong shape (they are named). It is a `ValueError`.
+            MissingFileError: there is no such directory or hub repository, or it has no weights. It is an `OSError`.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         settings = {name: kwargs.pop(name) for name in list(kwargs) if cls._is_setting(name)}
         kwargs.setdefault("dtype", "auto")
-        name, source = pretrained_model_name_or_path, [pretrained_model_name_or_path]
-        if name is not None and "config" not in kwargs and "state_dict" not in kwargs:
-            hub_kwargs = hub_arguments(kwargs)
-            stored = read_config(str(name), **hub_kwargs)
-            if stored.get("model_type") != cls.config_class.model_type:
-                source = [None]
-                kwargs |= foreign_arguments(load_checkpoint(str(name), stored, **hub_kwargs))
-        try:
-            draft, info = super().from_pretrained(
-                *source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{name}: a weight file is truncated or not safetensors ({error}). "
-                "Copy or download the checkpoint again."
-            ) from error
+        name, source, order = pretrained_model_name_or_path, [pretrained_model_name_or_path], None
+        if name is not None and "state_dict" not in kwargs:
+            opened = open_checkpoint(str(name), kwargs)
+            with torch.device("meta"):
+                expected = cls(copy.deepcopy(opened.config)).state_dict()
+            check_stored(opened, expected)
+            order = token_order(opened, kwargs)
+            source = [None]
+            kwargs |= loading_arguments(opened)
+        draft, info = super().from_pretrained(
+            *source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
         check_loaded(name, info)
-        if source == [None] and name is not None:
+        if name is not None:
             draft.name_or_path = draft.config.name_or_path = str(name)
+        draft.token_order = order
         if kwargs["dtype"] == "auto":
             draft.to(dtype_for(draft.dtype, draft.device))
-        for name, value in settings.items():
-            setattr(draft, name, value)
+        for setting, value in settings.items():
+            setattr(draft, setting, value)
         return (draft, info) if wants_info else draft

@@ -8,36 +8,31 @@
     eagle3       EAGLE-3: tensors `midlayer.*`
     speculators  vllm-project/speculators: its config; tensors as in EAGLE-3, but `layers.0.` instead of `midlayer.`
 
-Pickled files are read with `weights_only=True`, which runs no code. This module does not know models or devices.
+The translation needs names and shapes only: given tensors on the meta device, it gives config and tensors there.
+`files.py` reads the files. This module does not know models or devices.
 """
 
-import json
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...compat import find_file, require_file
+from ...compat import require_file
+from ...errors import InputError, MissingFileError
 from ..config import DovetailConfig
+from ..fields import DRAFT_ONLY, PUBLISHED, anything, check_fields, either, mapping_of, null, shown, text
+from .files import WEIGHT_FILES, Weights, read_json
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Names of weight files, in the order in which they are looked for."""
+__all__ = ["WEIGHT_FILES", "Checkpoint", "UnknownFormat", "kind_of", "load_checkpoint", "read_config", "translate"]
 
 BORROWED = ("embed_tokens.weight", "lm_head.weight")
 """Tables that some checkpoints copy from their target. They are left out, because the target has them."""
 
 
-class UnknownFormat(ValueError):
+class UnknownFormat(InputError):
     """The format of a checkpoint is unknown.
 
     Attributes:
@@ -46,7 +41,7 @@ class UnknownFormat(ValueError):
 
     def __init__(self, config: dict[str, Any], message: str) -> None:
         super().__init__(message)
-        self.is_language_model = any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
+        self.is_language_model = any(name.endswith("ForCausalLM") for name in architectures_of(config))
 
 
 @dataclass(frozen=True)
@@ -72,23 +67,33 @@ def read_config(name: str, **hub_kwargs: Any) -> dict[str, Any]:
         hub_kwargs: see `load_checkpoint`.
 
     Raises:
-        OSError: there is no such file, or the hub cannot be reached.
-        ValueError: the file does not contain a JSON object.
+        MissingFileError: there is no such file, or the hub cannot be reached.
+        InputError: it is not a JSON object, or a field that only drafts have is of a wrong kind.
     """
     try:
         file = name if Path(name).is_file() else require_file(name, "config.json", **hub_kwargs)
+        if file is None:  # which transformers returns for an optional file of a directory
+            raise FileNotFoundError("no such file")
     except OSError as error:
-        raise OSError(
+        raise MissingFileError(
             f"{name} has no config.json, neither as a directory nor on the hub ({error}). If the hub cannot be reached "
             "from here, download the repository on another machine and give the directory."
         ) from error
+    config = read_json(file, f"{name}: the config")
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: the config is not JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{name}: the config is a JSON {type(config).__name__}, not an object. Download it again.")
+        _check_published(config)
+    except InputError as error:
+        raise InputError(f"{name}: config.json cannot be used: {error} Download it again.") from error
     return config
+
+
+def _check_published(config: dict[str, Any]) -> None:
+    """Check the fields of a config that can only belong to a draft of another project."""
+    of_draft = {field: config[field] for field in DRAFT_ONLY.keys() & config.keys()}
+    if of_draft or any("eagle" in name.lower() for name in architectures_of(config)):
+        check_fields(of_draft, DRAFT_ONLY)
+        sizes = config.get("transformer_layer_config") or config
+        check_fields({field: value for field, value in sizes.items() if value is not None}, PUBLISHED)
 
 
 def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwargs: Any) -> Checkpoint:
@@ -100,14 +105,20 @@ def load_checkpoint(name: str, config: dict[str, Any] | None = None, **hub_kwarg
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
     Raises:
-        ValueError: the format is unknown, a file is damaged or contains other things than tensors, or the ids of a
+        InputError: the format is unknown, a file is damaged or contains other things than tensors, or the ids of a
             reduced vocabulary are not valid.
-        OSError: there are no weights.
+        MissingFileError: there are no weights.
     """
     config = read_config(name, **hub_kwargs) if config is None else config
-    tensors = {key.removeprefix("model."): value for key, value in read_tensors(name, **hub_kwargs).items()}
-    tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
-    return translate(name, config, tensors)
+    weights = Weights(name, **hub_kwargs)
+    translate(name, config, own_names(weights.stand_ins))
+    return translate(name, config, own_names(weights.read()))
+
+
+def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the prefix `model.` and without tables that every model computes itself."""
+    named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def translate(name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
@@ -116,24 +127,33 @@ def translate(name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     Args:
         name: of the checkpoint, for messages.
         config: content of config.json.
-        tensors: all tensors, without the prefix `model.`.
+        tensors: all tensors, without the prefix `model.`; on the meta device if only their shapes are known.
 
     Raises:
-        ValueError: see `load_checkpoint`.
+        InputError: see `load_checkpoint`.
     """
     try:
         kind = kind_of(config, tensors)
     except UnknownFormat as error:
         raise UnknownFormat(config, f"{name}: {error}") from error
     try:
+        refuse_others(config, tensors)
         return Checkpoint(kind, *_READERS[kind](config, tensors))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name} has the format {kind}, but its config lacks {error}.") from error
+    except KeyError as error:
+        raise InputError(
+            f"{name} has the format {kind}, but its config lacks {error}. Download config.json again."
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise InputError(f"{name} (format {kind}): {error}") from error
 
 
-def kind_of(config: dict[str, Any], names: Any) -> str:
+def architectures_of(config: Mapping[str, Any]) -> list[str]:
+    """Return the architectures of a config; none if the field has a wrong type."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def kind_of(config: dict[str, Any], names: Iterable[str]) -> str:
     """Return the format of a checkpoint.
 
     Args:
@@ -153,65 +173,41 @@ def kind_of(config: dict[str, Any], names: Any) -> str:
         return "eagle"
     raise UnknownFormat(
         config,
-        f"the format of this draft is unknown: its model_type is {config.get('model_type')!r}, and its first tensors "
-        f"are {', '.join(sorted(names)[:6]) or 'none'}. Supported: W_1 and W_z (the Dovetail paper), fc.weight and "
-        "layers.0.* (EAGLE-1, EAGLE-2), midlayer.* (EAGLE-3), speculators_config (speculators), model_type dovetail.",
+        f"the format of this draft is unknown: its model_type is {shown(config.get('model_type'))}, and its first "
+        f"tensors are {', '.join(sorted(names)[:6]) or 'none'}. Supported: W_1 and W_z (the Dovetail paper), fc.weight "
+        "and layers.0.* (EAGLE-1, EAGLE-2), midlayer.* (EAGLE-3), speculators_config (speculators), model_type "
+        "dovetail.",
     )
 
 
-# --- files ------------------------------------------------------------------------------------------
+OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "DFlash, DFlash2 or DSpark": (
+        ("dflash_config", "dspark_config", "markov_rank", "markov_head_type", "dspark_block_size"),
+        ("DFlash", "DSpark"),
+    ),
+    "P-EAGLE": (("pard_token", "ptd_token_id"), ("PEagle",)),
+    "EAGLE-3.1 with norms before fc (norm_before_fc, fc_norm)": (("norm_before_fc", "fc_norm", "use_aux_norm"), ()),
+    "EAGLE-3.1 with norm_output": (("norm_output",), ()),
+    "Medusa": (("medusa_num_heads", "medusa_num_layers"), ("Medusa",)),
+}
+"""Kinds of drafts that are not supported and whose tensors look like those of supported ones: config fields, where any
+value other than null and false counts, and parts of an architecture's name."""
 
 
-def read_tensors(name: str, **hub_kwargs: Any) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint, on the CPU.
-
-    Args:
-        name: directory or hub id.
-        hub_kwargs: see `load_checkpoint`.
+def refuse_others(config: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse drafts of kinds that look like supported ones and compute something else.
 
     Raises:
-        OSError: there are no weight files.
-        ValueError: a weight file is damaged, or contains other things than tensors.
+        InputError: the config has a field of another kind of draft.
     """
-    for candidate in WEIGHT_FILES:
-        file = find_file(name, candidate, **hub_kwargs)
-        if file is None:
-            continue
-        files = [file]
-        if candidate.endswith(".json"):
-            shards = sorted(set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()))
-            found = {shard: find_file(name, shard, **hub_kwargs) for shard in shards}
-            if missing := [shard for shard, path in found.items() if path is None]:
-                raise OSError(
-                    f"{name}: {candidate} names {', '.join(missing)}, which is missing. Download the checkpoint again."
-                )
-            files = [path for path in found.values() if path is not None]
-        tensors: dict[str, Tensor] = {}
-        for each in files:
-            tensors |= _read_safetensors(each) if each.endswith(".safetensors") else _read_pickle(each)
-        return tensors
-    raise OSError(f"{name} has no weights. One of these files is needed: {', '.join(WEIGHT_FILES)}.")
-
-
-def _read_safetensors(file: str) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not safetensors ({error}). Copy or download it again.") from error
-
-
-def _read_pickle(file: str) -> dict[str, Tensor]:
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{file} is damaged, or a pickle with code, which is not run ({str(error).splitlines()[0]}). "
-            "Download it again, or ask its author for safetensors."
-        ) from error
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise ValueError(f"{file} contains other things than named tensors. Ask its author for safetensors.")
-    return stored
+    parts = [config, config.get("eagle_config"), config.get("transformer_layer_config")]
+    for kind, (fields, words) in OTHERS.items():
+        found = [f for f in fields for part in parts if isinstance(part, dict) and part.get(f) not in (None, False)]
+        found += [name for name in architectures_of(config) if any(word in name for word in words)]
+        if found:
+            raise InputError(f"it is a draft of the kind {kind} ({found[0]}), which is not supported.")
+    if "mask_hidden" in names:
+        raise InputError("it is a draft of the kind P-EAGLE (mask_hidden), which is not supported.")
 
 
 # --- formats ----------------------------------------------------------------------------------------
@@ -221,8 +217,9 @@ _Translated = tuple[DovetailConfig, dict[str, Tensor]]
 
 def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of `DovetailConfig` that have the same meaning in all formats and are named as in Llama."""
+    check_fields({name: value for name, value in config.items() if value is not None}, PUBLISHED)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     rope = {key: value for key, value in rope.items() if key != "type"} | {"rope_type": kind}
     rope.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
     fields = ["max_position_embeddings", "num_key_value_heads", "head_dim", "rms_norm_eps"]
@@ -238,7 +235,15 @@ def _llama_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _blocks(tensors: dict[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+    """Return the number of blocks. The file must hold tensors of each, so that a name cannot ask for thousands.
+
+    Raises:
+        InputError: a block has no tensors.
+    """
+    found = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if wanted := found - {str(index) for index in range(len(found))}:
+        raise InputError(f"layers.{min(wanted)} is not one of {len(found)} blocks that are numbered from 0.")
+    return len(found)
 
 
 def _paper(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
@@ -251,7 +256,7 @@ def _paper(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
 def _eagle(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
     bias = "fc.bias" in tensors
     if config.get("bias", bias) != bias:
-        raise ValueError(f"config.json has bias={config['bias']}, but fc.bias is {'present' if bias else 'missing'}.")
+        raise InputError(f"config.json has bias={config['bias']}, but fc.bias is {'present' if bias else 'missing'}.")
     ours = DovetailConfig(
         **_llama_fields(config), num_hidden_layers=_blocks(tensors), fusion="concat", fusion_bias=bias
     )
@@ -260,12 +265,15 @@ def _eagle(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
 
 
 def _eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
+    fields = _llama_fields(config)
     width, target_width = config["hidden_size"], config.get("target_hidden_size") or config["hidden_size"]
     own = config.get("eagle_config") or {}
     layers = own.get("eagle_aux_hidden_state_layer_ids") or config.get("eagle_aux_hidden_state_layer_ids")
+    if "lm_head.weight" not in tensors or tensors["lm_head.weight"].ndim != 2:
+        raise InputError("the weights have no matrix lm_head.weight. Download them again.")
     kept = tensors["lm_head.weight"].shape[0]
     ours = DovetailConfig(
-        **_llama_fields(config),
+        **fields,
         num_hidden_layers=1,
         fusion="eagle3",
         fusion_bias="fc.bias" in tensors,
@@ -292,34 +300,40 @@ def _token_ids(tensors: dict[str, Tensor], config: DovetailConfig) -> Tensor:
     """Return the target's id of each token of the head, (v,) int64: draft id + d2t[draft id].
 
     Raises:
-        ValueError: d2t is missing, has the wrong shape, gives ids that are out of range or used twice, or contradicts
+        InputError: d2t is missing, has the wrong shape, gives ids that are out of range or used twice, or contradicts
             t2d.
     """
     size = config.draft_vocab_size
     assert size is not None
     if "d2t" not in tensors:
-        raise ValueError(f"the head has {size} of {config.vocab_size} tokens, but d2t, which lists them, is missing.")
-    offsets = tensors["d2t"].long()
-    if offsets.shape != (size,):
-        raise ValueError(f"d2t has shape {tuple(offsets.shape)}, expected ({size},).")
-    ids = torch.arange(size) + offsets
+        raise InputError(f"the head has {size} of {config.vocab_size} tokens, but d2t, which lists them, is missing.")
+    stored = tensors["d2t"]
+    if stored.shape != (size,):
+        raise InputError(f"d2t has shape {tuple(stored.shape)}, expected ({size},).")
+    if stored.is_meta:
+        return torch.empty(size, dtype=torch.int64, device="meta")
+    ids = torch.arange(size) + stored.long()
     wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
     if len(wrong):
-        raise ValueError(f"d2t gives token {int(wrong[0])}, outside the vocabulary of {config.vocab_size}.")
+        raise InputError(f"d2t gives token {int(wrong[0])}, outside the vocabulary of {config.vocab_size}.")
     if len(ids.unique()) != size:
-        raise ValueError("d2t gives two draft tokens the same id of the target.")
+        raise InputError("d2t gives two draft tokens the same id of the target.")
     mask = tensors.get("t2d")
-    if mask is not None and not torch.equal(mask.bool().nonzero()[:, 0], ids.sort().values):
-        raise ValueError("t2d and d2t name different tokens of the target.")
+    if mask is not None and (mask.ndim != 1 or not torch.equal(mask.bool().nonzero()[:, 0], ids.sort().values)):
+        raise InputError("t2d and d2t name different tokens of the target.")
     return ids
 
 
 def _speculators(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
-    algorithm = config.get("speculators_model_type", (config.get("speculators_config") or {}).get("algorithm"))
+    own = config.get("speculators_config") or {}
+    algorithm = config.get("speculators_model_type", own.get("algorithm"))
     if algorithm != "eagle3":
-        raise ValueError(f"speculators drafts of type {algorithm!r} are not supported. Use one of type eagle3.")
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    flat = config["transformer_layer_config"] | {
+        raise InputError(f"speculators drafts of type {shown(algorithm)} are not supported. Use one of type eagle3.")
+    check_fields(config, DRAFT_ONLY)
+    verifier = own.get("verifier") or {}
+    check_fields({"speculators_config.verifier": verifier}, {"speculators_config.verifier": mapping_of(anything)})
+    check_fields(verifier, {"name_or_path": either(null, text)}, "speculators_config.verifier.")
+    flat = dict(config["transformer_layer_config"] or {}) | {
         name: config[name]
         for name in (
             "draft_vocab_size",

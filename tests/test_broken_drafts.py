@@ -1,0 +1,522 @@
+"""Broken directories of drafts are refused at load, with the file, the field and what to do, and without memory."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from families import VOCAB, prompt, tiny_target
+from safetensors.torch import load_file, save_file
+from support import checkpoints
+from support.checkpoints import KEPT, H, Published, block, eagle, eagle3, paper, weight
+from support.faults import Said, at_most
+from transformers import AutoModelForCausalLM
+
+import dovetail_plugin
+from dovetail_plugin import DovetailConfig, DovetailDraft, DovetailError
+from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
+from dovetail_plugin.drafts.checkpoints.read import UnknownFormat
+from dovetail_plugin.drafts.known_pairs import load_draft
+from dovetail_plugin.errors import InputError, MissingFileError
+from dovetail_plugin.planning.draft_config import load_draft_config
+
+pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
+
+WEIGHTS, MIB = "model.safetensors", 2**20
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, llama):
+    """A directory with a valid draft of two blocks."""
+    directory = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(5)
+    DovetailDraft.for_target(llama, blocks=2).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of it, to be broken."""
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def change(directory, **fields):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def refused(directory, match, error=InputError, **options):
+    """The message of a load that is refused, within little memory and without other lines."""
+    with Said() as said, at_most(tensor_bytes=MIB, python_bytes=16 * MIB), pytest.raises(error, match=match) as raised:
+        DovetailDraft.from_pretrained(directory, **options)
+    assert isinstance(raised.value, DovetailError)
+    assert str(directory) in str(raised.value)
+    assert said.lines == []
+    return str(raised.value)
+
+
+def test_errors_are_the_built_in_ones_as_well():
+    assert dovetail_plugin.DovetailError is DovetailError
+    assert issubclass(InputError, DovetailError) and issubclass(InputError, ValueError)
+    assert issubclass(MissingFileError, DovetailError) and issubclass(MissingFileError, OSError)
+    assert issubclass(UnknownFormat, InputError)
+
+
+# --- config.json ------------------------------------------------------------------------------------------
+
+NESTED: list = []
+for _ in range(100):
+    NESTED = [NESTED]
+
+FIELDS = {
+    "text for a size": ("hidden_size", "32", "whole number from 1 to"),
+    "fraction": ("vocab_size", 97.0, "whole number"),
+    "true": ("num_hidden_layers", True, "whole number"),
+    "list": ("intermediate_size", [48, 48], "whole number"),
+    "null": ("num_attention_heads", None, "whole number"),
+    "huge": ("vocab_size", 10**9, "whole number from 1 to 4194304"),
+    "endless": ("max_position_embeddings", 10**400, "whole number"),
+    "not a number": ("rms_norm_eps", float("nan"), "number from 0 to 1"),
+    "infinite": ("logit_scale", float("inf"), "number other than 0"),
+    "division by zero": ("logit_softcap", 0, "number above 0"),
+    "text for a flag": ("fusion_bias", "false", "true or false"),
+    "list for a fusion": ("fusion", ["dgf"], "one of"),
+    "rope text": ("rope_parameters", "default", "an object"),
+    "rope list": ("rope_parameters", [1], "an object"),
+    "rope of unknown type": ("rope_parameters", {"rope_type": "zzz"}, "rope_type must be one of"),
+    "rope type list": ("rope_parameters", {"rope_type": ["yarn"]}, "rope_type must be a text"),
+    "rope theta text": ("rope_parameters", {"rope_theta": "10000"}, "rope_theta must be a number"),
+    "yarn without factor": ("rope_parameters", {"rope_type": "yarn"}, "needs factor"),
+    "llama3 without parts": ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor, high"),
+    "longrope of another width": (
+        "rope_parameters",
+        {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0},
+        "must have 4 numbers",
+    ),
+    "rope of each kind of layer": (
+        "rope_parameters",
+        {"full_attention": {"rope_type": "default"}},
+        "full_attention must be",
+    ),
+    "half heads": (
+        "rope_parameters",
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+        "finite frequencies",
+    ),
+    "dynamic with heads of two": ("head_dim", 2, None),
+    "calibration text": ("calibration", "greedy", "an object"),
+    "calibration of text": ("calibration", {"greedy": "high"}, "a list of"),
+    "calibration in part": ("calibration", {"greedy": [0.5] * 17}, "18 rates"),
+    "calibration beyond": ("calibration", {"greedy": [1.5] * 18}, "number from 0 to 1"),
+    "calibration of beams": ("calibration", {"beam": [0.5] * 18}, "beam"),
+    "labels number": ("id2label", 3, "object from numbers to labels"),
+    "labels words": ("id2label", {"a": "b"}, "object from numbers to labels"),
+    "labels list": ("label2id", [1], "an object"),
+    "bitsandbytes": ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "not supported"),
+    "gptq": ("quantization_config", {"quant_method": "gptq", "bits": 4}, "not supported"),
+    "no dtype": ("dtype", "zzz", "dtype must be"),
+    "dtype of eight bits": ("dtype", "float8_e4m3fn", "dtype must be"),
+    "dtype of another thing": ("dtype", "Tensor", "dtype must be"),
+    "old dtype": ("torch_dtype", "Tensor", "torch_dtype must be"),
+    "architectures": ("architectures", "DovetailDraft", "a list of"),
+    "encoder-decoder": ("is_encoder_decoder", True, "must be false"),
+    "deep": ("target_name_or_path", NESTED, "nested more than 32 levels"),
+    "half a character": ("target_name_or_path", "\ud800", "a text of at most"),
+}
+
+
+@pytest.mark.parametrize("what", FIELDS)
+def test_field(what, copied):
+    field, value, match = FIELDS[what]
+    if what == "dynamic with heads of two":
+        change(copied, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+        field, match = "rope_parameters", "rope_parameters cannot be used"
+        value = 2
+        change(copied, head_dim=value)
+    else:
+        change(copied, **{field: value})
+    message = refused(copied, match)
+    assert "config" in message
+    assert field in message or what == "deep"
+
+
+@pytest.mark.parametrize("what", [what for what in FIELDS if what not in ("deep", "dynamic with heads of two")])
+def test_field_through_the_auto_class(what, copied):
+    """transformers reads the file itself there."""
+    field, value, match = FIELDS[what]
+    change(copied, **{field: value})
+    with pytest.raises(InputError, match=match) as raised:
+        AutoModelForCausalLM.from_pretrained(copied)
+    assert str(copied) in str(raised.value)
+
+
+def test_fields_that_no_draft_has(copied, saved, llama, caplog):
+    """They cannot replace methods of the config or lead to other files; one line names them."""
+    extra = {"to_dict": 3, "feature_size": 9, "attribute_map": "x", "transformers_weights": "../x.safetensors"}
+    change(copied, **extra, per_layer_config={"0": {"hidden_size": 3}}, note="mine", layer_types=7)
+    draft = DovetailDraft.from_pretrained(copied)
+    assert draft.config.to_dict()["hidden_size"] == 32 and draft.config.feature_size == 32
+    assert [r.getMessage() for r in caplog.records if "no draft has" in r.getMessage() and "to_dict" in r.getMessage()]
+    wanted = DovetailDraft.from_pretrained(saved).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in draft.state_dict().items())
+
+
+def test_arguments_replace_fields(saved):
+    draft = DovetailDraft.from_pretrained(saved, logit_scale=0.5, attn_implementation="eager")
+    assert (draft.config.logit_scale, draft.config._attn_implementation) == (0.5, "eager")
+    assert draft.name_or_path == str(saved)
+    refused(saved, "logit_scale must be", logit_scale="x")
+    refused(saved, "num_hidden_layers=9, and its weights have 2 blocks", num_hidden_layers=9)
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", "32"), ("calibration", "x"), ("dtype", "zzz")])
+def test_config_made_by_hand(field, value):
+    with pytest.raises(InputError, match=f"{field} must be"):
+        DovetailConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b'{"model_type": "dovetail"', "not JSON"),
+        (b"\xff\xfe{\x00}\x00", "not JSON"),
+        (b"null", "JSON NoneType, not an object"),
+        (b"[1]", "JSON list, not an object"),
+        (b"[" * 200_000, "not JSON"),
+        (b'{"a":' * 200_000, "not JSON"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"a": "' + b"x" * (17 * MIB) + b'"}', "at most 16777216 are read"),
+    ],
+    ids=["empty", "start", "cut", "utf-16", "null", "list", "deep list", "deep object", "digits", "large"],
+)
+def test_config_that_is_not_json(content, match, copied):
+    (copied / "config.json").write_bytes(content)
+    assert "config" in refused(copied, match)
+
+
+def test_config_missing_or_no_file(copied):
+    (copied / "config.json").unlink()
+    refused(copied, "has no config.json", MissingFileError)
+    os.mkfifo(copied / "config.json")  # reading it would wait for ever
+    refused(copied, "has no config.json", MissingFileError)
+
+
+# --- configs of other projects ----------------------------------------------------------------------------
+
+PUBLISHED = {
+    "eagle_config text": ({"eagle_config": "x"}, "eagle_config must be"),
+    "layers text": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "123"}}, "feature_layers must be"),
+    "layers": ({"eagle_aux_hidden_state_layer_ids": [1, 2, -3]}, "eagle_aux_hidden_state_layer_ids must be"),
+    "vocabulary": ({"draft_vocab_size": 10**8}, "draft_vocab_size must be"),
+    "size text": ({"hidden_size": "32"}, "hidden_size must be"),
+    "size null": ({"vocab_size": None}, "vocab_size must be"),
+    "rope text": ({"rope_scaling": "yarn"}, "rope_scaling must be"),
+    "rope type": ({"rope_scaling": {"type": "mrope"}}, "rope_type must be one of"),
+    "part of heads": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act must be"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantized drafts are not supported"),
+    "token": ({"eos_token_id": "</s>"}, "eos_token_id must be"),
+    "flag": ({"norm_before_residual": "yes"}, "norm_before_residual must be"),
+    "norms before fc": ({"norm_before_fc": True}, "norm_before_fc"),
+    "one norm for each state": ({"eagle_config": {"fc_norm": True}}, "fc_norm"),
+    "norm of the output": ({"eagle_config": {"norm_output": True}}, "norm_output"),
+    "P-EAGLE": ({"pard_token": 5}, "P-EAGLE"),
+}
+
+
+@pytest.mark.parametrize("what", PUBLISHED)
+def test_published_config(what, tmp_path):
+    fields, match = PUBLISHED[what]
+    made = eagle3()
+    made.config |= fields
+    refused(made.write(tmp_path), match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"speculators_config": 5}, "speculators_config must be"),
+        ({"speculators_config": {"algorithm": "eagle3", "verifier": [1]}}, "verifier must be an object"),
+        ({"speculators_config": {"verifier": {"name_or_path": 3}}}, "verifier.name_or_path must be"),
+        ({"transformer_layer_config": "llama"}, "transformer_layer_config must be"),
+        ({"transformer_layer_config": None}, "lacks 'vocab_size'"),
+        ({"speculators_model_type": "dflash"}, "type 'dflash' are not supported"),
+    ],
+)
+def test_speculators_config(fields, match, tmp_path):
+    made = checkpoints.speculators()
+    made.config |= fields
+    refused(made.write(tmp_path), match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"draft_vocab_size": 10**8}, "draft_vocab_size must be"),
+        ({"draft_vocab_size": None, "vocab_size": 10**10}, "vocab_size must be"),
+        ({"vocab_size": "97"}, "vocab_size must be"),
+        ({"transformer_layer_config": {"vocab_size": 10**10}}, "vocab_size must be"),
+    ],
+)
+def test_plans_do_not_believe_sizes_either(fields, match, tmp_path):
+    config = eagle3().config | {"architectures": ["LlamaForCausalLMEagle3"]} | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with at_most(tensor_bytes=MIB, python_bytes=MIB), pytest.raises(InputError, match=match) as raised:
+        load_draft_config(str(tmp_path))
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_dspark_of_gemma_4(tmp_path):
+    """It has the tensor names of an EAGLE draft, rotary parameters for each kind of layer, and other equations."""
+    rope = {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}}
+    config = checkpoints.LLAMA | {
+        "architectures": ["Gemma4DSparkModel"],
+        "model_type": "gemma4_text",
+        "rope_parameters": rope,
+        "markov_rank": 8,
+        "block_size": 7,
+        "layer_types": ["full_attention"],
+    }
+    tensors = {"fc.weight": weight(H, 3 * H), "hidden_norm.weight": weight(H)} | block("layers.0.", input_norm=True)
+    refused(Published("dspark", config, tensors).write(tmp_path), "kind DFlash, DFlash2 or DSpark .* not supported")
+
+
+# --- sizes ----------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_not_believed(tmp_path):
+    """212 bytes that ask for gigabytes, without weights and with weights of a few bytes."""
+    sizes = dict(vocab_size=4_000_000, hidden_size=2**20, intermediate_size=2**22, num_attention_heads=64)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dovetail", "num_hidden_layers": 64} | sizes))
+    refused(tmp_path, "has no weights", MissingFileError)
+    save_file({"fusion.W_1": torch.zeros(2, 2)}, tmp_path / WEIGHTS)
+    refused(tmp_path, "num_hidden_layers=64, and its weights have 0 blocks")
+    save_file({f"layers.{i}.q": torch.zeros(1) for i in range(64)}, tmp_path / WEIGHTS)
+    message = refused(tmp_path, "missing: fusion.W_1.*and 5.. more; unexpected: layers.0.q")
+    assert len(message) < 6000
+
+
+@pytest.mark.parametrize("name", ["layers.100000.q", "layers.x.q", "layers..q", "layers.-1.q", "layers.00.q"])
+def test_a_name_does_not_ask_for_blocks(name, tmp_path):
+    made = eagle()
+    made.tensors[name] = torch.zeros(1)
+    refused(made.write(tmp_path), "is not one of 2 blocks")
+
+
+@pytest.mark.parametrize("make", [eagle, eagle3, paper])
+def test_sizes_of_published_drafts_are_not_believed(make, tmp_path):
+    made = make()
+    made.config |= {"hidden_size": 2**20, "intermediate_size": 2**22, "head_dim": 64}
+    refused(made.write(tmp_path), "wrong shape")
+
+
+def test_dtypes(copied):
+    tensors = load_file(copied / WEIGHTS)
+    save_file(tensors | {"fusion.W_1": tensors["fusion.W_1"].to(torch.int8)}, copied / WEIGHTS)
+    refused(copied, r"fusion.W_1 is stored as torch.int8.*Quantized drafts are not supported")
+
+
+# --- tokens ---------------------------------------------------------------------------------------------
+
+
+def header(shape, kind="<i4", version=b"\x01\x00"):
+    words = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY" + version + len(words).to_bytes(2, "little") + words
+
+
+ORDERS = {
+    "empty": (lambda: b"", "not a NumPy array"),
+    "text": (lambda: b"0 1 2 3\n", "not a NumPy array"),
+    "cut header": (lambda: header((VOCAB,))[:20], "not a NumPy array"),
+    "no values": (lambda: header((VOCAB,)), "cut off"),
+    "cut": (lambda: header((VOCAB,)) + bytes(4 * VOCAB - 1), "cut off"),
+    "longer": (lambda: header((VOCAB,)) + bytes(4 * VOCAB + 1), "cut off, or longer"),
+    "huge": (lambda: header((10**11,)) + bytes(8), "the ids of all 97 tokens are needed"),
+    "huge header": (lambda: header("(" * 20_000), "not a NumPy array"),
+    "many values of no bytes": (lambda: header((VOCAB,), "|V0"), "the ids of all 97 tokens"),
+    "one value": (lambda: header(()) + bytes(4), "the ids of all 97 tokens"),
+    "matrix": (lambda: header((VOCAB, 1)) + bytes(4 * VOCAB), "the ids of all 97 tokens"),
+    "fractions": (lambda: header((VOCAB,), "<f4") + bytes(4 * VOCAB), "the ids of all 97 tokens"),
+    "objects": (lambda: header((VOCAB,), "|O") + pickle.dumps([print] * VOCAB), "the ids of all 97 tokens"),
+    "pickle": (lambda: pickle.dumps(list(range(VOCAB))), "not a NumPy array"),
+    "twice": (lambda: header((VOCAB,)) + bytes(4 * VOCAB), "a token twice"),
+    "out of range": (
+        lambda: header((VOCAB,)) + np.arange(1, VOCAB + 1, dtype="<i4").tobytes(),
+        "the token 97, outside",
+    ),
+    "negative": (lambda: header((VOCAB,)) + np.arange(-1, VOCAB - 1, dtype="<i4").tobytes(), "the token -1, outside"),
+}
+
+
+@pytest.mark.parametrize("what", ORDERS)
+def test_token_order(what, copied):
+    content, match = ORDERS[what]
+    (copied / TOKEN_ORDER).write_bytes(content())
+    assert TOKEN_ORDER in refused(copied, match)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, ">i4"])
+def test_token_order_of_other_types(kind, copied, llama):
+    order = np.random.default_rng(1).permutation(VOCAB)
+    np.save(copied / TOKEN_ORDER, order.astype(kind))
+    draft = DovetailDraft.from_pretrained(copied, draft_vocab_size=20)
+    (copied / TOKEN_ORDER).unlink()  # it was read at load
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(llama.generate(prompt(), assistant_model=draft, **options), llama.generate(prompt(), **options))
+    assert draft.token_ids.tolist() == sorted(order[:20].tolist())
+    assert draft.report.warnings == []
+
+
+def test_token_order_of_a_draft_with_its_own_head(tmp_path):
+    (eagle3().write(tmp_path) / TOKEN_ORDER).write_bytes(b"unused")
+    assert DovetailDraft.from_pretrained(tmp_path).token_order is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (torch.arange(KEPT) + VOCAB - KEPT + 1, "token_ids has the token 97, outside the vocabulary of 97"),
+        (torch.arange(KEPT) - 1, "token_ids has the token -1, outside"),
+        (torch.zeros(KEPT, dtype=torch.long), "token_ids has a token twice"),
+        (torch.arange(KEPT).float(), "token_ids is stored as torch.float32"),
+        (torch.arange(KEPT)[:, None], "wrong shape: token_ids"),
+    ],
+)
+def test_token_ids(ids, match, tmp_path):
+    DovetailDraft.from_pretrained(eagle3().write(tmp_path)).save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS) | {"token_ids": ids}, tmp_path / WEIGHTS)
+    refused(tmp_path, match)
+
+
+# --- weight files -----------------------------------------------------------------------------------------
+
+
+def test_interrupted_downloads(tmp_path):
+    made = paper()
+    file = made.write(tmp_path) / made.file
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    refused(tmp_path, "empty: its download was interrupted")
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path, "damaged, or was saved by torch before 1.6")
+
+
+def test_pickles_that_unpack_to_more(tmp_path):
+    """Compressed files, one row that is repeated, and one storage for all tensors."""
+    made = paper()
+    file = made.write(tmp_path) / made.file
+    with zipfile.ZipFile(file) as plain:
+        entries = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in entries.items():
+            packed.writestr(name, content)
+    refused(tmp_path, "unpacks to more bytes than it has")
+    torch.save(made.tensors | {"W_1": torch.zeros(1, 1).expand(H, H)}, file)
+    refused(tmp_path, "W_1' has fewer bytes than its shape needs")
+    torch.save({name: torch.empty(tensor.shape, device="meta") for name, tensor in made.tensors.items()}, file)
+    refused(tmp_path, "has fewer bytes than its shape needs")
+    one = torch.zeros(max(tensor.numel() for tensor in made.tensors.values()))
+    torch.save({name: one[: tensor.numel()].view(tensor.shape) for name, tensor in made.tensors.items()}, file)
+    refused(tmp_path, "more bytes than the weight files")
+
+
+@pytest.mark.parametrize("content", [[1], {"W_1": 3}, {3: torch.zeros(1)}, torch.zeros(3)])
+def test_pickles_of_other_things(content, tmp_path):
+    made = paper()
+    torch.save(content, made.write(tmp_path) / made.file)
+    refused(tmp_path, "other things than named tensors")
+
+
+def test_pickled_drafts_of_this_project(copied):
+    file = copied / "pytorch_model.bin"
+    wanted = load_file(copied / WEIGHTS)
+    torch.save(wanted, file)
+    (copied / WEIGHTS).unlink()
+    assert all(torch.equal(t, wanted[n]) for n, t in DovetailDraft.from_pretrained(copied).state_dict().items())
+    torch.save(wanted | {"fusion.W_1": torch.zeros(1, 1).expand(32, 32)}, file)
+    refused(copied, "fewer bytes than its shape needs")
+
+
+@pytest.mark.parametrize(
+    ("shard", "match"),
+    [
+        ("../two.safetensors", "only .safetensors files of the checkpoint itself"),
+        ("x/../../two.safetensors", "only .safetensors files of the checkpoint itself"),
+        ("/etc/two.safetensors", "only .safetensors files of the checkpoint itself"),
+        ("C:\\two.safetensors", "only .safetensors files of the checkpoint itself"),
+        ("two.bin", "only .safetensors files of the checkpoint itself"),
+        (7, "has no weight_map"),
+        ([], "has no weight_map"),
+    ],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_index_that_leads_elsewhere(shard, match, ours, tmp_path, copied):
+    directory = tmp_path / "draft"
+    directory.mkdir()
+    if ours:
+        (directory / "config.json").write_bytes((copied / "config.json").read_bytes())
+        tensors = load_file(copied / WEIGHTS)
+    else:
+        made = eagle()
+        (directory / "config.json").write_text(json.dumps(made.config))
+        tensors = made.tensors
+    names = sorted(tensors)
+    files = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, directory / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, own in files.items() for name in own}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    DovetailDraft.from_pretrained(directory)
+    (directory / "two.safetensors").rename(tmp_path / "two.safetensors")
+    index["weight_map"] = {
+        name: shard if file == "two.safetensors" else file for name, file in index["weight_map"].items()
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(directory, match)
+    (directory / "model.safetensors.index.json").write_text("[")
+    refused(directory, "model.safetensors.index.json is not JSON")
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    made = eagle()
+    (tmp_path / "config.json").write_text(json.dumps(made.config))
+    for file in ("one.safetensors", "two.safetensors"):
+        save_file(made.tensors, tmp_path / file)
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "is in two weight files")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_variants(ours, tmp_path, copied):
+    if ours:
+        directory, file = copied, WEIGHTS
+    else:
+        directory, file = eagle().write(tmp_path), "model.safetensors"
+    (directory / file).rename(directory / "model.fp16.safetensors")
+    DovetailDraft.from_pretrained(directory, variant="fp16")
+    refused(directory, "has no weights", MissingFileError)
+
+
+def test_a_small_language_model_is_not_read_as_a_draft(tmp_path, monkeypatch):
+    """Its names say what it is: its tensors are read once, by transformers."""
+    tiny_target("llama").save_pretrained(tmp_path)
+    with at_most(tensor_bytes=0, python_bytes=16 * MIB), pytest.raises(UnknownFormat) as raised:
+        DovetailDraft.from_pretrained(tmp_path)
+    assert raised.value.is_language_model
+    (tmp_path / WEIGHTS).rename(tmp_path / "weights")
+    with pytest.raises(OSError, match="has no weights"):
+        load_draft(str(tmp_path))
+
+
+def test_a_target_of_another_size_is_an_input_error(saved):
+    draft = DovetailDraft.from_pretrained(saved)
+    with pytest.raises(InputError, match="vocabulary is 97, the target's is 50"):
+        draft.attach(tiny_target("llama", vocab_size=50))
