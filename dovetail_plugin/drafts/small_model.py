@@ -330,6 +330,9 @@ def _try_out(model: PreTrainedModel, token: int) -> None:
     name, engine = type(model).__name__, engine_of(model)
     try:
         engine.check()
+    except ValueError as error:
+        raise ValueError(f"{name} cannot draft: {error}") from error
+    try:
         rows = SmallModelRows(engine, capacity=SHORT_TEXT, max_nodes=SHORT_TEXT)
         text = torch.full((3,), token, device=model.device)
         rows.read(text[:2])
@@ -337,7 +340,7 @@ def _try_out(model: PreTrainedModel, token: int) -> None:
         rows.score(text[:1], torch.ones(1, 1, dtype=torch.bool, device=model.device))
         rows.read(text[2:])
     except Exception as error:  # whatever a model raises that was never tried as a target
-        reason = (
-            str(error) if isinstance(error, ValueError) else f"a short pass fails with {type(error).__name__}: {error}"
-        )
-        raise ValueError(f"{name} cannot draft: {reason} Use another small model, or PromptLookupDraft().") from error
+        raise ValueError(
+            f"{name} cannot draft: a short pass fails with {type(error).__name__}: {error}. Use another small model, "
+            "or PromptLookupDraft()."
+        ) from error
