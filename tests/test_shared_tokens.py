@@ -218,6 +218,13 @@ BROKEN = {
 }
 
 
+def met(directory, target):
+    """A small model that has met its target."""
+    draft = SmallModelDraft.from_pretrained(str(directory))
+    draft.check_target(target)
+    return draft
+
+
 @pytest.mark.parametrize("side", ["target", "small"])
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_tokenizer_files_that_cannot_be_read(text, side, tmp_path):
@@ -228,9 +235,9 @@ def test_tokenizer_files_that_cannot_be_read(text, side, tmp_path):
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
     ids = any_text(target)
     with pytest.warns(UserWarning, match=rf"the tokenizer of \S*{side} cannot be read, so small model and target are"):
-        draft = SmallModelDraft.from_pretrained(str(tmp_path / "small"))
-        draft.budget = TreeBudget(8, 3, 3)
-        drafted = text_of(target, ids, draft, **OPTIONS["greedy"])
+        draft = met(tmp_path / "small", target)
+    draft.budget = TreeBudget(8, 3, 3)
+    drafted = text_of(target, ids, draft, **OPTIONS["greedy"])
     assert torch.equal(drafted, text_of(target, ids, **OPTIONS["greedy"])) and not draft.report.warnings
 
 
@@ -241,11 +248,11 @@ def test_a_tokenizer_that_transformers_makes_without_files_is_not_compared(model
     tiny_model(model_type, **fields).save_pretrained(tmp_path)
     target = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(vocabulary_of(str(tmp_path))) < 5
-    SmallModelDraft(tiny_model("llama"), {word: i for i, word in enumerate(WORDS)}).check_target(target)
-    with pytest.raises(ValueError, match="small model has 60 tokens and the target 97.*without the tokenizers of both"):
-        SmallModelDraft(tiny_model("llama", vocab_size=60), {word: i for i, word in enumerate(WORDS)}).check_target(
-            target
-        )
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    SmallModelDraft(tiny_model("llama"), vocabulary).check_target(target)
+    shorter = SmallModelDraft(tiny_model("llama", vocab_size=60), vocabulary)
+    with pytest.raises(ValueError, match=r"small model has 60 tokens and the target 97.*without the tokenizers of"):
+        shorter.check_target(target)
 
 
 def test_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch):

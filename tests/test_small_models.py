@@ -162,7 +162,7 @@ def test_models_that_cannot_draft_say_why():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     mamba = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ValueError, match="MambaForCausalLM cannot draft: .* keeps a recurrent state"):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM cannot draft: .* keeps a recurrent state"):
         SmallModelDraft(AutoModelForCausalLM.from_config(mamba))
 
 
