@@ -98,18 +98,20 @@ def test_turns_beyond_the_window(model_type, fields):
 
 
 def test_trees_larger_than_the_session_was_made_for():
+    """They need more rows than the buffers of a window have to spare, so the text is read again."""
     model = tiny_model("mistral", sliding_window=SLIDING_WINDOW)
-    engine, draft = engine_of(model), SmallModelDraft(model)
-    draft.budget = TreeBudget(4, 2, 1)
+    engine, draft, large = engine_of(model), SmallModelDraft(model), TreeBudget(900, 3, 400)
     trees = []
-    for first in (TreeBudget(4, 2, 1), TreeBudget(80, 6, 16)):
+    for expected in (TreeBudget(4, 2, 1), large):
+        draft.budget = expected
         drafter = draft.new_drafter(engine, capacity=8, clock=PhaseClock())
         drafter.begin(torch.zeros(39, 32), prompt(40)[0])
-        drafter.grow(first)
-        drafter.advance(torch.zeros(2, 32), torch.tensor([7, 8]))
-        trees.append(drafter.grow(TreeBudget(120, 7, 24)))
-    assert len(trees[0]) == 120
-    assert torch.equal(trees[0].tokens, trees[1].tokens) and torch.allclose(trees[0].scores, trees[1].scores)
+        for gained, budget in enumerate([large, TreeBudget(20, 4, 4), large]):
+            trees.append(drafter.grow(budget))
+            drafter.advance(torch.zeros(1, 32), torch.tensor([gained]))
+    assert len(trees[0]) == 900 and trees[0].depths.max() == 3
+    for one, other in zip(trees[:3], trees[3:], strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.allclose(one.scores, other.scores, atol=1e-4)
 
 
 def test_one_draft_follows_several_texts_in_turns():
@@ -176,12 +178,15 @@ def test_a_model_whose_passes_fail_is_refused_when_the_draft_is_made(monkeypatch
 
 
 def test_a_model_without_masks_of_trees_drafts_chains():
-    """BLOOM takes no positions, so a target gets chains, and a small model drafts them."""
+    """BLOOM takes no positions, so a target gets chains, and a small model drafts them, for other targets too."""
     fields = {"n_layer": 2, "n_head": 4, "num_key_value_heads": None}
-    target, draft = tiny_target("bloom", **fields), SmallModelDraft(tiny_model("bloom", **fields))
+    draft = SmallModelDraft(tiny_model("bloom", **fields))
     draft.budget = TreeBudget(12, 3, 4)
-    assert torch.equal(text_of(target, prompt(), draft, **GREEDY), text_of(target, prompt(), **GREEDY))
-    assert {r.emitted for r in draft.report.rounds[:-1]} == {4}
+    for target in (tiny_target("bloom", **fields), tiny_target("llama")):
+        assert torch.equal(text_of(target, prompt(), draft, **GREEDY), text_of(target, prompt(), **GREEDY))
+        assert not draft.report.warnings and {r.nodes for r in draft.report.rounds[:-3]} == {4}
+        if target.config.model_type == "bloom":
+            assert {r.emitted for r in draft.report.rounds[:-1]} == {4}
 
 
 # --- what costs nothing before it is needed --------------------------------------------------------
@@ -201,6 +206,22 @@ def test_a_prompt_is_read_when_the_first_tree_is_asked_for(monkeypatch):
     assert not lookup.index.tokens
     lookup.catch_up()
     assert lookup.index.tokens == [*prompt(9)[0].tolist(), 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["lookup", "small model"])
+def test_a_turn_that_needed_no_tree_is_read_with_the_next(kind):
+    model = tiny_model("mistral", sliding_window=SLIDING_WINDOW)
+    draft = PromptLookupDraft(shortest=1) if kind == "lookup" else SmallModelDraft(model)
+    text = torch.cat([prompt(30), prompt(30)], dim=1)[0]
+    trees = []
+    for turns in ([60], [20, 60], [1, 20, 21, 60]):
+        drafter, start = draft.new_drafter(engine_of(model), capacity=64, clock=PhaseClock()), 0
+        for end in turns:
+            first = max(start - 1, 0)  # a later turn starts with the last token of the turn before
+            drafter.begin(torch.zeros(end - first - 1, 32), text[first:end])
+            start = end
+        trees.append(drafter.grow(TreeBudget(12, 4, 3)).tokens.tolist())
+    assert len(trees[0]) > 1 and trees[1] == trees[2] == trees[0]
 
 
 @pytest.mark.parametrize("kind", ["lookup", "small model"])

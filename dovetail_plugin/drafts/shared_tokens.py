@@ -74,10 +74,10 @@ def shared_tokens(
 ) -> SharedTokens:
     """Compare two vocabularies, and return what they share.
 
-    A token is shared if both have it, also with different ids. Rows that belong to no token of either side are padding
-    and count as shared. If one of the vocabularies is unknown, all that can be compared is the number of rows: ids are
-    taken to mean the same where they differ by padding only. A vocabulary for fewer than half of the rows counts as
-    unknown, because transformers makes such a tokenizer where the files of the true one are missing.
+    A token is shared if both have it, also with different ids. If one of the vocabularies is unknown, all that can be
+    compared is the number of rows: equal ids are taken for equal tokens if the numbers differ by padding only. A
+    vocabulary for fewer than half of the rows counts as unknown, because transformers makes such a tokenizer where the
+    files of the true one are missing.
 
     Args:
         own: vocabulary of the small model; None if it is unknown.
@@ -101,8 +101,6 @@ def shared_tokens(
     pairs = {
         i: target[token] for token, i in own.items() if i < own_rows and target.get(token, target_rows) < target_rows
     }
-    padding = set(range(min(own_rows, target_rows))) - set(own.values()) - set(target.values())
-    pairs |= {i: i for i in padding}
     own_ids = torch.tensor(sorted(pairs), device="cpu")
     target_ids = torch.tensor([pairs[i] for i in sorted(pairs)], device="cpu")
     return _from_pairs(own_ids, target_ids, own_rows, target_rows, substitute)

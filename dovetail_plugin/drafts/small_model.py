@@ -133,8 +133,7 @@ class SmallModelRows:
             )
         )
         self._session = session
-        self._close = finalizer = weakref.finalize(self, stack.close)
-        finalizer.atexit = False
+        self._close = weakref.finalize(self, stack.close)  # also when Python ends
         self._check_positions(session)
         session.prefill(tokens[None, :-1], None)
         return session
