@@ -30,7 +30,8 @@ class DraftModel(Protocol):
         token_ids: (v,) int64 tokens that the logits belong to; None is the whole vocabulary.
     """
 
-    token_ids: Tensor | None
+    @property
+    def token_ids(self) -> Tensor | None: ...
 
     def project(self, features: Tensor) -> Tensor:
         """Turn features of the target into those that the runner reads."""
@@ -152,8 +153,11 @@ class FeatureDrafter(ChainDrafter):
             tensor = tensor.pin_memory()  # torch reuses such memory only when copies from it are done
         return tensor.to(self.device, non_blocking=True)
 
-    def _causal(self, count: int) -> Tensor:
-        """Return an additive mask (count, committed + count): new rows see the text, and each other causally."""
+    def _causal(self, count: int) -> Tensor | None:
+        """Return an additive mask (count, committed + count): new rows see the text, and each other causally.
+
+        A drafter whose runner makes this mask itself returns None.
+        """
         mask = torch.full((count, count), float("-inf"), dtype=self.dtype, device=self.device).triu(1)
         return torch.cat([mask.new_zeros(count, self.committed), mask], dim=1)
 

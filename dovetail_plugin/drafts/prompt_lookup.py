@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, tensor
+import torch
+from torch import Tensor
 
 from ..report import PhaseClock
 from ..targets.base import Engine
@@ -68,20 +69,27 @@ class LookupDrafter(Drafter):
     def __init__(self, longest: int, shortest: int, clock: PhaseClock) -> None:
         self.clock = clock
         self.index = LookupIndex(longest, shortest)
+        self._pending: list[Tensor] = []  # tokens that are not in the index yet
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:  # noqa: ARG002
-        """Index the prompt, or what a turn adds to the text. See `Drafter.begin`."""
-        with self.clock.phase("draft"):
-            known = bool(self.index.tokens)  # in a later turn the first of these is the last of the turn before
-            self.index.append(input_ids.tolist()[1 if known else 0 :])
+        """Remember the prompt, or what a turn adds to the text. See `Drafter.begin`."""
+        known = bool(self.index.tokens or self._pending)
+        self._pending.append(input_ids[1 if known else 0 :])  # in a later turn the first is the last of the turn before
 
     def advance(self, features: Tensor, tokens: Tensor) -> None:  # noqa: ARG002
-        """Index the new tokens. See `Drafter.advance`."""
+        """Remember the new tokens. See `Drafter.advance`."""
+        self._pending.append(tokens)
+
+    def catch_up(self) -> None:
+        """Index what the text gained."""
         with self.clock.phase("draft"):
-            self.index.append(tokens.tolist())
+            for tokens in self._pending:
+                self.index.append(tokens.tolist())
+            self._pending.clear()
 
     def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
         """Return the tree, which is the root alone where nothing matches. See `Drafter.grow`."""
+        self.catch_up()
         with self.clock.phase("draft"):
             tree = self._grow(budget)
             if judge is None or len(tree) == 1:
@@ -115,7 +123,7 @@ class LookupDrafter(Drafter):
             scores.append(-score)
             if depth < budget.depth:
                 offer(len(tokens) - 1, following)
-        return DraftTree(tensor(tokens), tensor(parents), tensor(depths), tensor(scores))
+        return DraftTree(*(torch.tensor(column, device="cpu") for column in (tokens, parents, depths, scores)))
 
 
 class PromptLookupDraft(Draft):

@@ -1,4 +1,4 @@
-"""Drafting with a small language model that has the target's tokenizer: trees from its logits, with its own cache.
+"""Drafting with a small language model that has the target's tokenizer: trees from its logits.
 
 ```python
 draft = SmallModelDraft.from_pretrained("Qwen/Qwen3-0.6B", device_map="auto")
@@ -7,49 +7,141 @@ out = target.generate(**inputs, assistant_model=draft, max_new_tokens=256)
 
 A small model reads tokens where a `DovetailDraft` reads pairs of feature and token. Everything else is the same, so
 trees grow through the same `FeatureDrafter`. Token t of the text has position t here, and the first token is run too.
+The model runs in a session like a target's, so whatever model can be a target can draft.
 """
 
-import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..cache import TextRows
-from ..compat import DynamicCache, attention_of, cache_argument, layers_for
 from ..report import PhaseClock
 from ..runner import Pass, Predicted
-from ..targets.base import Engine, TargetModel
+from ..targets.base import Engine, TargetModel, TargetSession
 from ..targets.engine import engine_of
-from ..targets.support import TREE_ATTENTION
-from .base import Draft, Drafter, DraftError
+from ..tree import DraftTree, TreeBudget
+from .base import Draft, Drafter, DraftError, Judge
 from .checkpoints.load import hub_arguments
 from .feature_drafter import FeatureDrafter
+from .identity import config_identity
+from .shared_tokens import SharedTokens, Vocabulary, shared_tokens, vocabulary_of
+
+SHORT_TEXT = 64
+"""Rows of new text that are run like a tree, in one pass with the root. More are run like a prompt."""
 
 
 class SmallModelRows:
-    """Key/value rows of one text under a cache that the model takes; implements `RowStorage`.
+    """One text in a session of the small model, and the tree that grows behind it; implements `RowStorage`.
+
+    As in a target's session, the last token of the text is the root of every tree: it is run with each tree, and its
+    row is kept when the text goes on. A level is run together with its ancestors, so a session needs to know whole
+    trees only.
 
     Args:
-        model: the small model.
-
-    Attributes:
-        text: the rows, with a cache over them for the model.
+        engine: runs the small model.
+        max_nodes: rows of the largest pass over a tree.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.text = TextRows(DynamicCache(), layers_for(model.config.get_text_config(decoder=True)))
+    def __init__(self, engine: Engine, max_nodes: int) -> None:
+        self._engine, self._max_nodes = engine, max(max_nodes, SHORT_TEXT)
+        self._cache: Any = engine.cache(None)
+        self._session: TargetSession | None = None
+        self._close: Callable[[], object] = lambda: None
+        self._text: list[Tensor] = []  # all tokens, for the rare case that they have to be run again
+        self.text_length = 0
+        self._tree: DraftTree | None = None  # the root and all nodes that were run
 
     @property
     def length(self) -> int:
-        """Rows in use."""
-        return self.text.length
+        """Tokens of the text and nodes of the tree. Setting it to the length of the text drops the tree."""
+        return self.text_length + (0 if self._tree is None else len(self._tree) - 1)
 
     @length.setter
     def length(self, length: int) -> None:
-        self.text.lengths = [length] * len(self.text.lengths)
+        assert length == self.text_length, "a text never loses tokens"
+        self._tree = _chain(self._text[-1][-1:]) if self._text else None
+
+    def fitting(self, budget: TreeBudget) -> TreeBudget:
+        """Return the part of a budget that the model can draft: chains only, or fewer levels near its last position."""
+        assert self._session is not None, "read() comes first"
+        if not self._session.supports_tree:
+            budget = budget.as_chain()
+        if self._session.max_length is None:
+            return budget
+        return budget.clipped(self._session.max_length - self.text_length + 2)  # the deepest level is not run
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Run the tokens (n,) int64 that the text gained and return the logits (1, rows) of the last one.
+
+        Raises:
+            DraftError: the text has outgrown the model's positions.
+        """
+        root = self._text[-1:]
+        self._text.append(tokens)
+        self.text_length += len(tokens)
+        new = torch.cat([*(last[-1:] for last in root), tokens])
+        if self._session is None or len(new) > self._max_nodes:
+            session, new = self._open(new), new[-1:]
+        else:
+            session = self._session
+            self._check_positions(session)
+        output = session.score(_chain(new))
+        session.keep(list(range(len(new) - 1)))
+        return output.logits[-1:]
+
+    def score(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """Run a level of the tree and return its logits (K, rows).
+
+        Args:
+            tokens: (K,) int64 of the new nodes, which all have the same depth.
+            visible: (K, earlier nodes + K) bool, each node's ancestors and itself. The root does not count.
+        """
+        assert self._tree is not None and self._session is not None, "read() comes first"
+        device, count, earlier = tokens.device, len(tokens), len(self._tree)
+        ancestors = torch.cat([visible.new_ones(count, 1), visible], dim=1)
+        parents = (ancestors[:, :earlier] * torch.arange(earlier, device=device)).amax(dim=1)  # the latest ancestor
+        self._tree = tree = DraftTree(
+            torch.cat([self._tree.tokens, tokens]),
+            torch.cat([self._tree.parents, parents]),
+            torch.cat([self._tree.depths, self._tree.depths[parents] + 1]),
+            torch.zeros(earlier + count, device=device),
+        )
+        needed = ancestors.any(dim=0)
+        places, rows = needed.cumsum(0) - 1, needed.nonzero()[:, 0]
+        parents = torch.cat([tree.parents[:1], places[tree.parents[rows[1:]]]])
+        part = DraftTree(tree.tokens[rows], parents, tree.depths[rows], tree.scores[rows])
+        if len(part) > self._max_nodes:
+            self._max_nodes = 2 * len(part)
+            self._cache = self._engine.cache(None)
+            self._open(torch.cat(self._text))
+        output = self._session.score(part)
+        self._session.keep([])
+        return output.logits[-count:]
+
+    def _open(self, tokens: Tensor) -> TargetSession:
+        """Open a session behind the rows of the cache and run `tokens` (n,), 2 or more, all but the last."""
+        self._close()
+        stack = ExitStack()
+        session = stack.enter_context(self._engine.session(self._cache, max_nodes=self._max_nodes))
+        self._session = session
+        self._close = weakref.finalize(self, stack.close)  # also when Python ends
+        self._check_positions(session)
+        session.prefill(tokens[None, :-1], None)
+        return session
+
+    def _check_positions(self, session: TargetSession) -> None:
+        if session.max_length is not None and self.text_length > session.max_length:
+            raise DraftError(f"the text has outgrown the {session.max_length} positions of the small model")
+
+
+def _chain(tokens: Tensor) -> DraftTree:
+    """Return a chain of tokens (n,) on their device; the first one is the root."""
+    steps = torch.arange(len(tokens), device=tokens.device)
+    return DraftTree(tokens, steps - 1, steps, torch.zeros(len(tokens), device=tokens.device))
 
 
 class SmallModelRunner:
@@ -57,47 +149,37 @@ class SmallModelRunner:
 
     Args:
         model: decoder-only model.
-        vocab_size: tokens that model and target share (V).
+        shared: the tokens that it shares with the target; the runner reads and drafts the target's.
+        max_nodes: rows of the largest pass over a tree.
     """
 
     runs_in_torch = True
     weights: str | None = None
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
-        self._model, self._vocab_size = model, vocab_size
+    def __init__(self, model: PreTrainedModel, shared: SharedTokens, max_nodes: int) -> None:
+        self._engine, self._max_nodes = engine_of(model), max_nodes
+        self.shared, self.tokens = shared, shared.to(model.device)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        config = model.config.get_text_config(decoder=True)
-        self._positions = getattr(config, "max_position_embeddings", None)
-        self._cache_name = cache_argument(model)
 
     def new_rows(self, capacity: int) -> SmallModelRows:  # noqa: ARG002 - rows are reserved as the text grows
-        """Make rows for each layer."""
-        return SmallModelRows(self._model)
+        """Make rows for one text."""
+        return SmallModelRows(self._engine, self._max_nodes)
 
     def run(self, step: Pass, rows: SmallModelRows) -> Predicted:
-        """Run the model over the pass.
+        """Run the model over the pass: new text, of which only the last logits can be had, or a level of the tree.
 
         Raises:
             DraftError: the text has outgrown the model's positions.
         """
-        count, mask = step.rows, step.mask
-        if self._positions is not None and rows.length + count > self._positions:
-            raise DraftError(f"the text has outgrown the {self._positions} positions of the small model")
-        if mask is not None:
-            mask = mask.clamp(min=torch.finfo(self.dtype).min)[None, None]
-        rows.text.begin_pass()
-        output = self._model(
-            input_ids=step.tokens[None],
-            attention_mask=mask,
-            position_ids=step.positions()[None],
-            use_cache=True,
-            logits_to_keep=count - step.logits_from,
-            **{self._cache_name: rows.text.cache},
-        )
-        rows.text.keep(range(count), count)
-        logits = output.logits[0, -(count - step.logits_from) :]
-        return Predicted(step.features.new_empty(count, 0), logits[:, : self._vocab_size])
+        tokens = self.tokens.read(step.tokens)
+        if step.is_level:
+            assert step.mask is not None, "a level has a mask"
+            logits = rows.score(tokens, step.mask[:, rows.text_length :] == 0)
+        else:
+            assert step.logits_from == step.rows - 1, "of the text only the last logits are computed"
+            logits = rows.read(tokens)
+        return Predicted(step.features.new_empty(step.rows, 0), self.tokens.drafted(logits))
 
 
 class SmallModelDrafter(FeatureDrafter):
@@ -112,37 +194,42 @@ class SmallModelDrafter(FeatureDrafter):
         """Remember the tokens that the text gained. See `Drafter.advance`."""
         super().advance(features.new_empty(len(tokens), 0), tokens)
 
+    def grow(self, budget: TreeBudget, judge: Judge | None = None) -> DraftTree:
+        """Grow a tree, with fewer levels near the model's last position. See `FeatureDrafter.grow`."""
+        self.catch_up()
+        return super().grow(self.rows.fitting(budget), judge)
+
+    def _causal(self, count: int) -> None:
+        """Return None: the session makes the masks of the text."""
+
 
 class SmallModelDraft(Draft):
     """A small causal language model as draft, made from a loaded model or by `from_pretrained`.
 
+    Any model that can be a target can draft, with sliding windows too. Its tokenizer should be the target's. Single
+    tokens that one of them lacks, or has under another id or name, cost a little speed: those that the small model
+    lacks are never drafted, and read as another token.
+
+    Tokenizers are compared when a target is met. That of the target is read from where its config says that it was
+    loaded from. Where one of the two cannot be found, as for a model that was built in memory, only the number of
+    embedding rows is compared: up to 2 % of difference is taken for padding, and equal ids for equal tokens.
+
     Args:
-        model: decoder-only, full attention, on any device.
-        vocabulary: token -> id of its tokenizer, to compare with the target's; None compares sizes only.
+        model: decoder-only, on any device. Three short passes at once show whether it can draft.
+        vocabulary: token -> id of its tokenizer, to compare with the target's; None compares the number of rows.
 
     Raises:
-        ValueError: the model cannot draft trees because of its attention or cache.
+        ValueError: the model cannot draft, with the reason.
     """
 
-    token_ids: Tensor | None = None  # the whole vocabulary, in order
-
-    def __init__(self, model: PreTrainedModel, vocabulary: dict[str, int] | None = None) -> None:
-        engine_of(model).check()
-        name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-        if any(getattr(layer, "is_sliding", False) for layer in layers_for(config)):
-            raise ValueError(f"{name} has sliding-window layers. Small models that draft need full attention.")
-        attention = attention_of(config)
-        if attention not in TREE_ATTENTION:
-            raise ValueError(
-                f"{name} was loaded with attn_implementation={attention!r}. Drafting trees needs "
-                f"one of {', '.join(TREE_ATTENTION)}."
-            )
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary | None = None) -> None:
         self.model, self.vocabulary, self.config = model.eval(), vocabulary, model.config
-        self._checked: weakref.ref[TargetModel] | None = None
+        self._substitute = _known_token(self.config)
+        _try_out(model, self._substitute)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "SmallModelDraft":
-        """Load a model and its tokenizer, both from the same source.
+        """Load a model and its tokenizer, both from the same source. Without a tokenizer there is a warning.
 
         Args:
             pretrained_model_name_or_path: directory or hub id.
@@ -151,14 +238,14 @@ class SmallModelDraft(Draft):
 
         Raises:
             OSError: there is no such model.
-            ValueError: the model cannot draft trees.
+            ValueError: the model cannot draft.
         """
         kwargs.setdefault("dtype", "auto")
         source = hub_arguments(kwargs)
         if "trust_remote_code" in kwargs:
             source["trust_remote_code"] = kwargs["trust_remote_code"]
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(model, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **source).get_vocab())
+        return cls(model, vocabulary_of(pretrained_model_name_or_path, **source))
 
     @property
     def device(self) -> torch.device:
@@ -170,72 +257,84 @@ class SmallModelDraft(Draft):
         return self.model.num_parameters()
 
     def check_target(self, target: TargetModel) -> None:
-        """Refuse a target with another tokenizer. The padding of the two vocabularies may differ.
+        """Refuse a target with another tokenizer.
 
         Raises:
-            ValueError: the tokenizers differ.
+            ValueError: the tokenizers differ in most tokens.
         """
-        if self._checked is not None and self._checked() is target:
-            return
-        own, seen = self.config.get_text_config(decoder=True).vocab_size, _vocab_size(target.config)
-        vocabulary = _vocabulary_of(target)
-        if self.vocabulary is not None and vocabulary is not None:
-            differing = [token for token, index in vocabulary.items() if self.vocabulary.get(token) != index]
-            if differing or len(vocabulary) != len(self.vocabulary):
-                shown = ", ".join(repr(token) for token in differing[:3]) or "the number of tokens"
-                raise ValueError(
-                    f"the small model's tokenizer is not the target's: {shown} differ. A draft must share it. Use a "
-                    "small model of the target's own family, or PromptLookupDraft()."
-                )
-        elif abs(own - seen) > 0.02 * seen:
-            raise ValueError(
-                f"the small model has {own} tokens and the target {seen}, so they have different tokenizers. Use a "
-                "small model of the target's own family, or PromptLookupDraft()."
-            )
-        self._checked = weakref.ref(target)
+        self._shared_with(engine_of(target))
 
     def identity(self) -> list[Any]:
         """Return config, device and dtype of the model."""
-        return [
-            "small model",
-            self.config.to_json_string(use_diff=False),
-            str(self.model.device),
-            str(self.model.dtype),
-        ]
+        return ["small model", config_identity(self.config), str(self.model.device), str(self.model.dtype)]
 
     def new_drafter(self, engine: Engine, *, capacity: int, clock: PhaseClock) -> SmallModelDrafter:
-        """Make a drafter that proposes tokens of both vocabularies."""
-        own = self.config.get_text_config(decoder=True).vocab_size
-        runner = SmallModelRunner(self.model, min(own, _vocab_size(engine.config)))
-        return SmallModelDrafter(self, runner, capacity=capacity, clock=clock)
+        """Make a drafter that proposes tokens of both vocabularies. The model runs when its first tree is asked for."""
+        largest = self.budget or (TreeBudget() if self.policy is None else self.policy.limits)
+        runner = SmallModelRunner(self.model, self._shared_with(engine), 1 + largest.top_k * largest.depth)
+        return SmallModelDrafter(runner.tokens, runner, capacity=capacity, clock=clock)
 
     def can_resume(self, drafter: Drafter, engine: Engine) -> bool:
-        """Return whether the model is still on the device and in the dtype of the drafter's rows."""
-        assert isinstance(drafter, FeatureDrafter), "new_drafter made it"
-        return drafter.fits(SmallModelRunner(self.model, _vocab_size(engine.config)))
+        """Return whether the model is where the drafter's rows are, and whether they were made for this target."""
+        assert isinstance(drafter, SmallModelDrafter), "new_drafter made it"
+        runner = drafter.runner
+        assert isinstance(runner, SmallModelRunner), "new_drafter made it"
+        now = (self.model.device, self.model.dtype, self._shared_with(engine))
+        return (runner.device, runner.dtype) == now[:2] and runner.shared is now[2]
 
-    # --- `DraftModel` protocol --------------------------------------------------------------------
-
-    def project(self, features: Tensor) -> Tensor:
-        """Return the features as they are; there are none."""
-        return features
-
-    def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Return the logits as they are."""
-        return logits
+    def _shared_with(self, engine: Engine) -> SharedTokens:
+        """Return what the tokenizers share; they are compared once for each target."""
+        known: weakref.WeakKeyDictionary[Engine, SharedTokens] = self.__dict__.setdefault(
+            "_known", weakref.WeakKeyDictionary()
+        )
+        shared = known.get(engine)
+        if shared is None:
+            name = engine.config.name_or_path
+            shared = known[engine] = shared_tokens(
+                self.vocabulary,
+                vocabulary_of(name, local_files_only=True) if name and self.vocabulary is not None else None,
+                own_rows=_vocab_size(self.config),
+                target_rows=_vocab_size(engine.config),
+                substitute=self._substitute,
+            )
+        return shared
 
 
 def _vocab_size(config: PretrainedConfig) -> int:
     return config.get_text_config(decoder=True).vocab_size
 
 
-def _vocabulary_of(target: TargetModel) -> dict[str, int] | None:
-    """Return the vocabulary of the target's tokenizer, or None if it cannot be read."""
-    name = target.config.name_or_path
-    if not name:
-        return None
+def _known_token(config: PretrainedConfig) -> int:
+    """Return a token that the small model knows, to read for those that it lacks: padding, end or beginning of text."""
+    text = config.get_text_config(decoder=True)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        ids = getattr(text, name, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and 0 <= token < text.vocab_size:
+                return token
+    return 0
+
+
+def _try_out(model: PreTrainedModel, token: int) -> None:
+    """Run three short passes as a drafter does.
+
+    Raises:
+        ValueError: the model cannot draft, with the reason.
+    """
+    name, engine = type(model).__name__, engine_of(model)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True).get_vocab()
-    except (OSError, ValueError) as error:
-        warnings.warn(f"the target's tokenizer cannot be compared with the small model's ({error}).", stacklevel=2)
-        return None
+        engine.check()
+    except ValueError as error:
+        raise ValueError(f"{name} cannot draft: {error}") from error
+    try:
+        rows = SmallModelRows(engine, max_nodes=SHORT_TEXT)
+        text = torch.full((3,), token, device=model.device)
+        rows.read(text[:2])
+        rows.length = 2
+        rows.score(text[:1], torch.ones(1, 1, dtype=torch.bool, device=model.device))
+        rows.read(text[2:])
+    except Exception as error:  # whatever a model raises that was never tried as a target
+        raise ValueError(
+            f"{name} cannot draft: a short pass fails with {type(error).__name__}: {error}. Use another small model, "
+            "or PromptLookupDraft()."
+        ) from error

@@ -101,7 +101,10 @@ class TorchSession:
 
     def levels_left(self) -> int | None:
         """See `TargetSession.levels_left`."""
-        return levels_within(self._boundary, self._ids.shape[1] + 1, self.committed)
+        # The prompt may have been only what is new, and models look at either length.
+        lengths = (self._ids.shape[1] + 1, self.committed + 1)
+        levels = (levels_within(self._boundary, length, self.committed) for length in lengths)
+        return min((level for level in levels if level is not None), default=None)
 
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor | None, cached: int = 0, logits: int = 1
