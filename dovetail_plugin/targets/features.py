@@ -85,9 +85,15 @@ def feature_module(model: PreTrainedModel) -> nn.Module:
     Raises:
         ValueError: the model has no such module.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for module in (decoder, model.base_model):
-        if module is not None and module is not model and model.get_output_embeddings() not in module.modules():
+    head, count = model.get_output_embeddings(), model.config.get_text_config(decoder=True).num_hidden_layers
+    by_depth = sorted(model.named_modules(), key=lambda named: named[0].count("."))
+    holding = (
+        module
+        for name, module in by_depth
+        if name and any(isinstance(m, nn.ModuleList) and len(m) == count for m in list(module.modules())[1:])
+    )
+    for module in (model.get_decoder(), model.base_model, *holding):
+        if module is not model and head not in module.modules():
             return module
     raise ValueError(f"{type(model).__name__} has no decoder apart from its head, so its features cannot be read.")
 

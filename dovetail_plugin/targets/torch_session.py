@@ -83,6 +83,7 @@ class TorchSession:
         with ExitStack() as stack:
             stack.enter_context(self._reader.installed())
             self.rows = TextRows(self._given, self._template)
+            self._cache: Any = self.rows.cache  # what the model gets
             self._exit = stack.pop_all()
         return self
 
@@ -118,7 +119,7 @@ class TorchSession:
             logits: last rows whose logits are wanted.
         """
         kwargs, new = self._kwargs, input_ids.shape[1] - cached
-        kwargs[compat.CACHE] = self.rows.cache
+        kwargs[compat.CACHE] = self._cache
         kwargs["use_cache"] = True
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
@@ -169,13 +170,13 @@ class TorchSession:
     def _next(self, output: Any, tokens: int) -> None:
         """Let the model's arguments describe the text with its next tokens, of which the last is the next root."""
         self._kwargs = compat.with_next_tokens(self.model, output, self._kwargs, tokens)
-        self._kwargs[compat.CACHE] = self.rows.cache
+        self._kwargs[compat.CACHE] = self._cache
         self._output = output
 
     def _prepare(self, ids: Tensor, depth: int) -> dict[str, Any]:
         """Return the model's inputs for the last depth + 1 tokens of `ids`."""
         kwargs = compat.with_next_tokens(self.model, self._output, self._kwargs, depth)
-        kwargs[compat.CACHE] = self.rows.cache
+        kwargs[compat.CACHE] = self._cache
         inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=depth + 1, **kwargs)
         device = self.model.device
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -184,7 +185,7 @@ class TorchSession:
         """Turn the inputs of a chain of depth + 1 rows into those of a tree."""
         device = self.model.device
         depths, rows = tree.depths.to(device), depth + 1
-        masks = compat.masks_of_pass(self.model, inputs, self.rows.cache, rows)
+        masks = compat.masks_of_pass(self.model, inputs, self._cache, rows)
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(self.committed, self.committed + rows, device=device)[None]
         for name in PER_TOKEN:
@@ -196,16 +197,24 @@ class TorchSession:
         inputs["attention_mask"] = made if len(made) > 1 else next(iter(made.values()))
 
     def _adopt(self, output: Any) -> bool:
-        """Continue with another cache if the model made one, as Phi-3 does where its rotary embedding changes.
+        """Continue with another cache if the model made one.
+
+        Phi-3 begins a new one where its rotary embedding changes. Models with cross attention put a cache for it around
+        the one that they were given.
 
         Returns:
-            Whether it did.
+            Whether the model began a new one.
         """
-        returned = next((output[name] for name in compat.CACHE_NAMES if output.get(name) is not None), None)
-        if returned is None or returned is self.rows.cache:
+        returned = next((output[name] for name in compat.CACHE_NAMES if output.get(name) is not None), self._cache)
+        if returned is self._cache:
             return False
-        self.rows = TextRows(returned, self._template)  # its rows are the text's already
-        return True
+        wraps = getattr(returned, "self_attention_cache", None) is self.rows.cache
+        if wraps:
+            self._cache = returned
+        else:
+            self.rows = TextRows(returned, self._template)  # its rows are the text's already
+            self._cache = self.rows.cache
+        return not wraps
 
 
 def _tree_mask(mask: Any, ancestors: Tensor, depths: Tensor, rows: int) -> Tensor:
