@@ -16,13 +16,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..report import PhaseClock
 from ..runner import Pass, Predicted
 from ..targets.base import Engine, TargetModel, TargetSession
 from ..targets.engine import engine_of
+from ..targets.transformers_model import TorchSession
 from ..tree import DraftTree, TreeBudget
 from .base import Draft, Drafter, DraftError, Judge
 from .checkpoints.load import hub_arguments
@@ -34,6 +35,16 @@ SHORT_TEXT = 64
 """Rows of new text that are run like a tree, in one pass with the root. More are run like a prompt."""
 
 
+class _PlainSession(TorchSession):
+    """A session that reads no features. It leaves no hook on the model, which other texts and users run meanwhile."""
+
+    def _feature_modules(self) -> list[nn.Module]:
+        return []
+
+    def _take_features(self) -> Tensor:
+        return torch.empty(0, 0, device=self.model.device)
+
+
 class SmallModelRows:
     """One text in a session of the small model, and the tree that grows behind it; implements `RowStorage`.
 
@@ -42,14 +53,14 @@ class SmallModelRows:
     trees only.
 
     Args:
-        engine: runs the small model.
+        model: the small model.
         capacity: rows to make room for at once.
         max_nodes: rows of the largest pass over a tree.
     """
 
-    def __init__(self, engine: Engine, capacity: int, max_nodes: int) -> None:
-        self._engine, self._capacity, self._max_nodes = engine, capacity, max(max_nodes, SHORT_TEXT)
-        self._cache: Any = engine.cache(None)
+    def __init__(self, model: PreTrainedModel, capacity: int, max_nodes: int) -> None:
+        self._model, self._capacity, self._max_nodes = model, capacity, max(max_nodes, SHORT_TEXT)
+        self._cache: Any = engine_of(model).cache(None)
         self._session: TargetSession | None = None
         self._close: Callable[[], object] = lambda: None
         self._text: list[Tensor] = []  # all tokens, for the rare case that they have to be run again
@@ -117,7 +128,7 @@ class SmallModelRows:
         part = DraftTree(tree.tokens[rows], parents, tree.depths[rows], tree.scores[rows])
         if len(part) > self._max_nodes:
             self._max_nodes = 2 * len(part)
-            self._cache = self._engine.cache(None)
+            self._cache = engine_of(self._model).cache(None)
             self._open(torch.cat(self._text))
         output = self._session.score(part)
         self._session.keep([])
@@ -128,8 +139,11 @@ class SmallModelRows:
         self._close()
         stack = ExitStack()
         session = stack.enter_context(
-            self._engine.session(
-                self._cache, max_length=max(self._capacity, self.text_length), max_nodes=self._max_nodes
+            _PlainSession(
+                self._model,
+                self._cache,
+                max_length=max(self._capacity, self.text_length),
+                max_nodes=self._max_nodes,
             )
         )
         self._session = session
@@ -162,14 +176,14 @@ class SmallModelRunner:
     weights: str | None = None
 
     def __init__(self, model: PreTrainedModel, shared: SharedTokens, max_nodes: int) -> None:
-        self._engine, self._max_nodes = engine_of(model), max_nodes
+        self._model, self._max_nodes = model, max_nodes
         self.shared, self.tokens = shared, shared.to(model.device)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
 
     def new_rows(self, capacity: int) -> SmallModelRows:
         """Make rows for one text."""
-        return SmallModelRows(self._engine, capacity, self._max_nodes)
+        return SmallModelRows(self._model, capacity, self._max_nodes)
 
     def run(self, step: Pass, rows: SmallModelRows) -> Predicted:
         """Run the model over the pass: new text, of which only the last logits can be had, or a level of the tree.
@@ -326,13 +340,13 @@ def _try_out(model: PreTrainedModel, token: int) -> None:
     Raises:
         ValueError: the model cannot draft, with the reason.
     """
-    name, engine = type(model).__name__, engine_of(model)
+    name = type(model).__name__
     try:
-        engine.check()
+        engine_of(model).check()
     except ValueError as error:
         raise ValueError(f"{name} cannot draft: {error}") from error
     try:
-        rows = SmallModelRows(engine, capacity=SHORT_TEXT, max_nodes=SHORT_TEXT)
+        rows = SmallModelRows(model, capacity=SHORT_TEXT, max_nodes=SHORT_TEXT)
         text = torch.full((3,), token, device=model.device)
         rows.read(text[:2])
         rows.length = 2
