@@ -1,6 +1,8 @@
 """Small models as drafts: windows, positions, several texts at once, and tokens that one side lacks."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,17 @@ def test_one_draft_follows_several_texts_in_turns():
     both = started(10), started(20)
     mixed = [[grown(drafter, number) for drafter in both] for number in range(4)]
     assert [list(trees) for trees in zip(*mixed, strict=True)] == alone
+
+
+def test_a_text_that_rests_leaves_the_model_alone():
+    """It runs no hooks for others, and a draft can be copied and pickled between two turns."""
+    target, draft = tiny_target("llama"), SmallModelDraft(tiny_model("gemma2", **SLIDING["gemma2"]))
+    draft.budget = TreeBudget(8, 3, 3)
+    first = text_of(target, prompt(40), draft, return_dict_in_generate=True, **GREEDY)
+    assert not any(module._forward_hooks for module in draft.model.modules())
+    for copied in (pickle.loads(pickle.dumps(draft)), copy.deepcopy(draft)):
+        assert torch.equal(text_of(target, prompt(40), copied, **GREEDY), first.sequences)
+        assert not copied.report.warnings
 
 
 # --- positions -------------------------------------------------------------------------------------

@@ -30,9 +30,8 @@ from transformers import (
 
 from ..drafts.base import Draft, Drafter, Judge
 from ..drafts.feature_drafter import FeatureDrafter
-from ..generation.open import Request, open_generation
+from ..generation.open import Request, open_generation, policy_of
 from ..generation.text import Text
-from ..policy import DeviceSplitPolicy
 from ..report import PhaseClock
 from ..runner import DraftRunner, Pass, Predicted, RowStorage
 from ..targets.base import Engine, TargetModel
@@ -272,7 +271,7 @@ def synthetic_generate(
     text = SyntheticText(input_ids, rate=rate, max_new_tokens=max_new_tokens, seed=seed)
     synthetic = None
     if draft is not None:
-        draft.policy = draft.policy or DeviceSplitPolicy()
+        policy_of(draft)
         synthetic = SyntheticDraft(draft, text, rate)
     with open_generation(target, engine, Request(text, text.config, engine.cache(None)), synthetic) as decoder:
         decoder.run()

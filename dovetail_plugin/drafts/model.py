@@ -27,6 +27,7 @@ from .checkpoints.load import (
 from .compatibility import check_fits, note_positions, warn_of_other_target
 from .config import DovetailConfig
 from .feature_drafter import FeatureDrafter
+from .identity import config_identity
 from .network import DraftNetwork
 from .runners import runner_for
 
@@ -194,7 +195,7 @@ class DovetailDraft(DraftNetwork, Draft):
     def identity(self) -> list[Any]:
         """Return config, device, dtype, and the settings of the borrowed tables."""
         weight = next(self.parameters())
-        parts = ["dovetail", self.config.to_json_string(use_diff=False), str(weight.device), str(weight.dtype)]
+        parts = ["dovetail", config_identity(self.config), str(weight.device), str(weight.dtype)]
         settings = {"embedding_device": self.embedding_device, "draft_vocab_size": self.draft_vocab_size}
         return parts + [f"{name}={value}" for name, value in settings.items() if value is not None]
 

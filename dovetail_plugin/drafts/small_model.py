@@ -126,7 +126,7 @@ class SmallModelRows:
         """Open a session behind the rows of the cache and run `tokens` (n,), 2 or more, all but the last."""
         self._close()
         stack = ExitStack()
-        session = stack.enter_context(self._engine.session(self._cache, max_nodes=self._max_nodes))
+        session = stack.enter_context(self._engine.session(self._cache, max_nodes=self._max_nodes, feature_layers=()))
         self._session = session
         self._close = weakref.finalize(self, stack.close)  # also when Python ends
         self._check_positions(session)

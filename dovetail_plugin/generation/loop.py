@@ -10,8 +10,11 @@ is not affected.
 """
 
 import logging
+import signal
 import time
+import traceback
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from torch import Tensor
 from .. import machine
 from ..drafts.base import Drafter
 from ..drafts.feature_drafter import without_padding
-from ..policy.planner import PLAIN, FixedPlanner, RoundPlan, RoundPlanner
+from ..policy.planner import PLAIN, FixedPlanner, Forecast, RoundPlan, RoundPlanner
 from ..policy.probe import measure
 from ..report import PHASES, GenerationReport, Round
 from ..targets.base import TargetOutput, TargetSession
@@ -62,7 +65,7 @@ class Decoder:
         output = self.session.prefill(text.ids.clone(), self.attention_mask, self.cached)
         self._vocab_size = output.logits.shape[-1]
         choice = text.choose(output.logits)
-        self._begin(output)
+        self._begin(output, last=choice.stop)
         report.prefill_s = time.perf_counter() - start_s
 
         start_s = time.perf_counter()
@@ -83,9 +86,7 @@ class Decoder:
         start_s = time.perf_counter()
         clock, text, context = self.report.clock, self.text, self.text.length
         before = dict(clock.seconds)
-        plan = self.planner.plan(context, self._bound())
-        tree = self._grow(last, plan)
-        forecast = self.planner.forecast(plan, len(tree), context)
+        plan, tree, forecast = self._draft(last, context)
         with clock.phase("verify"):
             output = self.session.score(tree)
         with clock.phase("accept"):
@@ -105,7 +106,10 @@ class Decoder:
             predicted_tokens=forecast.tokens if forecast else None,
         )
         self.report.rounds.append(round_)
-        self.planner.observe(round_, tree, acceptance.path, forecast)
+        try:
+            self.planner.observe(round_, tree, acceptance.path, forecast)
+        except Exception as error:
+            self._give_up(error)
         return acceptance
 
     def _bound(self) -> TreeBudget:
@@ -120,13 +124,13 @@ class Decoder:
 
     # --- calls of the draft, whose failures must not affect the text ---------------------------
 
-    def _begin(self, output: TargetOutput) -> None:
+    def _begin(self, output: TargetOutput, *, last: bool) -> None:
         if self.drafter is None:
             return
         features, ids = without_padding(output.features, self.text.ids[0], self.attention_mask)
         try:
             self.drafter.begin(features, ids)
-            if self.planner.drafting:
+            if self.planner.drafting and not last:
                 self.drafter.catch_up()
         except Exception as error:
             self._give_up(error)
@@ -160,15 +164,19 @@ class Decoder:
         if measured is not None and measured.threads is not None and self.vary_threads:
             machine.use(measured.threads, measured.processors)
 
-    def _grow(self, last: int, plan: RoundPlan) -> DraftTree:
-        if self.drafter is not None and plan.budget.nodes > 1:
-            try:
+    def _draft(self, last: int, context: int) -> tuple[RoundPlan, DraftTree, Forecast | None]:
+        """Plan a round and grow its tree below the token `last`; a tree of one node decodes plainly."""
+        try:
+            plan = self.planner.plan(context, self._bound())
+            if self.drafter is None or plan.budget.nodes < 2:
+                tree = DraftTree.root(last)
+            else:
                 tree = self.drafter.grow(plan.budget, plan.judge)
                 tree.check(last, plan.budget, self._vocab_size)
-                return tree
-            except Exception as error:
-                self._give_up(error)
-        return DraftTree.root(last)
+            return plan, tree, self.planner.forecast(plan, len(tree), context)
+        except Exception as error:
+            self._give_up(error)
+            return RoundPlan(PLAIN), DraftTree.root(last), None
 
     def _advance(self, output: TargetOutput, acceptance: Acceptance) -> None:
         if self.drafter is None:
@@ -177,12 +185,33 @@ class Decoder:
         if acceptance.path[-1] != len(acceptance.path) - 1:
             features = output.features[torch.tensor(acceptance.path, device=output.features.device)]
         try:
-            self.drafter.advance(features, torch.tensor(acceptance.tokens))
+            self.drafter.advance(features, torch.tensor(acceptance.tokens, device="cpu"))
         except Exception as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
+        if raised_by_signal(error):
+            raise error
         self.drafter, self.planner = None, FixedPlanner(PLAIN)
-        message = f"drafting stopped and generation continues without a draft: {type(error).__name__}: {error}"
-        self.report.warnings.append(message)
-        logger.warning(message)
+        note_failure(self.report, error)
+
+
+def note_failure(report: GenerationReport, error: Exception) -> None:
+    """Write into the report and the log that a draft has failed. Generation continues without it."""
+    message = f"drafting stopped and generation continues without a draft: {type(error).__name__}: {error}"
+    report.warnings.append(message)
+    logger.warning(message)
+
+
+def raised_by_signal(error: BaseException) -> bool:
+    """Return whether a signal handler raised an exception, for example to end a call after some time.
+
+    Handlers run between any two lines of the main thread, so their exceptions appear in whatever runs there.
+    """
+    handlers = (signal.getsignal(number) for number in signal.valid_signals())
+    codes = {getattr(getattr(h, "__func__", h), "__code__", None) or _code_of_call(h) for h in handlers if callable(h)}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code_of_call(handler: object) -> Any:
+    return getattr(getattr(type(handler), "__call__", None), "__code__", None)

@@ -3,6 +3,7 @@
 `generate` with a draft, plain generation on engines without their own loop, and synthetic runs all use this module.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..drafts.base import DRAFT_ROWS, Draft, Drafter
+from ..drafts.identity import config_identity
 from ..machine import thread_count
 from ..policy import DeviceSplitPolicy, records
 from ..policy.cost import Shape
@@ -20,8 +22,10 @@ from ..policy.planner import PLAIN, FixedPlanner, RoundPlanner
 from ..report import GenerationReport
 from ..targets.base import Engine
 from ..targets.config_sizes import sizes_of
-from .loop import Decoder
+from .loop import Decoder, note_failure, raised_by_signal
 from .text import Text
+
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,8 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
     drafter: Drafter | None = None
     planner: RoundPlanner = FixedPlanner(PLAIN)
     if draft is not None:
-        draft.ensure_attached(model)
-        draft.report, draft.policy = report, draft.policy or DeviceSplitPolicy()
-        drafter = _drafter_for(draft, engine, request, report)
-        planner = planner_for(draft, drafter, model, engine, request.temperature)
+        draft.report = report
+        drafter, planner = _start(draft, model, engine, request, report)
     opening = engine.session(
         cache,
         max_nodes=planner.limits.nodes,
@@ -107,6 +109,27 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
         draft.turns[cache] = _Turn(drafter, cache.get_seq_length())  # vanishes with the cache
 
 
+def _start(
+    draft: Draft, model: Any, engine: Engine, request: Request, report: GenerationReport
+) -> tuple[Drafter | None, RoundPlanner]:
+    """Attach the draft and make what drafts and plans. A draft that cannot start costs speed only.
+
+    Raises:
+        ValueError: the draft does not fit the target.
+    """
+    try:
+        draft.ensure_attached(model)
+        drafter = _drafter_for(draft, engine, request, report)
+        return drafter, planner_for(draft, drafter, model, engine, request.temperature)
+    except ValueError:
+        raise
+    except Exception as error:
+        if raised_by_signal(error):
+            raise
+        note_failure(report, error)
+        return None, FixedPlanner(PLAIN)
+
+
 def _drafter_for(draft: Draft, engine: Engine, request: Request, report: GenerationReport) -> Drafter:
     """Return the drafter of the turn before if this draft filled the cache, else a new one."""
     turn = draft.turns.pop(request.cache, None)
@@ -117,23 +140,30 @@ def _drafter_for(draft: Draft, engine: Engine, request: Request, report: Generat
     return draft.new_drafter(engine, capacity=request.text.length + DRAFT_ROWS, clock=report.clock)
 
 
+def policy_of(draft: Draft) -> Any:
+    """Return the draft's policy. The first call makes one; threads that call at once get the same."""
+    with _lock:
+        if draft.policy is None:
+            draft.policy = DeviceSplitPolicy()
+        return draft.policy
+
+
 def planner_for(draft: Draft, drafter: Drafter, model: Any, engine: Engine, temperature: float) -> RoundPlanner:
     """Return the draft's own budget for every round if it has one, else the policy's choices."""
+    policy = policy_of(draft)
     if draft.budget is not None:
         return FixedPlanner(draft.budget)
     key = records.key_of(
         engine=type(engine).__name__,
-        model=model.config.to_json_string(use_diff=False),  # the difference takes milliseconds to find
+        model=config_identity(model.config),
         name=model.config.name_or_path,
         rounding=engine.rounding,
         draft=draft.identity(),
         runner=drafter.identity(),
-        limits=asdict(draft.policy.limits),
+        limits=asdict(policy.limits),
         torch=torch.__version__,
     )
-    return draft.policy.planner(
-        key, temperature=temperature, shape=lambda: _shape(engine), calibration=draft.calibration
-    )
+    return policy.planner(key, temperature=temperature, shape=lambda: _shape(engine), calibration=draft.calibration)
 
 
 def _shape(engine: Engine) -> Shape | None:

@@ -121,14 +121,14 @@ def choose_threads(
 
 def _tree(token: int, nodes: int, depth: int, *, branches: bool) -> DraftTree:
     """Build a tree in which all tokens are equal: a path of at most `depth` nodes with branches, or a chain."""
-    parents = torch.arange(nodes) - 1
+    parents = torch.arange(nodes, device="cpu") - 1
     line = min(nodes // 2, depth)
     if branches and nodes > 2:
-        parents[line + 1 :] = torch.arange(nodes - line - 1) % line
-    depths = torch.zeros(nodes, dtype=torch.int64)
+        parents[line + 1 :] = torch.arange(nodes - line - 1, device="cpu") % line
+    depths = torch.zeros(nodes, dtype=torch.int64, device="cpu")
     for node in range(1, nodes):
         depths[node] = depths[parents[node]] + 1
-    return DraftTree(torch.full((nodes,), token), parents, depths, torch.zeros(nodes))
+    return DraftTree(torch.full((nodes,), token, device="cpu"), parents, depths, torch.zeros(nodes, device="cpu"))
 
 
 def _seconds(run: Callable[[], float], end_s: float, settings: PolicySettings) -> float:

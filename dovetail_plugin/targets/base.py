@@ -162,7 +162,7 @@ class Engine(Protocol):
             max_nodes: rows of the largest tree (N).
             prefill_chunk: prompt rows per pass; None leaves it to the engine.
             model_kwargs: further arguments of the model's forward pass, as `generate` prepared them.
-            feature_layers: see `Draft.feature_layers`.
+            feature_layers: see `Draft.feature_layers`; () for a session without features.
 
         Raises:
             ValueError: the engine cannot read these layers, or does not know an argument of the forward pass.

@@ -1,6 +1,7 @@
 """Finds the engine of a model: torch for transformers' own models, an adapter for those of other libraries."""
 
 import importlib
+import threading
 import weakref
 from typing import Any
 
@@ -16,15 +17,17 @@ ADAPTERS = {
 }
 """Package of a model's class -> our module with `engine_for(model)`, which is imported when it is needed."""
 
+_lock = threading.Lock()
 _engines: weakref.WeakKeyDictionary[Any, "Engine"] = weakref.WeakKeyDictionary()
 
 
 def engine_of(model: Any) -> Engine:
     """Return the engine of a model, the same one every time."""
-    engine = _engines.get(model)
-    if engine is None:
-        engine = _engines[model] = _find_engine(model)
-    return engine
+    with _lock:  # two engines of one model would edit its graph twice
+        engine = _engines.get(model)
+        if engine is None:
+            engine = _engines[model] = _find_engine(model)
+        return engine
 
 
 def _find_engine(model: Any) -> Engine:

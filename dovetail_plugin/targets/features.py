@@ -20,7 +20,7 @@ class FeatureReader:
     Args:
         model: the target.
         layers: hidden states whose concatenation is the feature, in transformers' numbering (0 is the embeddings, i the
-            output of decoder layer i - 1); None is the state after the final norm.
+            output of decoder layer i - 1); None is the state after the final norm; () reads nothing.
 
     Raises:
         ValueError: the model's decoder layers cannot be identified.
@@ -30,6 +30,10 @@ class FeatureReader:
         if layers is None:
             self._modules: list[nn.Module] = [feature_module(model)]
             self._order = [0]
+            return
+        self._order = []
+        self._modules = []
+        if not layers:
             return
         decoder, embedding = decoder_layers(model), model.get_input_embeddings()
         states = sorted(set(layers))
@@ -64,6 +68,8 @@ class FeatureReader:
 
     def take(self, rows: int) -> Tensor:
         """Return the features (rows, F) of the last rows of the passes in `reading`."""
+        if not self._modules:
+            return torch.empty(rows, 0)
         states = [torch.cat(s) if len(s) > 1 else s[0] for s in self._states]
         device = states[-1].device
         chosen = [states[index][-rows:].to(device) for index in self._order]
