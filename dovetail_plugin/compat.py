@@ -10,9 +10,11 @@ Tested versions are `OLDEST` to `NEWEST`. Since 5.24 the cache is called `cache`
 
 # ruff: noqa: E402 - an old version is refused before a name that it lacks is looked for
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -52,6 +54,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -253,18 +260,90 @@ def shares_cache(config: GenerationConfig, cache: Any) -> bool:
     return bool(config.return_dict_in_generate) or getattr(cache, "_is_user_defined", True)
 
 
+@dataclass
+class DraftedOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`, and the report of the call.
+
+    Attributes:
+        report: a `GenerationReport`.
+    """
+
+    report: Any = None
+
+
 def output_of_generate(
-    sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Any
-) -> GenerateDecoderOnlyOutput:
+    sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Any, report: Any
+) -> DraftedOutput:
     """Return what `generate` returns with `return_dict_in_generate=True`.
 
     Args:
-        sequences: (1, T) int64.
-        scores: processed scores (1, V) of each new token, or None.
-        logits: raw logits (1, V) of each new token, or None.
+        sequences: (B, T) int64.
+        scores: processed scores (B, V) of each new token, or None.
+        logits: raw logits (B, V) of each new token, or None.
         cache: keys and values of the text.
+        report: of the call.
     """
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, **{CACHE: cache})
+    return DraftedOutput(sequences=sequences, scores=scores, logits=logits, report=report, **{CACHE: cache})
+
+
+def processor_of_sequence(processor: Any, index: int) -> Any:
+    """Let a copy of a logits processor of a batch serve one of its sequences alone, and return it.
+
+    Args:
+        processor: a copy; changed in place.
+        index: of the sequence in the batch.
+    """
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        processor._prefix_allowed_tokens_fn = lambda _batch, ids: allowed(index, ids)
+    elif isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+        processor.encoder_input_ids = processor.encoder_input_ids[index : index + 1]
+    elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        processor.generated_ngrams, processor.batch_size = [processor.generated_ngrams[index]], 1
+    return processor
+
+
+def cache_of_sequence(cache: Cache, index: int) -> Cache:
+    """Return a cache with the rows of one sequence of a batch. The layers are new, and `cache` stays as it is."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in own.layers:
+        layer.batch_select_indices(torch.tensor([index]))
+    return own
+
+
+def join_caches(into: Cache, caches: Sequence[Cache]) -> None:
+    """Put the rows of several sequences into one cache, one length for all: rows behind the end of a text are zeros.
+
+    Args:
+        into: gets new layers, in one assignment.
+        caches: one for each sequence.
+    """
+    layers = []
+    for each in zip(*(cache.layers for cache in caches), strict=True):
+        if not each[0].get_seq_length():  # the layer reads the rows of another one
+            layers.append(each[0])
+            continue
+        length = max(layer.get_seq_length() for layer in each)
+        padded = []
+        for layer in each:
+            behind = length - layer.get_seq_length()
+            padded.append([torch.nn.functional.pad(rows, (0, 0, 0, behind)) for rows in (layer.keys, layer.values)])
+        rows = min(length, max(keys.shape[2] for keys, _ in padded))
+        window = getattr(each[0], "sliding_window", None)
+        if window is not None:
+            rows = min(rows, window - 1)
+        keys, values = (torch.cat([_last(own[i], rows) for own in padded]) for i in range(2))
+        layers.append(
+            stock_layer(keys, values) if window is None else stock_sliding_layer(window, keys, values, length)
+        )
+    into.layers = layers
+
+
+def _last(rows: Tensor, count: int) -> Tensor:
+    """Return the last `count` rows (1, heads, count, dim), with zeros in front where there are fewer."""
+    missing = count - rows.shape[2]
+    return torch.nn.functional.pad(rows, (0, 0, missing, 0)) if missing > 0 else rows[:, :, -missing:]
 
 
 def mask_length(config: GenerationConfig, default: int) -> int:

@@ -6,6 +6,7 @@
 are bound to the original's signature, so that callers may pass them by position and new parameters do no harm.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,9 @@ def _validate(original: Callable[..., Any]) -> Callable[..., Any]:
         check_request(self, draft, arguments["generation_config"])
         # What follows compares the config and tokenizer of an assistant that is a language model.
         arguments["generation_mode_kwargs"] = {k: v for k, v in mode_kwargs.items() if k != "assistant_model"}
+        if draft.verification == "tree":  # which takes batches, in contrast to transformers' assisted loop
+            arguments["generation_config"] = config = copy.copy(arguments["generation_config"])
+            config.num_return_sequences = 1
         return original(**arguments)
 
     return _validate_generation_mode

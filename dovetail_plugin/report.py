@@ -171,3 +171,19 @@ def _bottleneck(shares: dict[str, float], acceptance_length: float, plain: float
         f"Limited by verification: {shares['verify']:.0%} of the time was spent in the target's passes.",
         "What would help: a quantized target (`dovetail export`), more CPU cores, or target layers on the GPU.",
     )
+
+
+def joined_report(reports: list[GenerationReport]) -> GenerationReport:
+    """Return one report of several generations that ran one after another, as the sequences of a batch do."""
+    whole = GenerationReport()
+    for report in reports:
+        whole.prompt_tokens += report.prompt_tokens
+        whole.new_tokens += report.new_tokens
+        whole.prefill_s += report.prefill_s
+        whole.probe_s += report.probe_s
+        whole.decode_s += report.decode_s
+        whole.rounds += report.rounds
+        whole.warnings += [warning for warning in report.warnings if warning not in whole.warnings]
+        for phase, seconds in report.clock.seconds.items():
+            whole.clock.seconds[phase] += seconds
+    return whole

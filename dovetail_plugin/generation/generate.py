@@ -17,8 +17,10 @@ from transformers import (
 
 from .. import compat
 from ..drafts.base import Draft
+from ..report import GenerationReport, joined_report
 from ..targets.base import TextCache
 from ..targets.engine import engine_of
+from .batch import joined, rows_of
 from .open import Request, open_generation
 from .self_check import check_transformers
 from .text import Text
@@ -92,7 +94,7 @@ def generate_with_draft(
 
     Args:
         model: the target.
-        input_ids: (1, T) int64.
+        input_ids: (B, T) int64. The sequences of a batch are generated one after another.
         logits_processor: as `generate` prepared it.
         stopping_criteria: as `generate` prepared it.
         generation_config: as `generate` prepared it.
@@ -102,17 +104,19 @@ def generate_with_draft(
         model_kwargs: cache, attention mask and further arguments of the target's forward pass.
 
     Returns:
-        What plain `generate` returns: ids (1, length) int64, or a `GenerateDecoderOnlyOutput`.
+        What plain `generate` returns: ids (B, length) int64, or a `GenerateDecoderOnlyOutput` that also holds the
+        `report` of this call.
 
     Raises:
-        ValueError: see `check_request`; more than one sequence; a prompt longer than the target's positions.
+        ValueError: see `check_request`; a prompt longer than the target's table of positions; a batch whose arguments
+            cannot be divided among its sequences, or with a streamer.
     """
     if draft is None:
         raise ValueError("no draft given. Pass draft=DovetailDraft.from_pretrained(...).")
     check_request(model, draft, generation_config)
     _check_prompt(model, input_ids, synced_gpus, model_kwargs)
-    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    return _run(model, text, generation_config, draft, model_kwargs)
+    chooser = (logits_processor, stopping_criteria, generation_config, streamer)
+    return _generate(model, input_ids, chooser, draft, model_kwargs)
 
 
 def generate_plainly(
@@ -132,11 +136,52 @@ def generate_plainly(
     engine_of(model).check()
     check_options(generation_config)
     _check_prompt(model, input_ids, synced_gpus, model_kwargs)
-    text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    return _run(model, text, generation_config, None, model_kwargs)
+    chooser = (logits_processor, stopping_criteria, generation_config, streamer)
+    return _generate(model, input_ids, chooser, None, model_kwargs)
 
 
-def _run(model: Any, text: Text, config: GenerationConfig, draft: Draft | None, model_kwargs: dict[str, Any]) -> Any:
+Chooser = tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig, Any]
+"""How the tokens of a text are chosen, and who gets them; see `Text`."""
+
+
+def _generate(
+    model: Any, input_ids: Tensor, chooser: Chooser, draft: Draft | None, model_kwargs: dict[str, Any]
+) -> Any:
+    """Run one sequence, or those of a batch one after another, and return what `generate` returns."""
+    processors, criteria, config, streamer = chooser
+    if input_ids.shape[0] == 1:
+        text = Text(input_ids, *chooser)
+        cache, report = _run(model, text, config, draft, model_kwargs)
+        text.end()
+        if not config.return_dict_in_generate:
+            return text.ids.clone()
+        return compat.output_of_generate(text.ids.clone(), text.scores, text.logits, cache, report)
+    if streamer is not None:
+        raise ValueError(f"a streamer takes one sequence, not a batch of {input_ids.shape[0]}.")
+    given = compat.take_cache(dict(model_kwargs))
+    rows = list(rows_of(input_ids, processors, model_kwargs))
+    reports = []
+
+    def run(chosen: StoppingCriteriaList) -> tuple[list[Text], list[Any]]:
+        texts = [Text(row.input_ids, row.processors, chosen, config) for row in rows]
+        caches = []
+        for row, text in zip(rows, texts, strict=True):
+            cache, report = _run(model, text, config, draft, dict(row.model_kwargs))
+            caches.append(cache)
+            reports.append(report)
+        return texts, caches
+
+    texts, caches = run(criteria)
+    report = joined_report(reports)
+    if draft is not None:
+        draft.report = report
+    return joined(texts, config, caches, given, report)
+
+
+def _run(
+    model: Any, text: Text, config: GenerationConfig, draft: Draft | None, model_kwargs: dict[str, Any]
+) -> tuple[Any, GenerationReport]:
+    """Generate one text. Return its cache and the report."""
     engine = engine_of(model)
     cache = engine.cache(compat.take_cache(model_kwargs))
     attention_mask = model_kwargs.get("attention_mask")
@@ -150,19 +195,10 @@ def _run(model: Any, text: Text, config: GenerationConfig, draft: Draft | None, 
     )
     with open_generation(model, engine, request, draft) as decoder:
         decoder.run()
-    text.end()
-    ids = text.ids.clone()
-    if not config.return_dict_in_generate:
-        return ids
-    return compat.output_of_generate(ids, text.scores, text.logits, cache)
+    return cache, decoder.report
 
 
 def _check_prompt(model: Any, input_ids: Tensor, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
-    if input_ids.shape[0] > 1:
-        raise ValueError(
-            f"drafting works on one sequence at a time, not on a batch of {input_ids.shape[0]} "
-            "(num_return_sequences counts too). Call generate once for each, or leave out assistant_model."
-        )
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("drafting needs the prompt's tokens. Pass input_ids instead of inputs_embeds.")
     if input_ids.shape[1] == 0:

@@ -214,4 +214,4 @@ def raised_by_signal(error: BaseException) -> bool:
 
 
 def _code_of_call(handler: object) -> Any:
-    return getattr(getattr(type(handler), "__call__", None), "__code__", None)
+    return getattr(vars(type(handler)).get("__call__"), "__code__", None)
