@@ -101,7 +101,7 @@ def test_changed_config(name, valid, target, plain):
     if name.startswith("dovetail"):
         assert stored["model_type"] == DovetailConfig.model_type
 
-    @settings(max_examples=25, **EXAMPLES)
+    @settings(max_examples=15, **EXAMPLES)
     @given(changed_configs(stored, OTHERS))
     def check(config):
         with tempfile.TemporaryDirectory() as directory:
@@ -114,7 +114,7 @@ def test_changed_config(name, valid, target, plain):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_file(name, valid, target, plain):
-    @settings(max_examples=25, **EXAMPLES)
+    @settings(max_examples=15, **EXAMPLES)
     @given(st.integers(0, 2**32))
     def check(seed):
         rng = random.Random(seed)

@@ -214,20 +214,20 @@ ROPE: dict[str, Kind] = {
     "rope_theta": number(1, 1e30),
     "rope_type": text,
     "factor": number(1, 1e9),
-    "attention_factor": either(null, _positive),
-    "beta_fast": either(null, _positive),
-    "beta_slow": either(null, _positive),
-    "mscale": either(null, number(0, 1e9)),
-    "mscale_all_dim": either(null, number(0, 1e9)),
+    "attention_factor": _positive,
+    "beta_fast": _positive,
+    "beta_slow": _positive,
+    "mscale": number(0, 1e9),
+    "mscale_all_dim": number(0, 1e9),
     "truncate": flag,
     "low_freq_factor": _positive,
     "high_freq_factor": _positive,
-    "original_max_position_embeddings": either(null, whole(1, 2**40)),
+    "original_max_position_embeddings": number(1, 2**40),
     "short_factor": _factors,
     "long_factor": _factors,
     "partial_rotary_factor": number(0, 1, open_below=True),
 }
-"""Parameters of rotary embeddings. Others may be numbers, text, or lists of these."""
+"""Parameters of rotary embeddings, for values other than null. Others may be numbers, text, or lists of these."""
 
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -276,7 +276,7 @@ def check_rope(rope: Mapping[str, Any], head_dim: int, where: str = "rope_parame
         InputError: the type is unknown, or a parameter is missing or of the wrong kind.
     """
     others = {name: either(_scalar, list_of(_scalar, 0, MOST_HEADS)) for name in rope if name not in ROPE}
-    check_fields(rope, ROPE | others, where)
+    check_fields({name: value for name, value in rope.items() if value is not None}, ROPE | others, where)
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_NEEDS:
         raise InputError(f"{where}rope_type must be {one_of(*ROPE_NEEDS).words}, got {shown(kind)}.")
