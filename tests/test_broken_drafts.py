@@ -226,7 +226,7 @@ PUBLISHED = {
     "flag": ({"norm_before_residual": "yes"}, "norm_before_residual must be"),
     "norms before fc": ({"norm_before_fc": True}, "norm_before_fc"),
     "one norm for each state": ({"eagle_config": {"fc_norm": True}}, "fc_norm"),
-    "norm of the output": ({"eagle_config": {"norm_output": True}}, "norm_output"),
+    "norm of the output": ({"eagle_config": {"norm_output": "yes"}}, "norm_output must be null or true or false"),
     "P-EAGLE": ({"pard_token": 5}, "P-EAGLE"),
 }
 

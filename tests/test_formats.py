@@ -50,6 +50,8 @@ class Reference:
         config = made.config.get("transformer_layer_config", made.config)
         self.theta = config["rope_theta"]
         self.norm_first = made.config.get("norm_before_residual", False)
+        flags = (made.config, made.config.get("eagle_config", {}))
+        self.norm_output = any(part.get("norm_output", False) for part in flags)
         own = self.kind == "eagle3" and "embed_tokens.weight" in self.t
         self.embedding, self.target_head = self.t["embed_tokens.weight"] if own else embedding, head
         self.prefix = "layers.0." if made.kind == "speculators" else "midlayer."
@@ -90,7 +92,8 @@ class Reference:
                 e = rms(self.embedding[token], self.t[f"{name}input_layernorm.weight"], EPS)
                 rows.append(torch.cat([e, rms(feature, self.t[f"{name}hidden_norm.weight"], EPS)]))
             x = rms(features[-1], self.t[f"{name}hidden_norm.weight"], EPS) if self.norm_first else features[-1]
-            return self.mlp(name, x + self.attend(name, rows))
+            x = self.mlp(name, x + self.attend(name, rows))
+            return rms(x, self.t["norm.weight"], EPS) if self.norm_output else x
         xs = [self.fuse(f, t) for f, t in zip(features, tokens, strict=True)]
         for index in range(self.made.config["num_hidden_layers"]):
             name = f"layers.{index}."
@@ -107,7 +110,8 @@ class Reference:
         """Log-probability of every token that can be proposed, by its id in the target."""
         if self.kind != "eagle3":
             return dict(enumerate((self.target_head @ predicted).log_softmax(-1).tolist()))
-        values = (self.t["lm_head.weight"] @ rms(predicted, self.t["norm.weight"], EPS)).log_softmax(-1).tolist()
+        normed = predicted if self.norm_output else rms(predicted, self.t["norm.weight"], EPS)
+        values = (self.t["lm_head.weight"] @ normed).log_softmax(-1).tolist()
         offsets = self.t["d2t"].tolist() if "d2t" in self.t else [0] * len(values)
         return {index + offset: value for index, (offset, value) in enumerate(zip(offsets, values, strict=True))}
 

@@ -134,7 +134,8 @@ class Eagle3Block(nn.Module):
     """The single block of an EAGLE-3 head (Li et al. 2025): attention reads embedding and feature side by side.
 
     Its input is the output (B, n, 2H) of `Eagle3Fusion`. The residual stream begins with the feature half, before its
-    norm, or after it if `config.norm_before_residual`.
+    norm, or after it if `config.norm_before_residual`. With `config.norm_output` (EAGLE-3.1) the block ends with the
+    norm of the output, so that the next step reads the normed state; the logits are the same.
     """
 
     def __init__(self, config: DovetailConfig) -> None:
@@ -145,6 +146,7 @@ class Eagle3Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = MLP(config)
         self.norm_before_residual = config.norm_before_residual
+        self.output_norm = RMSNorm(width, eps) if config.norm_output else None
 
     def forward(self, x: Tensor, rope: Rope, rows: AttentionRows | None, mask: Tensor | None) -> Tensor:
         embeddings, features = x.chunk(2, dim=-1)
@@ -152,7 +154,8 @@ class Eagle3Block(nn.Module):
         residual = normed if self.norm_before_residual else features
         both = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
         x = within_range(residual + self.self_attn(both, rope, rows, mask))
-        return within_range(x + self.mlp(self.post_attention_layernorm(x)))
+        x = within_range(x + self.mlp(self.post_attention_layernorm(x)))
+        return x if self.output_norm is None else self.output_norm(x)
 
 
 def within_range(x: Tensor) -> Tensor:

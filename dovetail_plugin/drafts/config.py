@@ -64,6 +64,7 @@ class DovetailConfig(PretrainedConfig):
             "eagle3"). None means those of `EAGLE3_STATES`.
         draft_vocab_size: number of tokens of the draft's own head ("eagle3"). None means all.
         norm_before_residual: whether the residual stream begins after the norm of the feature ("eagle3").
+        norm_output: whether predictions are fed back after the output norm instead of before it ("eagle3"; EAGLE-3.1).
         own_embedding: whether the checkpoint contains an embedding table ("eagle3").
         calibration: acceptance rates on held-out text for each bin of draft probability (`EDGES`), under
             "greedy" and "sampling". Training measures them. None if they were not measured.
@@ -95,6 +96,7 @@ class DovetailConfig(PretrainedConfig):
     feature_layers: list[int] | None = None
     draft_vocab_size: int | None = None
     norm_before_residual: bool = False
+    norm_output: bool = False
     own_embedding: bool = False
     calibration: dict[str, list[float]] | None = None
     pad_token_id: int | None = None

@@ -61,7 +61,11 @@ def write_draft(draft: DovetailDraft, directory: Path, to: str) -> None:
 
 
 def _eagle3_tensors(draft: DovetailDraft, block: str) -> dict[str, Tensor]:
-    renamed = {"head_weight": "lm_head.weight", "embed_weight": "embed_tokens.weight"}
+    renamed = {
+        "head_weight": "lm_head.weight",
+        "embed_weight": "embed_tokens.weight",
+        "layers.0.output_norm.weight": "norm.weight",
+    }
     tensors = {}
     for name, tensor in draft.state_dict().items():
         if name == "token_ids":
@@ -109,6 +113,7 @@ def _eagle3_config(config: DovetailConfig) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "norm_before_residual": config.norm_before_residual,
+        **({"norm_output": True} if config.norm_output else {}),
         "torch_dtype": str(config.dtype).removeprefix("torch."),
     }
     if config.target_hidden_size is not None:
@@ -135,6 +140,7 @@ def _speculators_config(config: DovetailConfig) -> dict[str, Any]:
         "transformer_layer_config": _llama_config(config),
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "norm_before_residual": config.norm_before_residual,
+        **({"norm_output": True} if config.norm_output else {}),
         "torch_dtype": str(config.dtype).removeprefix("torch."),
     }
     if config.target_hidden_size is not None:

@@ -83,7 +83,9 @@ class DraftNetwork(PreTrainedModel):
         # Borrowed from the target: non-persistent, so that they follow `.to()` and never enter a checkpoint.
         for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):  # token_ids: if the head is reduced
             self.register_buffer(name, None, persistent=False)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if eagle3 else None
+        # With `norm_output` the block holds the norm, because the next step reads what it gives.
+        norm_here = eagle3 and not config.norm_output
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if norm_here else None
         if eagle3:
             self._make_own_tables()
         self._rope: tuple[int, Tensor, Tensor] | None = None  # first position, cosines, sines; see `rope_for`

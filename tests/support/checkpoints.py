@@ -100,6 +100,12 @@ def eagle3(kept: int = KEPT, states=None, own_embedding=False, norm_first=False,
     return Published("eagle3", config, tensors, states or (2, TARGET_LAYERS // 2, TARGET_LAYERS - 3))
 
 
+def eagle31(nested: bool) -> Published:
+    made = eagle3()
+    made.config |= {"eagle_config": {"norm_output": True}} if nested else {"norm_output": True}
+    return made
+
+
 def speculators() -> Published:
     made = eagle3(norm_first=True, own_embedding=True, name="layers.0.")
     config = {
@@ -122,6 +128,8 @@ FORMATS = {
     "eagle3, whole vocabulary": lambda: eagle3(VOCAB),
     "eagle3, other layers": lambda: eagle3(states=(1, 3, 7)),
     "eagle3, own embedding, norm first": lambda: eagle3(own_embedding=True, norm_first=True),
+    "eagle3.1, norm_output": lambda: eagle31(nested=False),
+    "eagle3.1, norm_output in eagle_config": lambda: eagle31(nested=True),
     "speculators": speculators,
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...compat import require_file
 from ...errors import InputError, MissingFileError
 from ..config import DovetailConfig
-from ..fields import DRAFT_ONLY, PUBLISHED, anything, check_fields, either, mapping_of, null, shown, text
+from ..fields import DRAFT_ONLY, PUBLISHED, anything, check_fields, either, flag, mapping_of, null, shown, text
 from .files import WEIGHT_FILES, Weights, read_json
 
 __all__ = ["WEIGHT_FILES", "Checkpoint", "UnknownFormat", "kind_of", "load_checkpoint", "read_config", "translate"]
@@ -187,7 +187,6 @@ OTHERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "P-EAGLE": (("pard_token", "ptd_token_id"), ("PEagle",)),
     "EAGLE-3.1 with norms before fc (norm_before_fc, fc_norm)": (("norm_before_fc", "fc_norm", "use_aux_norm"), ()),
-    "EAGLE-3.1 with norm_output": (("norm_output",), ()),
     "Medusa": (("medusa_num_heads", "medusa_num_layers"), ("Medusa",)),
 }
 """Kinds of drafts that are not supported and whose tensors look like those of supported ones: config fields, where any
@@ -272,6 +271,8 @@ def _eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
     if "lm_head.weight" not in tensors or tensors["lm_head.weight"].ndim != 2:
         raise InputError("the weights have no matrix lm_head.weight. Download them again.")
     kept = tensors["lm_head.weight"].shape[0]
+    check_fields(own, {"norm_output": either(null, flag)}, "eagle_config.")
+    norm_output = bool(config.get("norm_output") or own.get("norm_output"))
     ours = DovetailConfig(
         **fields,
         num_hidden_layers=1,
@@ -281,9 +282,12 @@ def _eagle3(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Translated:
         feature_layers=layers,
         draft_vocab_size=kept if kept != config["vocab_size"] else None,
         norm_before_residual=bool(config.get("norm_before_residual", False)),
+        norm_output=norm_output,
         own_embedding="embed_tokens.weight" in tensors,
     )
     renamed = {"lm_head.weight": "head_weight", "embed_tokens.weight": "embed_weight"}
+    if norm_output:
+        renamed["norm.weight"] = "layers.0.output_norm.weight"
     translated = {}
     for name, tensor in tensors.items():
         if name in ("d2t", "t2d"):
@@ -338,6 +342,7 @@ def _speculators(config: dict[str, Any], tensors: dict[str, Tensor]) -> _Transla
         for name in (
             "draft_vocab_size",
             "norm_before_residual",
+            "norm_output",
             "target_hidden_size",
             "eagle_aux_hidden_state_layer_ids",
         )
