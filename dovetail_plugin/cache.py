@@ -367,7 +367,7 @@ class TextRows:
                 the tree but, for example, of an image.
         """
         moved = next((i for i, node in enumerate(path) if node != i), len(path))  # earlier rows do not move
-        index = torch.tensor(path[moved:]) if moved < len(path) else None
+        index = torch.tensor(path[moved:], device="cpu") if moved < len(path) else None
         lengths = list(self.lengths)
         for number, layer in enumerate(self.layers):
             if layer.pending == rows:

@@ -228,7 +228,7 @@ def with_next_tokens(model: PreTrainedModel, output: Any, kwargs: dict[str, Any]
     own = getattr(update, "__func__", None) is not GenerationMixin._update_model_kwargs_for_generation
     if own or kwargs.get("token_type_ids") is not None:  # these repeat the last value only one by one
         for _ in range(count):
-            kwargs = update(output, kwargs)
+            kwargs = update(output, kwargs, is_encoder_decoder=False)
     elif count:
         kwargs = update(output, kwargs, num_new_tokens=count)
     return kwargs
@@ -308,7 +308,7 @@ def cache_of_sequence(cache: Cache, index: int) -> Cache:
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in own.layers:
-        layer.batch_select_indices(torch.tensor([index]))
+        layer.batch_select_indices(torch.tensor([index], device="cpu"))
     return own
 
 

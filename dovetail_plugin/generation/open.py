@@ -102,7 +102,7 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
             report,
             cached=request.cached,
             attention_mask=request.attention_mask,
-            vary_threads=engine.runs_in_torch and draft is not None and draft.policy.threads == "auto",
+            vary_threads=engine.runs_in_torch and draft is not None and policy_of(draft).threads == "auto",
         )
         yield decoder
     if draft is not None and drafter is not None and decoder.drafter is drafter:  # it did not fail

@@ -69,7 +69,7 @@ class FeatureReader:
     def take(self, rows: int) -> Tensor:
         """Return the features (rows, F) of the last rows of the passes in `reading`."""
         if not self._modules:
-            return torch.empty(rows, 0)
+            return torch.empty(rows, 0, device="cpu")
         states = [torch.cat(s) if len(s) > 1 else s[0] for s in self._states]
         device = states[-1].device
         chosen = [states[index][-rows:].to(device) for index in self._order]

@@ -63,7 +63,7 @@ def support_of(model: PreTrainedModel, open_session: Callable[[Support], Any]) -
 
 
 def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support], Any]) -> Support:
-    tokens = _tokens(model.config, config.vocab_size)
+    tokens = _tokens(model.config, config.vocab_size).to(model.device)
     full = Support(inference_mode=all(type(p) in (nn.Parameter, Tensor) for p in model.parameters()))
     with torch.random.fork_rng(devices=[]), open_session(full) as session:  # a model in training draws numbers
         wanted = session.prefill(tokens[None], None, logits=4).logits
@@ -71,13 +71,14 @@ def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support]
     for branches in (True, False):
         if branches and (attention_of(config) not in TREE_ATTENTION or _masks_by_row(model, config)):
             continue
-        tree, rows = (_TREE, [0, 2, 3]) if branches else (_CHAIN, [0, 1, 2])
+        shape, rows = (_TREE, [0, 2, 3]) if branches else (_CHAIN, [0, 1, 2])
         line = tokens[4:7]
         drafted = torch.stack([line[0], tokens[3], line[1], line[2]]) if branches else line
         try:
             with torch.random.fork_rng(devices=[]), open_session(full) as session:
                 session.prefill(tokens[None, :4], None)
-                got = session.score(DraftTree(drafted, *tree, torch.zeros(len(drafted)))).logits
+                parents, depths = (torch.tensor(column, device=model.device) for column in shape)
+                got = session.score(DraftTree(drafted, parents, depths, torch.zeros_like(drafted).float())).logits
         except Exception as error:  # the model's own code; the next form of a pass may work
             problem = f"{type(error).__name__}: {error}"
             continue
@@ -91,10 +92,10 @@ def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support]
     )
 
 
-_TREE = torch.tensor([-1, 0, 0, 2]), torch.tensor([0, 1, 1, 2])
+_TREE = [-1, 0, 0, 2], [0, 1, 1, 2]
 """Parents and depths of a root with two children, the second of which has a child."""
 
-_CHAIN = torch.tensor([-1, 0, 1]), torch.tensor([0, 1, 2])
+_CHAIN = [-1, 0, 1], [0, 1, 2]
 
 
 def _masks_by_row(model: PreTrainedModel, config: Any) -> bool:
@@ -108,7 +109,7 @@ def _tokens(config: Any, vocab_size: int) -> Tensor:
     special = {value for name, value in _numbers(config) if name.endswith("token_id") or name.endswith("token_index")}
     usual = [token for token in range(vocab_size // 2, vocab_size // 2 + 400) if token % vocab_size not in special]
     chosen = usual[:: max(len(usual) // 7, 1)][:7]
-    return torch.tensor(chosen) % vocab_size
+    return torch.tensor(chosen, device="cpu") % vocab_size
 
 
 def _numbers(config: Any) -> list[tuple[str, Any]]:

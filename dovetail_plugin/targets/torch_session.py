@@ -244,4 +244,4 @@ def _deepest_path(tree: DraftTree) -> Tensor:
     while node >= 0:
         path.append(node)
         node = int(tree.parents[node])
-    return torch.tensor(path[::-1])
+    return torch.tensor(path[::-1], device="cpu")
