@@ -97,7 +97,6 @@ def test_texts_beyond_computed_positions(tokens, oracle):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"num_beams": 2}, "num_beams=2"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     ],
@@ -110,10 +109,6 @@ def test_unsupported_options(refused, options, match):
 def test_static_cache(refused, llama):
     message = refused("StaticCache", past_key_values=StaticCache(config=llama.config, max_cache_len=64))
     assert "Pass a DynamicCache" in message or "Pass what its own `generate` returned" in message
-
-
-def test_batch(refused):
-    assert "one sequence" in refused("batch of 2", ids=prompt().repeat(2, 1))
 
 
 def test_empty_prompt(refused):

@@ -149,6 +149,7 @@ def _generate(
 ) -> Any:
     """Run one sequence, or those of a batch one after another, and return what `generate` returns."""
     processors, criteria, config, streamer = chooser
+    model_kwargs = {k: v for k, v in model_kwargs.items() if k not in NOT_FOR_FORWARD}
     if input_ids.shape[0] == 1:
         text = Text(input_ids, *chooser)
         cache, report = _run(model, text, config, draft, model_kwargs)
@@ -191,7 +192,7 @@ def _run(
         cache,
         cached=_cached_tokens(text.length, cache, attention_mask, config),
         attention_mask=attention_mask,
-        model_kwargs={k: v for k, v in model_kwargs.items() if k not in NOT_FOR_FORWARD and v is not None},
+        model_kwargs={k: v for k, v in model_kwargs.items() if v is not None},
     )
     with open_generation(model, engine, request, draft) as decoder:
         decoder.run()

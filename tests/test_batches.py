@@ -1,0 +1,126 @@
+"""Batches and several sequences of one prompt: each gives what plain `generate` gives."""
+
+import pytest
+import torch
+from families import prompt, tiny_target
+
+from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
+PAD = 0
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def target(request):
+    window = {"sliding_window": 24} if request.param == "mistral" else {}
+    return tiny_target(request.param, **window)
+
+
+@pytest.fixture(params=["dovetail", "lookup"])
+def draft(request, target):
+    torch.manual_seed(7)
+    return DovetailDraft.for_target(target) if request.param == "dovetail" else PromptLookupDraft(shortest=1)
+
+
+def batch(*lengths):
+    """Prompts of different lengths, padded on the left, and their mask."""
+    longest = max(lengths)
+    rows = [prompt(length, seed=length)[0] for length in lengths]
+    ids = torch.stack([torch.cat([torch.full((longest - len(row),), PAD), row]) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    return ids, mask
+
+
+def test_greedy_batches(target, draft):
+    ids, mask = batch(9, 30, 17)
+    options = dict(attention_mask=mask, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    plain = target.generate(ids, **options)
+    assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
+    assert draft.report.new_tokens == 90
+
+
+def test_sequences_end_one_by_one(target, draft):
+    """Behind its end a sequence is padded until the longest one has ended."""
+    ids, mask = batch(9, 30, 17)
+    options = dict(attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=PAD)
+    free = target.generate(ids, eos_token_id=None, **options)
+    ends = [int(free[0, 30 + 4]), int(free[1, 30 + 11])]
+    plain = target.generate(ids, eos_token_id=ends, **options)
+    assert (plain == PAD).sum() > (ids == PAD).sum()
+    assert torch.equal(target.generate(ids, eos_token_id=ends, assistant_model=draft, **options), plain)
+
+
+def test_output_of_a_batch(target, draft):
+    ids, mask = batch(9, 30)
+    wanted = dict(output_scores=True, output_logits=True, return_dict_in_generate=True)
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    plain, drafted = (target.generate(ids, **options, **wanted, **a) for a in ({}, {"assistant_model": draft}))
+    assert torch.equal(plain.sequences, drafted.sequences)
+    assert drafted.report is draft.report
+    for name in ("scores", "logits"):
+        for one, other in zip(plain[name], drafted[name], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.torch_only("caches of transformers")
+def test_the_cache_of_a_batch_goes_on(target, draft):
+    """Plain generation continues with it as with its own."""
+    ids, mask = batch(9, 30)
+    options = dict(do_sample=False, eos_token_id=None, pad_token_id=PAD, return_dict_in_generate=True)
+    options["max_new_tokens"] = 8
+    first = [target.generate(ids, attention_mask=mask, assistant_model=a, **options) for a in (None, draft)]
+    assert torch.equal(first[0].sequences, first[1].sequences)
+    longer = torch.cat([mask, mask.new_ones(2, 8)], dim=1)
+    plain, drafted = (
+        target.generate(one.sequences, attention_mask=longer, past_key_values=one.past_key_values, **options)
+        for one in first
+    )
+    assert torch.equal(plain.sequences, drafted.sequences)
+
+
+def test_several_greedy_sequences_of_one_prompt(target, draft):
+    options = dict(max_new_tokens=15, do_sample=True, top_k=1, num_return_sequences=3, eos_token_id=None)
+    plain = target.generate(prompt(), **options)
+    assert torch.equal(target.generate(prompt(), assistant_model=draft, **options), plain)
+
+
+def test_sampled_sequences_of_one_prompt(target, draft):
+    """As many first tokens of each kind as in plain generation, up to chance."""
+    options = dict(max_new_tokens=2, do_sample=True, temperature=0.7, top_k=4, eos_token_id=None)
+    options["num_return_sequences"] = 200
+    torch.manual_seed(1)
+    plain, drafted = (target.generate(prompt(), **options, **a)[:, -2:] for a in ({}, {"assistant_model": draft}))
+    for column in range(2):
+        counts = [torch.bincount(text[:, column], minlength=97).float() for text in (plain, drafted)]
+        assert (counts[0] - counts[1]).abs().max() < 45  # over five standard deviations of a difference of counts
+
+
+def test_processors_that_know_the_sequence(target, draft):
+    """A function of allowed tokens gets the number of the sequence in the batch."""
+    ids, mask = batch(9, 30)
+    allowed = {0: list(range(10, 20)), 1: list(range(50, 70))}
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    options |= dict(prefix_allowed_tokens_fn=lambda index, _ids: allowed[index])
+    plain = target.generate(ids, **options)
+    assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
+
+
+def test_streamers_take_one_sequence(target, draft):
+    class Streamer:
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+    with pytest.raises(ValueError, match="takes one sequence, not a batch of 2"):
+        target.generate(*batch(9, 9)[:1], assistant_model=draft, max_new_tokens=3, streamer=Streamer())
+
+
+@pytest.mark.torch_only("arguments of the forward pass")
+def test_arguments_that_cannot_be_divided(target, draft):
+    draft.budget = TreeBudget(4, 2, 2)
+    ids, mask = batch(9, 9)
+    with pytest.raises(ValueError, match=r"position_ids of shape \(1, 9\) cannot be divided among the 2 sequences"):
+        target.generate(ids, attention_mask=mask, position_ids=torch.arange(9)[None], assistant_model=draft)
