@@ -1,0 +1,59 @@
+"""The committed table: one verdict for each family and kind of prompt, made from outcomes, in table.json.
+
+A verdict is "trees" or "chains" (right with all drafts, in this shape), "refused: REASON", "trees; DovetailDraft
+refused: REASON", "encoder-decoder", "untested: REASON", or "fails: ..." for everything that must not be.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .discovery import Family
+from .exceptions import NO_IMAGE, NOT_BUILT, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
+from .outcomes import ENCODER_DECODER
+
+FILE = Path(__file__).with_name("table.json")
+KINDS = {"oracle": "any draft", "untrained": "DovetailDraft", "lookup": "PromptLookupDraft"}
+
+
+def cases(families: list[Family]) -> list[tuple[str, str]]:
+    """(name, kind of prompt) of all that is tried."""
+    return [(f.name, kind) for f in families for kind in ("text", "image") if kind == "text" or f.sees_images]
+
+
+def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
+    """The verdict on one family with one kind of prompt.
+
+    Args:
+        name: of the family.
+        kind: "text" or "image".
+        outcomes: fields of `Outcomes`.
+    """
+    untested = NOT_BUILT if kind == "text" else NOT_BUILT | NO_IMAGE
+    if outcomes["plain"] == ENCODER_DECODER:
+        return ENCODER_DECODER
+    if outcomes["plain"]:
+        return f"untested: {untested[name]}" if name in untested else f"fails: plain text: {outcomes['plain']}"
+    if name in (NOT_BUILT if kind == "text" else NO_IMAGE):
+        return "fails: it can be built, so it must leave the list of those that cannot"
+    drafts = outcomes["drafts"]
+    if wrong := [f"{KINDS[k]}: {o}" for k, o in drafts.items() if o != "right" and not o.startswith("refused")]:
+        return f"fails: {'; '.join(wrong)}"
+    refused = {kind: outcome for kind, outcome in drafts.items() if outcome != "right"}
+    if not refused:
+        return outcomes["shape"]
+    if outcomes["stock"] == "right" and name not in REFUSED_ALTHOUGH_STOCK_IS_RIGHT:
+        return f"fails: prompt_lookup_num_tokens is right, but {next(iter(refused.values()))}"
+    if len(refused) == len(drafts):
+        return refused["oracle"]
+    return "; ".join([outcomes["shape"], *(f"{KINDS[kind]} {outcome}" for kind, outcome in refused.items())])
+
+
+def load() -> dict[str, Any]:
+    """The committed table: "transformers" with its version, and "verdicts": name -> kind of prompt -> verdict."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def save(version: str, verdicts: dict[str, dict[str, str]]) -> None:
+    """Write the table."""
+    FILE.write_text(json.dumps({"transformers": version, "verdicts": verdicts}, indent=1) + "\n", encoding="utf-8")
