@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from .discovery import Family
@@ -14,8 +13,8 @@ from .overrides import OVERRIDES, VARIANTS
 from .shrink import tiny_config
 
 MOST_WEIGHTS = 30_000_000
-STD, EMBEDDING_STD = 0.2, 0.05
-"""Of weights. Embeddings are small beside what the layers add, so that the text depends on all of it."""
+STD = 0.2
+"""Of weights, so that the text depends on all of a model."""
 
 
 class CannotBuildError(Exception):
@@ -53,7 +52,5 @@ def build(family: Family, seed: int = 0) -> PreTrainedModel:
             parameter.data.normal_(std=min(STD, 1.6 / math.sqrt(fan_in)), generator=generator)
         elif "gate" in name and parameter.numel() == 1:  # closed at first in models that add images to a language model
             parameter.data.fill_(0.5)
-    if isinstance(table := model.get_input_embeddings(), nn.Embedding):
-        table.weight.data.normal_(std=EMBEDDING_STD, generator=generator)
     model.generation_config = GenerationConfig()  # without tokens that a family forces or suppresses
     return model

@@ -88,6 +88,7 @@ OPTIONS: dict[str, Any] = dict(
     max_new_tokens=NEW_TOKENS,
     do_sample=False,
     num_beams=1,
+    repetition_penalty=2.0,  # without it, half of all random models repeat one token, whatever went before
     eos_token_id=None,
     pad_token_id=0,
     suppress_tokens=[*range(SPECIAL), *range(VOCAB - LAST_SPECIAL, VOCAB)],

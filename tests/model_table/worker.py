@@ -22,13 +22,14 @@ class Worker:
     """The process, which lives until `close`."""
 
     def __init__(self) -> None:
+        untraced = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_PROCESS")}
         path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "model_table.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=untraced | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
 
     def close(self) -> None:
