@@ -88,46 +88,80 @@ OPTIONS: dict[str, Any] = dict(
     max_new_tokens=NEW_TOKENS,
     do_sample=False,
     num_beams=1,
-    repetition_penalty=2.0,  # without it, half of all random models repeat one token, whatever went before
     eos_token_id=None,
     pad_token_id=0,
     suppress_tokens=[*range(SPECIAL), *range(VOCAB - LAST_SPECIAL, VOCAB)],
 )
+VARIED = OPTIONS | dict(repetition_penalty=2.0)
+"""Without the penalty, half of all random models repeat one token, whatever went before. Lookup needs repetitions."""
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text of plain `generate`.
+
+    Args:
+        ids: (1, T) int64.
+        margins: of each new token, by which its logit was above the second best.
+    """
+
+    ids: Tensor
+    margins: Tensor
+
+    @property
+    def new(self) -> list[int]:
+        """The new tokens."""
+        return self.ids[0, -len(self.margins) :].tolist()
+
+    def difference(self, other: Tensor) -> int | None:
+        """The first new token that another text (1, T or less) has differently, or None."""
+        common = min(other.shape[1], self.ids.shape[1])
+        differs = (other[0, :common] != self.ids[0, :common]).nonzero()
+        return int(differs[0]) - (self.ids.shape[1] - len(self.margins)) if len(differs) else None
+
+
+def plain_text(model: PreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> PlainText:
+    """Generate plainly.
+
+    Raises:
+        ValueError: logits are not finite.
+    """
+    output: Any = model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
+    scores = torch.cat(output.scores)
+    if bool(scores.isnan().any()) or not bool(scores.isfinite().any(dim=-1).all()):
+        raise ValueError("logits are not finite")
+    best = scores.topk(2).values
+    return PlainText(output.sequences, best[:, 0] - best[:, 1])
 
 
 def compare(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Outcomes, bool]:
     """Outcomes for a prompt, and whether a difference may be due to a tie."""
-    outcomes = Outcomes()
+    outcomes, tie = Outcomes(), False
     try:
-        output: Any = model.generate(**inputs, **OPTIONS, return_dict_in_generate=True, output_scores=True)
-        plain, scores = output.sequences, torch.cat(output.scores)
-        if not bool(scores.isfinite().any(dim=-1).all()) or bool(scores.isnan().any()):
-            raise ValueError("logits are not finite")
+        varied, repeated = (plain_text(model, inputs, options) for options in (VARIED, OPTIONS))
     except Exception as error:
         outcomes.plain = described(error)
         return outcomes, False
-    best = scores.topk(2).values
-    margins = best[:, 0] - best[:, 1]
-    start = plain.shape[1] - len(margins)
-    outcomes.variety = len(set(plain[0, start:].tolist()))
-    tie = False
 
-    def judge(text: Tensor) -> str:
+    def verdict(plain: PlainText, options: dict[str, Any], draft: Draft | None = None, **how: Any) -> str:
         nonlocal tie
-        wanted = plain[0, : text.shape[1]]
-        if text.shape[1] == len(wanted) and torch.equal(text[0], wanted):
-            return "right"
-        at = int((text[0, : len(wanted)] != wanted).nonzero()[0]) if text.shape[1] else 0
-        tie |= at >= start and float(margins[at - start]) < TIE
-        return f"different text from new token {at - start}"
+        text: Any = model.generate(**inputs, **options, **how, **({"assistant_model": draft} if draft else {}))
+        if (at := plain.difference(text)) is not None:
+            tie |= at >= 0 and float(plain.margins[at]) < TIE
+            return f"different text from new token {at}"
+        if (new := text.shape[1] - inputs["input_ids"].shape[1]) != options["max_new_tokens"]:
+            return f"different text: {new} new tokens"
+        if draft is not None and (draft.report is None or draft.report.warnings):
+            return f"stopped: {draft.report.warnings[0] if draft.report else 'no report'}"
+        return "right"
 
-    outcomes.stock = attempt(model, lambda: judge(model.generate(**inputs, **OPTIONS, prompt_lookup_num_tokens=3)))
-    oracle = OracleDraft(plain[0].tolist(), VOCAB)
-    outcomes.drafts["oracle"] = attempt(model, lambda: drafted(model, inputs, oracle, judge))
-    outcomes.drafts["untrained"] = attempt(
-        model, lambda: drafted(model, inputs, untrained(model), judge, max_new_tokens=UNTRAINED_TOKENS)
-    )
-    outcomes.drafts["lookup"] = attempt(model, lambda: drafted(model, inputs, lookup(), judge))
+    oracle = OracleDraft(varied.ids[0].tolist(), VOCAB)
+    short = VARIED | dict(max_new_tokens=UNTRAINED_TOKENS)
+    outcomes.drafts["oracle"] = attempt(model, lambda: verdict(varied, VARIED, oracle))
+    outcomes.drafts["untrained"] = attempt(model, lambda: verdict(varied, short, untrained(model)))
+    outcomes.drafts["lookup"] = attempt(model, lambda: verdict(repeated, OPTIONS, lookup()))
+    outcomes.stock = attempt(model, lambda: verdict(repeated, OPTIONS, prompt_lookup_num_tokens=3))
+    outcomes.variety = len(set(varied.new))
     if oracle.report is not None:
         outcomes.acceptance = round(oracle.report.acceptance_length, 2)
         outcomes.shape = "trees" if oracle.branches else "chains"
@@ -149,16 +183,6 @@ def lookup() -> PromptLookupDraft:
     draft = PromptLookupDraft(shortest=1)
     draft.budget = TreeBudget(16, 6, 8)
     return draft
-
-
-def drafted(
-    model: PreTrainedModel, inputs: dict[str, Tensor], draft: Draft, judge: Callable[[Tensor], str], **options: Any
-) -> str:
-    """The outcome of a generation with a draft that was not refused."""
-    verdict = judge(model.generate(**inputs, **(OPTIONS | options), assistant_model=draft))
-    if verdict == "right" and (draft.report is None or draft.report.warnings):
-        return f"stopped: {draft.report.warnings[0] if draft.report else 'no report'}"
-    return verdict
 
 
 def attempt(model: PreTrainedModel, run: Callable[[], str]) -> str:

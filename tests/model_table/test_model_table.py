@@ -11,6 +11,8 @@ import time
 import pytest
 import transformers
 
+from dovetail_plugin import compat
+
 from . import outcomes, page, table, worker
 from .discovery import FAMILIES
 from .exceptions import NO_IMAGE, NOT_BUILT, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
@@ -18,7 +20,8 @@ from .exceptions import NO_IMAGE, NOT_BUILT, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
 RENEW = "run `make models-page` and look at what changed in tests/model_table/table.json"
 NAMES = {family.name for family in FAMILIES}
 COMMITTED = table.load()
-SAME_VERSION = transformers.__version__.startswith(COMMITTED["transformers"] + ".")
+INSTALLED, WRITTEN_WITH = (compat.version_of(text) for text in (transformers.__version__, COMMITTED["transformers"]))
+SAME_VERSION = INSTALLED == WRITTEN_WITH
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,10 @@ def process():
 @pytest.mark.nightly
 @pytest.mark.parametrize(("name", "kind"), table.cases(FAMILIES))
 def test_right_or_refused_as_the_table_says(name, kind, process):
-    verdict = table.verdict(name, kind, process.outcomes(name, kind))
+    found = process.outcomes(name, kind)
+    if INSTALLED < WRITTEN_WITH and found["plain"]:
+        pytest.skip(f"no tiny model with an older transformers: {found['plain']}")
+    verdict = table.verdict(name, kind, found)
     assert not verdict.startswith("fails"), verdict
     if SAME_VERSION:
         known = COMMITTED["verdicts"].get(name, {}).get(kind, "a new family")

@@ -91,6 +91,7 @@ def _child(name: str, prompt_kind: str, sending: int) -> None:
     from model_table.outcomes import outcomes_of
 
     try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of hundreds of models; errors are in the outcomes
         resource.setrlimit(resource.RLIMIT_DATA, (GIBIBYTES << 30, GIBIBYTES << 30))
         found = asdict(outcomes_of(name, prompt_kind))
         os.write(sending, json.dumps(found).encode())
