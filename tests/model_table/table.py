@@ -13,7 +13,7 @@ from .exceptions import NO_IMAGE, NOT_BUILT, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
 from .outcomes import ENCODER_DECODER
 
 FILE = Path(__file__).with_name("table.json")
-KINDS = {"oracle": "any draft", "untrained": "DovetailDraft", "lookup": "PromptLookupDraft"}
+KINDS = {"oracle": "long acceptances", "untrained": "DovetailDraft", "lookup": "PromptLookupDraft"}
 
 
 def cases(families: list[Family]) -> list[tuple[str, str]]:
@@ -37,8 +37,8 @@ def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
     if name in (NOT_BUILT if kind == "text" else NO_IMAGE):
         return "fails: it can be built, so it must leave the list of those that cannot"
     drafts = outcomes["drafts"]
-    if wrong := [f"{KINDS[k]}: {o}" for k, o in drafts.items() if o != "right" and not o.startswith("refused")]:
-        return f"fails: {'; '.join(wrong)}"
+    if any(o != "right" and not o.startswith("refused") for o in drafts.values()):
+        return f"fails: {in_words(drafts)}"
     refused = {kind: outcome for kind, outcome in drafts.items() if outcome != "right"}
     if not refused:
         return outcomes["shape"]
@@ -47,6 +47,14 @@ def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
     if len(refused) == len(drafts):
         return refused["oracle"]
     return "; ".join([outcomes["shape"], *(f"{KINDS[kind]} {outcome}" for kind, outcome in refused.items())])
+
+
+def in_words(drafts: dict[str, str]) -> str:
+    """What went wrong with which draft."""
+    wrong = {draft: outcome for draft, outcome in drafts.items() if outcome != "right"}
+    if len(wrong) == len(drafts) and len(set(wrong.values())) == 1:
+        return f"with every draft: {wrong['oracle']}"
+    return "; ".join(f"{KINDS[draft]}: {outcome}" for draft, outcome in wrong.items())
 
 
 def load() -> dict[str, Any]:
