@@ -1,7 +1,8 @@
 """The committed table: one verdict for each family and kind of prompt, made from outcomes, in table.json.
 
 A verdict is "trees" or "chains" (right with all drafts, in this shape), "refused: REASON", "trees; DovetailDraft
-refused: REASON", "encoder-decoder", "untested: REASON", or "fails: ..." for everything that must not be.
+refused: REASON", "encoder-decoder", "untested: REASON", or "fails: ..." for everything that must not be: other text, an error that is not a clear refusal,
+drafting that stops, or a refusal where transformers' own prompt lookup is right.
 """
 
 import json
@@ -39,14 +40,14 @@ def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
     drafts = outcomes["drafts"]
     if any(o != "right" and not o.startswith("refused") for o in drafts.values()):
         return f"fails: {in_words(drafts)}"
-    refused = {kind: outcome for kind, outcome in drafts.items() if outcome != "right"}
+    refused = {draft: outcome for draft, outcome in drafts.items() if outcome != "right"}
     if not refused:
         return outcomes["shape"]
     if outcomes["stock"] == "right" and name not in REFUSED_ALTHOUGH_STOCK_IS_RIGHT:
         return f"fails: prompt_lookup_num_tokens is right, but {next(iter(refused.values()))}"
     if len(refused) == len(drafts):
         return refused["oracle"]
-    return "; ".join([outcomes["shape"], *(f"{KINDS[kind]} {outcome}" for kind, outcome in refused.items())])
+    return "; ".join([outcomes["shape"], *(f"{KINDS[draft]} {outcome}" for draft, outcome in refused.items())])
 
 
 def in_words(drafts: dict[str, str]) -> str:
