@@ -1,8 +1,8 @@
 """The committed table: one verdict for each family and kind of prompt, made from outcomes, in table.json.
 
 A verdict is "trees" or "chains" (right with all drafts, in this shape), "refused: REASON", "trees; DovetailDraft
-refused: REASON", "encoder-decoder", "untested: REASON", or "fails: ..." for everything that must not be: other text, an error that is not a clear refusal,
-drafting that stops, or a refusal where transformers' own prompt lookup is right.
+refused: REASON", "encoder-decoder", "untested: REASON", or "fails: ..." for everything that must not be: other text, an
+error that is not a clear refusal, drafting that stops, or a refusal where transformers' own prompt lookup is right.
 """
 
 import json
