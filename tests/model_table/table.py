@@ -16,6 +16,8 @@ from .outcomes import ENCODER_DECODER
 FILE = Path(__file__).with_name("table.json")
 KINDS = {"oracle": "long acceptances", "untrained": "DovetailDraft", "lookup": "PromptLookupDraft"}
 
+CAN_BE_BUILT = "fails: it can be built, so it must leave the list of those that cannot"
+
 
 def cases(families: list[Family]) -> list[tuple[str, str]]:
     """(name, kind of prompt) of all that is tried."""
@@ -36,7 +38,7 @@ def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
     if outcomes["plain"]:
         return f"untested: {untested[name]}" if name in untested else f"fails: plain text: {outcomes['plain']}"
     if name in (NOT_BUILT if kind == "text" else NO_IMAGE):
-        return "fails: it can be built, so it must leave the list of those that cannot"
+        return CAN_BE_BUILT
     drafts = outcomes["drafts"]
     if any(o != "right" and not o.startswith("refused") for o in drafts.values()):
         return f"fails: {in_words(drafts)}"

@@ -38,6 +38,8 @@ def test_right_or_refused_as_the_table_says(name, kind, process):
     if INSTALLED < WRITTEN_WITH and found["plain"]:
         pytest.skip(f"no tiny model with an older transformers: {found['plain']}")
     verdict = table.verdict(name, kind, found)
+    if INSTALLED < WRITTEN_WITH and verdict == table.CAN_BE_BUILT:
+        pytest.skip("the list of those that cannot be built is for the newest transformers")
     assert not verdict.startswith("fails"), verdict
     if SAME_VERSION:
         known = COMMITTED["verdicts"].get(name, {}).get(kind, "a new family")
