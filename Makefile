@@ -4,6 +4,8 @@
 # make docs          the documentation site, into build/site
 # make examples      the scripts in examples/
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
+# make test-families every model family of transformers, tiny, with drafts (docs/models.md); CI runs a part of it
+# make models-page   the same, into tests/model_table/table.json and docs/models.md
 # make ci            everything that CI runs
 # make nightly       all tests of all environments, the long ones too, into benchmarks/results/nightly.json
 #
@@ -35,7 +37,7 @@ COVERED = --cov-report=term:skip-covered
 
 TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm
 
-.PHONY: setup environments demo $(TESTS) nightly lint bench ci clean
+.PHONY: setup environments demo $(TESTS) test-families models-page nightly lint bench ci clean
 
 # --- environments --------------------------------------------------------------------------------
 
@@ -118,6 +120,15 @@ test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 # One process: the tests share an engine. vLLM runs the adapter in processes of its own, so lines are not counted.
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python $(PYTEST) tests/test_vllm.py
+
+# The part that CI runs belongs to `make test`: a sixteenth, chosen by the commit.
+test-families: export OMP_NUM_THREADS = 1
+test-families: setup
+	.venv/bin/python -m pytest --nightly all $(PARALLEL) tests/model_table
+
+models-page: export OMP_NUM_THREADS = 1
+models-page: setup
+	PYTHONPATH=tests .venv/bin/python -m model_table --write --workers $(WORKERS)
 
 nightly:
 	PYTHON=$(PYTHON) .ci/nightly $(TESTS)
