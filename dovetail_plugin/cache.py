@@ -14,7 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .compat import Cache, DynamicLayer, DynamicSlidingWindowLayer, stock_layer, stock_sliding_layer
+from .compat import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    SharedLayer,
+    stock_layer,
+    stock_sliding_layer,
+)
 
 SLACK_ROWS = 256
 """Fewest rows that are reserved beyond what a pass needs. When they are full, buffers grow or the window moves."""
@@ -138,13 +145,14 @@ class TreeLayer(DynamicLayer):
         index: its place in the cache.
 
     Attributes:
+        index: its place in the cache.
         pending: rows that the pass in progress, or the latest one, has written behind the text's.
     """
 
     is_sliding = False
 
     def __init__(self, text: "TextRows", index: int) -> None:
-        self._text, self._index = text, index
+        self._text, self.index = text, index
         self._stored: _Stored | None = None
         self.pending = 0
         super().__init__()
@@ -152,7 +160,7 @@ class TreeLayer(DynamicLayer):
     @property
     def length(self) -> int:
         """Rows of the text."""
-        return self._text.lengths[self._index]
+        return self._text.lengths[self.index]
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -233,7 +241,7 @@ class TreeLayer(DynamicLayer):
     def fill(self, stock: DynamicLayer) -> None:
         """Take copies of the rows of an earlier turn."""
         seen, keys, values = stock.get_seq_length(), stock.keys, stock.values
-        self._text.lengths[self._index] = seen
+        self._text.lengths[self.index] = seen
         first = seen - keys.shape[2]
         capacity = reserved(keys.shape[2])
         stored = _Stored(_rows_like(keys, capacity), _rows_like(values, capacity), first)
@@ -322,7 +330,7 @@ class TextRows:
 
     Attributes:
         cache: a copy of `given` over this storage, for the model.
-        layers: the layers of `cache`.
+        layers: the layers of `cache` that hold rows.
         lengths: rows of each layer that belong to the text. All rows behind them are dropped by the next pass.
         keeps_all: whether all rows of the pass in progress will be kept, as those of a prompt.
     """
@@ -331,14 +339,17 @@ class TextRows:
         stock = list(given.layers) + template[len(given.layers) :]
         self.lengths = [0] * len(stock)
         self.keeps_all = False
-        self.layers: list[TreeLayer] = [self._layer(index, layer) for index, layer in enumerate(stock)]
-        for own, layer in zip(self.layers, stock, strict=True):
-            if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+        mixed = [self._layer(index, layer) for index, layer in enumerate(stock)]
+        self.layers = [layer for layer in mixed if isinstance(layer, TreeLayer)]
+        for own, layer in zip(mixed, stock, strict=True):
+            if isinstance(own, TreeLayer) and layer.is_initialized and layer.keys is not None and layer.keys.numel():
                 own.fill(layer)
         self.cache = copy.copy(given)
-        self.cache.layers = list(self.layers)
+        self.cache.layers = mixed
 
-    def _layer(self, index: int, stock: DynamicLayer) -> TreeLayer:
+    def _layer(self, index: int, stock: DynamicLayer) -> DynamicLayer:
+        if SharedLayer is not None and isinstance(stock, SharedLayer):
+            return stock
         if isinstance(stock, DynamicSlidingWindowLayer):
             return TreeSlidingLayer(self, index, stock.sliding_window)
         return TreeLayer(self, index)
@@ -369,24 +380,24 @@ class TextRows:
         moved = next((i for i, node in enumerate(path) if node != i), len(path))  # earlier rows do not move
         index = torch.tensor(path[moved:], device="cpu") if moved < len(path) else None
         lengths = list(self.lengths)
-        for number, layer in enumerate(self.layers):
+        for layer in self.layers:
             if layer.pending == rows:
                 layer.move(path, index)
-                lengths[number] += len(path)
+                lengths[layer.index] += len(path)
             else:
-                lengths[number] += layer.pending
+                lengths[layer.index] += layer.pending
         self.lengths = lengths
         for layer in self.layers:
             layer.kept()
 
     def hand_back(self, given: Cache) -> None:
         """Give the caller's cache transformers' own layers with copies of the rows, in one assignment."""
-        given.layers = [layer.to_stock() for layer in self.layers]
+        given.layers = [layer.to_stock() if isinstance(layer, TreeLayer) else layer for layer in self.cache.layers]
 
 
 def refuse_reason(layers: Iterable[object]) -> str | None:
     """Return why a cache of these layers cannot roll back rejected rows in place, or None if it can."""
-    kinds = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    kinds = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer, SharedLayer}
     if kinds:
         return "its cache has layers of type " + ", ".join(sorted(kind.__name__ for kind in kinds))
     return None

@@ -52,6 +52,7 @@ refuse_old(transformers.__version__)
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import cache_utils as cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.logits_process import (
@@ -80,6 +81,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache, the newest first."""
+
+SharedLayer: type | None = getattr(cache_utils, "DummyLayer", None)
+"""Class of cache layers that read the rows of another layer and hold none; None before transformers had one."""
 
 _parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE: str = next(name for name in CACHE_NAMES if name in _parameters)
@@ -262,7 +266,7 @@ def shares_cache(config: GenerationConfig, cache: Any) -> bool:
 
 @dataclass
 class DraftedOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate=True`, and the report of the call.
+    """Result of `generate` with `return_dict_in_generate=True`, and the report of the call.
 
     Attributes:
         report: a `GenerationReport`.

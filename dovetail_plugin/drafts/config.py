@@ -228,7 +228,7 @@ class DovetailConfig(PretrainedConfig):
         Raises:
             ValueError: a size is missing in the target's config, see `sizes_of`.
         """
-        sizes, text = sizes_of(config), config.get_text_config(decoder=True)
+        sizes, text = sizes_of(config, for_draft=True), config.get_text_config(decoder=True)
         fields: dict[str, Any] = dict(
             vocab_size=sizes.vocab_size,
             hidden_size=sizes.hidden_size,
@@ -244,9 +244,7 @@ class DovetailConfig(PretrainedConfig):
             logit_softcap=getattr(text, "final_logit_softcapping", None),
             logit_scale=_logit_scale(text),
             target_name_or_path=_public_name(config.name_or_path),
-            pad_token_id=text.pad_token_id,
-            bos_token_id=text.bos_token_id,
-            eos_token_id=text.eos_token_id,
+            **{name: getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
         )
         return cls(**(fields | overrides))
 
@@ -271,6 +269,7 @@ def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
         rope = rope["full_attention"]
     elif rope and all(isinstance(value, dict) for value in rope.values()):
         rope = next(iter(rope.values()))
+    rope = rope or {}
     # The draft rotates whole heads, even if the target (GPT-NeoX, Phi) rotates only a part of each.
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     # The factors of longrope are sized for the width that the target rotates, so only theta is used.

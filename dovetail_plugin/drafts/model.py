@@ -165,6 +165,11 @@ class DovetailDraft(DraftNetwork, Draft):
     def _borrow_head(self, tables: Tables) -> None:
         weight = next(self.layers.parameters())
         head, bias, self.token_ids = tables.head, tables.bias, None
+        if head.shape[1] != self.config.hidden_size:
+            raise ValueError(
+                f"the target's head reads {head.shape[1]} numbers and its hidden states have "
+                f"{self.config.hidden_size}. Drafts that share the head do not fit it. Use PromptLookupDraft()."
+            )
         if self.draft_vocab_size is not None:
             ids = frequent_tokens(self.token_order, self.draft_vocab_size, self.config.vocab_size).to(head.device)
             head, bias = head[ids], None if bias is None else bias[ids]

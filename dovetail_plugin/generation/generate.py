@@ -141,7 +141,7 @@ def generate_plainly(
 
 
 Chooser = tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig, Any]
-"""How the tokens of a text are chosen, and who gets them; see `Text`."""
+"""Logits processors, stopping criteria, config and streamer of a text; see `Text`."""
 
 
 def _generate(

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from .. import machine
-from ..drafts.base import Drafter
+from ..drafts.base import Drafter, DraftError
 from ..drafts.feature_drafter import without_padding
 from ..policy.planner import PLAIN, FixedPlanner, Forecast, RoundPlan, RoundPlanner
-from ..policy.probe import measure
+from ..policy.probe import Measurements, measure
+from ..policy.settings import PolicySettings
 from ..report import PHASES, GenerationReport, Round
 from ..targets.base import TargetOutput, TargetSession
 from ..tree import DraftTree, TreeBudget
@@ -139,25 +140,28 @@ class Decoder:
         drafter, limits, positions = self.drafter, self.planner.limits, self.session.max_length
         if drafter is None:
             return
-        levels = self.session.levels_left()
-        short = positions is not None and self.text.length + limits.depth >= positions
-        if short or levels == 0:
+        if positions is not None and self.text.length + limits.depth >= positions:
             self.planner = FixedPlanner(PLAIN)  # there is no room for the trees of a measurement, and little for text
             return
+        levels = self.session.levels_left()
         if levels is not None:
             limits = limits.clipped(levels + 1)
-        try:
-            measured = self.planner.prepare(
-                lambda settings: measure(
-                    self.session,
-                    drafter,
-                    token=token,
-                    context=self.text.length,
-                    limits=limits if self.session.supports_tree else limits.as_chain(),
-                    vary_threads=self.vary_threads,
-                    settings=settings,
-                )
+
+        def measured_now(settings: PolicySettings) -> Measurements:
+            if levels == 0:
+                raise DraftError("a boundary of the rotary embedding leaves no room for measurements")
+            return measure(
+                self.session,
+                drafter,
+                token=token,
+                context=self.text.length,
+                limits=limits if self.session.supports_tree else limits.as_chain(),
+                vary_threads=self.vary_threads,
+                settings=settings,
             )
+
+        try:
+            measured = self.planner.prepare(measured_now)
         except Exception as error:
             self._give_up(error)
             return

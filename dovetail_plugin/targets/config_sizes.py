@@ -42,8 +42,12 @@ class ConfigSizes:
     norm_eps: float
 
 
-def sizes_of(config: PretrainedConfig) -> ConfigSizes:
+def sizes_of(config: PretrainedConfig, *, for_draft: bool = False) -> ConfigSizes:
     """Read the sizes of a target's config.
+
+    Args:
+        config: of the target.
+        for_draft: whether sizes of attention may differ between layers, as in Gemma 4. A draft then gets usual sizes.
 
     Raises:
         ValueError: the model is an encoder-decoder, a size is missing, or a size differs between layers.
@@ -65,8 +69,8 @@ def sizes_of(config: PretrainedConfig) -> ConfigSizes:
         vocab_size=_number(text, "vocab_size"),
         layers=_number(text, "num_hidden_layers"),
         heads=heads,
-        kv_heads=_number(text, "num_key_value_heads", default=heads),
-        head_dim=_number(text, "head_dim", default=hidden_size // heads),
+        kv_heads=_number(text, "num_key_value_heads", default=heads, may_differ=for_draft),
+        head_dim=_number(text, "head_dim", default=hidden_size // heads, may_differ=for_draft),
         intermediate_size=max(inner) if isinstance(inner, (list, tuple)) else inner,
         positions=_field(text, "max_position_embeddings") or None,
         norm_eps=next((value for name in EPS_NAMES if (value := _field(text, name)) is not None), 1e-6),
@@ -81,8 +85,13 @@ def _field(config: PretrainedConfig, name: str) -> Any:
         raise ValueError(f"{type(config).__name__} has no single {name}: it differs between layers.") from error
 
 
-def _number(config: PretrainedConfig, name: str, *, default: int | None = None) -> int:
-    value = _field(config, name)
+def _number(config: PretrainedConfig, name: str, *, default: int | None = None, may_differ: bool = False) -> int:
+    try:
+        value = _field(config, name)
+    except ValueError:
+        if not may_differ:
+            raise
+        value = None
     value = default if value is None else value
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{type(config).__name__} has {name}={value!r}. Dovetail needs one whole number above 0.")
