@@ -1,7 +1,7 @@
 """Key/value storage of a text that grows by trees: rows are appended, accepted ones are kept, the others are dropped.
 
-`KVRows` stores the rows of one attention layer. `TextRows` stores a whole text: one layer for each layer of a
-transformers cache, and one list of lengths that says which rows belong to the text. A pass of the model writes behind
+`TextRows` stores a text: one layer for each layer of a transformers cache, and one list of lengths that says which rows
+belong to the text. A pass of the model writes behind
 these rows, so it can stop anywhere and nothing is lost: the lengths change in one assignment, in `TextRows.keep`. The
 caller's own cache is not touched before `TextRows.hand_back`. This module does not know trees, only the rows to keep.
 """
@@ -9,7 +9,6 @@ caller's own cache is not touched before `TextRows.hand_back`. This module does 
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,80 +26,10 @@ SLACK_ROWS = 256
 """Fewest rows that are reserved beyond what a pass needs. When they are full, buffers grow or the window moves."""
 
 
-class AttentionRows(Protocol):
-    """Storage that an attention layer appends new rows to and reads all rows from."""
-
-    @property
-    def keys(self) -> Tensor:
-        """Keys (1, kv_heads, m, head_dim) of all rows that may be attended to."""
-
-    @property
-    def values(self) -> Tensor:
-        """Values (1, kv_heads, m, head_dim) of the same rows."""
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append n rows.
-
-        Args:
-            keys: (1, kv_heads, n, head_dim).
-            values: (1, kv_heads, n, head_dim).
-        """
-
-
-class KVRows:
-    """Keys and values of one attention layer for one sequence, in preallocated buffers.
-
-    Args:
-        capacity: rows that the buffers have room for. They are allocated by the first `append`.
-
-    Attributes:
-        capacity: rows that the buffers have room for.
-        length: rows in use.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def keys(self) -> Tensor:
-        """Keys (1, kv_heads, length, head_dim), a view."""
-        assert self._buffers is not None
-        return self._buffers[0][:, :, : self.length]
-
-    @property
-    def values(self) -> Tensor:
-        """Values (1, kv_heads, length, head_dim), a view."""
-        assert self._buffers is not None
-        return self._buffers[1][:, :, : self.length]
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append n rows. The buffers double when they are full. See `AttentionRows.append`."""
-        end = self.length + keys.shape[2]
-        if self._buffers is None:
-            self.capacity = max(self.capacity, end)
-            self._buffers = _rows_like(keys, self.capacity), _rows_like(values, self.capacity)
-        elif end > self.capacity:
-            self.capacity = max(end, 2 * self.capacity)
-            self._buffers = _moved(self._buffers, 0, self.length, self.capacity)
-        for buffer, rows in zip(self._buffers, (keys, values), strict=True):
-            buffer[:, :, self.length : end] = rows
-        self.length = end
-
-
-def _rows_like(rows: Tensor, capacity: int) -> Tensor:
+def rows_like(rows: Tensor, capacity: int) -> Tensor:
     """Return an uninitialized tensor (1, kv_heads, capacity, head_dim) that can be used outside of inference mode."""
     with torch.inference_mode(False):
         return rows.new_empty(1, rows.shape[1], capacity, rows.shape[3])
-
-
-def _moved(buffers: tuple[Tensor, Tensor], start: int, end: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return larger buffers that begin with the rows from `start` to `end`."""
-    new = _rows_like(buffers[0], capacity), _rows_like(buffers[1], capacity)
-    for target, source in zip(new, buffers, strict=True):
-        target[:, :, : end - start] = source[:, :, start:end]
-    return new
 
 
 @dataclass(frozen=True)
@@ -127,7 +56,7 @@ class _Stored:
 
     def moved(self, start: int, end: int, capacity: int) -> "_Stored":
         """Return other buffers, with the rows of the tokens from `start` to `end`."""
-        new = _Stored(_rows_like(self.keys, capacity), _rows_like(self.values, capacity), start)
+        new = _Stored(rows_like(self.keys, capacity), rows_like(self.values, capacity), start)
         new.write(start, *self.rows(start, end))
         return new
 
@@ -210,7 +139,7 @@ class TreeLayer(DynamicLayer):
         first, stored = self.first_visible(), self._stored
         if stored is None:
             capacity = reserved(end - first)
-            return _Stored(_rows_like(keys, capacity), _rows_like(values, capacity), first)
+            return _Stored(rows_like(keys, capacity), rows_like(values, capacity), first)
         if end - stored.dropped <= stored.capacity:
             return stored
         return stored.moved(first, self.get_seq_length(), reserved(end - first))
@@ -244,7 +173,7 @@ class TreeLayer(DynamicLayer):
         self._text.lengths[self.index] = seen
         first = seen - keys.shape[2]
         capacity = reserved(keys.shape[2])
-        stored = _Stored(_rows_like(keys, capacity), _rows_like(values, capacity), first)
+        stored = _Stored(rows_like(keys, capacity), rows_like(values, capacity), first)
         stored.write(first, keys, values)
         self._stored, self.is_initialized = stored, True
 
@@ -293,7 +222,7 @@ class TreeSlidingLayer(TreeLayer):
             key_states = torch.cat([old[0], key_states], dim=2)
             value_states = torch.cat([old[1], value_states], dim=2)
         first, capacity = end - self.sliding_window + 1, reserved(self.sliding_window - 1)
-        new = _Stored(_rows_like(key_states, capacity), _rows_like(value_states, capacity), first)
+        new = _Stored(rows_like(key_states, capacity), rows_like(value_states, capacity), first)
         rows = slice(1 - self.sliding_window, None) if self.sliding_window > 1 else slice(0, 0)
         new.write(first, key_states[:, :, rows], value_states[:, :, rows])
         self._stored = new
@@ -401,3 +330,46 @@ def refuse_reason(layers: Iterable[object]) -> str | None:
     if kinds:
         return "its cache has layers of type " + ", ".join(sorted(kind.__name__ for kind in kinds))
     return None
+
+
+def cache_of_sequence(cache: Cache, index: int) -> Cache:
+    """Return a cache with the rows of one sequence of a batch. The layers are new, and `cache` stays as it is."""
+    own = copy.copy(cache)
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in own.layers:
+        layer.batch_select_indices(torch.tensor([index], device="cpu"))
+    return own
+
+
+def join_caches(into: Cache, caches: Sequence[Cache]) -> None:
+    """Put the rows of several sequences into one cache, one length for all: rows behind the end of a text are zeros.
+
+    Args:
+        into: gets new layers, in one assignment.
+        caches: one for each sequence.
+    """
+    layers = []
+    for each in zip(*(cache.layers for cache in caches), strict=True):
+        if not each[0].get_seq_length():  # the layer reads the rows of another one
+            layers.append(each[0])
+            continue
+        length = max(layer.get_seq_length() for layer in each)
+        padded = []
+        for layer in each:
+            behind = length - layer.get_seq_length()
+            padded.append([torch.nn.functional.pad(rows, (0, 0, 0, behind)) for rows in (layer.keys, layer.values)])
+        rows = min(length, max(keys.shape[2] for keys, _ in padded))
+        window = getattr(each[0], "sliding_window", None)
+        if window is not None:
+            rows = min(rows, window - 1)
+        keys, values = (torch.cat([_last(own[i], rows) for own in padded]) for i in range(2))
+        layers.append(
+            stock_layer(keys, values) if window is None else stock_sliding_layer(window, keys, values, length)
+        )
+    into.layers = layers
+
+
+def _last(rows: Tensor, count: int) -> Tensor:
+    """Return the last `count` rows (1, heads, count, dim), with zeros in front where there are fewer."""
+    missing = count - rows.shape[2]
+    return torch.nn.functional.pad(rows, (0, 0, missing, 0)) if missing > 0 else rows[:, :, -missing:]

@@ -10,7 +10,6 @@ Tested versions are `OLDEST` to `NEWEST`. Since 5.24 the cache is called `cache`
 
 # ruff: noqa: E402 - an old version is refused before a name that it lacks is looked for
 
-import copy
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -305,49 +304,6 @@ def processor_of_sequence(processor: Any, index: int) -> Any:
     elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         processor.generated_ngrams, processor.batch_size = [processor.generated_ngrams[index]], 1
     return processor
-
-
-def cache_of_sequence(cache: Cache, index: int) -> Cache:
-    """Return a cache with the rows of one sequence of a batch. The layers are new, and `cache` stays as it is."""
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in own.layers:
-        layer.batch_select_indices(torch.tensor([index], device="cpu"))
-    return own
-
-
-def join_caches(into: Cache, caches: Sequence[Cache]) -> None:
-    """Put the rows of several sequences into one cache, one length for all: rows behind the end of a text are zeros.
-
-    Args:
-        into: gets new layers, in one assignment.
-        caches: one for each sequence.
-    """
-    layers = []
-    for each in zip(*(cache.layers for cache in caches), strict=True):
-        if not each[0].get_seq_length():  # the layer reads the rows of another one
-            layers.append(each[0])
-            continue
-        length = max(layer.get_seq_length() for layer in each)
-        padded = []
-        for layer in each:
-            behind = length - layer.get_seq_length()
-            padded.append([torch.nn.functional.pad(rows, (0, 0, 0, behind)) for rows in (layer.keys, layer.values)])
-        rows = min(length, max(keys.shape[2] for keys, _ in padded))
-        window = getattr(each[0], "sliding_window", None)
-        if window is not None:
-            rows = min(rows, window - 1)
-        keys, values = (torch.cat([_last(own[i], rows) for own in padded]) for i in range(2))
-        layers.append(
-            stock_layer(keys, values) if window is None else stock_sliding_layer(window, keys, values, length)
-        )
-    into.layers = layers
-
-
-def _last(rows: Tensor, count: int) -> Tensor:
-    """Return the last `count` rows (1, heads, count, dim), with zeros in front where there are fewer."""
-    missing = count - rows.shape[2]
-    return torch.nn.functional.pad(rows, (0, 0, missing, 0)) if missing > 0 else rows[:, :, -missing:]
 
 
 def mask_length(config: GenerationConfig, default: int) -> int:

@@ -8,7 +8,8 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dovetail_plugin import cache
-from dovetail_plugin.cache import KVRows, TextRows
+from dovetail_plugin.cache import TextRows
+from dovetail_plugin.drafts.kv_rows import KVRows
 
 
 def rows_like(values):

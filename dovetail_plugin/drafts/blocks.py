@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cache import AttentionRows
 from ..compat import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from .config import DovetailConfig
+from .kv_rows import AttentionRows
 
 Rope = tuple[Tensor, Tensor]
 """Rotary cosines and sines, (B, n, head_dim) each."""

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..cache import AttentionRows
 from ..runner import Pass
 from .blocks import FUSIONS, Block, Eagle3Block, Eagle3Fusion, GatedFusion, RMSNorm, RotaryEmbedding
 from .config import DovetailConfig
+from .kv_rows import AttentionRows
 
 ROPE_OF_LENGTH = ("dynamic", "longrope")
 """Rotary types whose tables depend on the length of the text, so that they cannot be cached."""

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..cache import KVRows
 from ..runner import Pass, Predicted
+from .kv_rows import KVRows
 from .network import DraftNetwork
 
 

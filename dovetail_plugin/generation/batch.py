@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from .. import compat
+from ..cache import cache_of_sequence, join_caches
 from ..report import GenerationReport
 from .text import Text
 
@@ -59,7 +60,7 @@ def rows_of(input_ids: Tensor, processors: LogitsProcessorList, model_kwargs: di
                 dimension = _batch_dimension(name, value, batch)
                 assert dimension is not None, "checked above"
                 kwargs[name] = value.narrow(dimension, index, 1) if value.dim() else value
-        kwargs[compat.CACHE] = None if cache is None else compat.cache_of_sequence(cache, index)
+        kwargs[compat.CACHE] = None if cache is None else cache_of_sequence(cache, index)
         yield Row(input_ids[index : index + 1], processors_of(processors, index), kwargs)
 
 
@@ -104,7 +105,7 @@ def joined(texts: list[Text], config: GenerationConfig, caches: list[Any], given
     for row, text in zip(ids, texts, strict=True):
         row[: text.length] = text.ids[0]
     if given is not None:
-        compat.join_caches(given, caches)
+        join_caches(given, caches)
     if not config.return_dict_in_generate:
         return ids
     steps = length - texts[0].prompt_tokens

@@ -63,39 +63,80 @@ def support_of(model: PreTrainedModel, open_session: Callable[[Support], Any]) -
 
 
 def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support], Any]) -> Support:
-    tokens = _tokens(model.config, config.vocab_size).to(model.device)
     full = Support(inference_mode=all(type(p) in (nn.Parameter, Tensor) for p in model.parameters()))
-    with torch.random.fork_rng(devices=[]), open_session(full) as session:  # a model in training draws numbers
-        wanted = session.prefill(tokens[None], None, logits=4).logits
-    problem = None
-    for branches in (True, False):
-        if branches and (attention_of(config) not in TREE_ATTENTION or _masks_by_row(model, config)):
-            continue
-        shape, rows = (_TREE, [0, 2, 3]) if branches else (_CHAIN, [0, 1, 2])
-        line = tokens[4:7]
-        drafted = torch.stack([line[0], tokens[3], line[1], line[2]]) if branches else line
+    with torch.random.fork_rng(devices=[]):  # a model in training draws numbers
         try:
-            with torch.random.fork_rng(devices=[]), open_session(full) as session:
-                session.prefill(tokens[None, :4], None)
-                parents, depths = (torch.tensor(column, device=model.device) for column in shape)
-                got = session.score(DraftTree(drafted, parents, depths, torch.zeros_like(drafted).float())).logits
-        except Exception as error:  # the model's own code; the next form of a pass may work
-            problem = f"{type(error).__name__}: {error}"
-            continue
-        if _same(got[rows], wanted[-3:], model.dtype):
-            return replace(full, trees=branches)
-        problem = "the rows of a pass influence each other"
+            tokens = _tokens(model.config, config.vocab_size).to(model.device)
+            with open_session(full) as session:
+                wanted = session.prefill(tokens[None], None, logits=4).logits[1:]
+        except Exception as error:  # whatever a model raises that was never tried
+            raise ValueError(
+                f"{type(model).__name__} cannot be a target: a text of seven tokens fails with {type(error).__name__}: "
+                f"{error}. Generate without a draft."
+            ) from error
+        forms = [_CHAIN]
+        if attention_of(config) in TREE_ATTENTION and not _masks_by_row(model, config):
+            forms.insert(0, _TREE)
+        problems: list[str] = []
+        for form in forms:
+            for truth in ("at once", "one by one"):
+                if truth == "one by one":  # a prompt may see itself in both directions
+                    wanted = _one_by_one(tokens, full, open_session)
+                if _agrees(form, tokens, wanted, full, open_session, model, problems):
+                    return replace(full, trees=form is _TREE)
     return replace(
         full,
         trees=False,
-        limitation=f"{type(model).__name__} cannot verify several tokens in one pass ({problem})",
+        limitation=f"{type(model).__name__} cannot verify several tokens in one pass ({problems[-1]})",
     )
 
 
-_TREE = [-1, 0, 0, 2], [0, 1, 1, 2]
-"""Parents and depths of a root with two children, the second of which has a child."""
+def _one_by_one(tokens: Tensor, full: Support, open_session: Callable[[Support], Any]) -> Tensor:
+    """Return the logits (3, V) of the last three tokens, each run alone, as plain generation does."""
+    rows = []
+    with open_session(full) as session:
+        session.prefill(tokens[None, :4], None)
+        for token in tokens[4:].tolist():
+            rows.append(session.score(DraftTree.root(token)).logits)
+            session.keep([0])
+    return torch.cat(rows)
 
-_CHAIN = [-1, 0, 1], [0, 1, 2]
+
+def _agrees(
+    form: tuple[list[int], list[int], list[int]],
+    tokens: Tensor,
+    wanted: Tensor,
+    full: Support,
+    open_session: Callable[[Support], Any],
+    model: PreTrainedModel,
+    problems: list[str],
+) -> bool:
+    """Return whether a pass of this form gives the wanted logits (3, V); if not, add the problem."""
+    parents, depths, rows = form
+    drafted = torch.stack([tokens[4], tokens[3], tokens[5], tokens[6]]) if form is _TREE else tokens[4:]
+    tree = DraftTree(
+        drafted,
+        torch.tensor(parents, device=model.device),
+        torch.tensor(depths, device=model.device),
+        torch.zeros_like(drafted).float(),
+    )
+    try:
+        with open_session(full) as session:
+            session.prefill(tokens[None, :4], None)
+            got = session.score(tree).logits
+    except Exception as error:  # the model's own code; another form may work
+        problems.append(f"{type(error).__name__}: {error}")
+        return False
+    if _same(got[rows], wanted, model.dtype):
+        return True
+    problems.append("the rows of a pass influence each other")
+    return False
+
+
+_TREE = [-1, 0, 0, 2], [0, 1, 1, 2], [0, 2, 3]
+"""Parents and depths of a root with two children, the second of which has a child; and the rows of that path."""
+
+_CHAIN = [-1, 0, 1], [0, 1, 2], [0, 1, 2]
 
 
 def _masks_by_row(model: PreTrainedModel, config: Any) -> bool:

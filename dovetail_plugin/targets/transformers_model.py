@@ -15,6 +15,12 @@ from .positions import table_length
 from .support import support_of
 from .torch_session import TorchSession
 
+REFUSED = {
+    "doge": "what a token attends to beyond keep_window_size depends on the number of tokens in a pass",
+    "dory": "beyond a sliding window, its loops read rows of each other that depend on the number of tokens in a pass",
+}
+"""Type of a text model -> why drafts are refused. A short pass does not show it."""
+
 
 class TorchEngine:
     """A transformers model, run by torch; implements `Engine`."""
@@ -65,6 +71,9 @@ class TorchEngine:
                 f"{len(off)} weights of {name} are not in memory (meta device or offloaded to disk), for "
                 f'example {off[0]}. Load the target with device_map="cpu".'
             )
+        reason = REFUSED.get(model.config.get_text_config(decoder=True).model_type)
+        if reason:
+            raise ValueError(f"{name} cannot be verified: {reason}. Generate without a draft.")
         if model.training and getattr(model, "is_gradient_checkpointing", False):
             raise ValueError(
                 f"{name} is in training with gradient checkpointing, where it keeps no key/value cache. Call "
