@@ -152,7 +152,8 @@ def compare(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Outcomes
         if (new := text.shape[1] - inputs["input_ids"].shape[1]) != options["max_new_tokens"]:
             return f"different text: {new} new tokens"
         if draft is not None and (draft.report is None or draft.report.warnings):
-            return f"stopped: {draft.report.warnings[0] if draft.report else 'no report'}"
+            warning = draft.report.warnings[0] if draft.report else "no report"
+            return f"refused: {warning}" if "one token at a time" in warning else f"stopped: {warning}"
         return "right"
 
     oracle = OracleDraft(varied.ids[0].tolist(), VOCAB)
@@ -191,7 +192,8 @@ def attempt(model: PreTrainedModel, run: Callable[[], str]) -> str:
         try:
             return run()
         except ValueError as error:
-            if not passes and traceback.extract_tb(error.__traceback__)[-1].filename.startswith(FOLDER):
+            tried = "cannot be a target" in str(error)  # the passes were those that found it out
+            if (tried or not passes) and traceback.extract_tb(error.__traceback__)[-1].filename.startswith(FOLDER):
                 return f"refused: {error}"
             return f"error: {described(error)}"
         except Exception as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .discovery import Family
-from .exceptions import NO_IMAGE, NOT_BUILT, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
+from .exceptions import NO_IMAGE, NOT_BUILT, ONE_TOKEN_A_PASS, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
 from .outcomes import ENCODER_DECODER
 
 FILE = Path(__file__).with_name("table.json")
@@ -39,7 +39,9 @@ def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
         return f"untested: {untested[name]}" if name in untested else f"fails: plain text: {outcomes['plain']}"
     if name in (NOT_BUILT if kind == "text" else NO_IMAGE):
         return CAN_BE_BUILT
-    drafts = outcomes["drafts"]
+    drafts = dict(outcomes["drafts"])
+    if name in ONE_TOKEN_A_PASS and drafts["oracle"].startswith("slow"):
+        drafts["oracle"] = "right"
     if any(o != "right" and not o.startswith("refused") for o in drafts.values()):
         return f"fails: {in_words(drafts)}"
     refused = {draft: outcome for draft, outcome in drafts.items() if outcome != "right"}
