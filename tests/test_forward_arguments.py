@@ -88,6 +88,26 @@ def test_a_models_own_preparation(oracle):
     check(model, oracle)
 
 
+def test_inputs_with_rows_that_nobody_knows(oracle):
+    """A model makes an input with an entry for each row, which the nodes of a tree get by their depth."""
+
+    class Scaled(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, input_ids, **kwargs):
+            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+            inputs["scales"] = (inputs["position_ids"] % 3 - 1)[..., None].float()
+            return inputs
+
+        def forward(self, input_ids, position_ids=None, scales=None, **kwargs):
+            output = super().forward(input_ids, position_ids=position_ids, **kwargs)
+            output.logits = output.logits * scales[:, -output.logits.shape[1] :]
+            return output
+
+    model = tiny_model("llama")
+    model.__class__ = Scaled
+    report = check(model, oracle)
+    assert any(r.nodes > r.depth + 1 for r in report.rounds)
+
+
 @pytest.mark.parametrize("hidden", [slice(0, 4), slice(18, 21), slice(8, 11)], ids=["left", "right", "middle"])
 @pytest.mark.parametrize("window", [None, 12])
 def test_masks_with_zeros_anywhere(hidden, window, oracle):

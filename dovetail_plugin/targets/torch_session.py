@@ -188,13 +188,32 @@ class TorchSession:
         masks = compat.masks_of_pass(self.model, inputs, self._cache, rows)
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(self.committed, self.committed + rows, device=device)[None]
-        for name in PER_TOKEN:
-            if isinstance(inputs.get(name), Tensor):
-                inputs[name] = inputs[name][..., depths]
+        for name, dimension in self._dimensions_of_rows(inputs, depth).items():
+            inputs[name] = inputs[name].index_select(dimension, depths)
         inputs["input_ids"] = tokens.to(device)[None]
         ancestors = ancestor_mask(tree.parents.to(device), depth)
         made = {name: _tree_mask(mask, ancestors, depths, rows) for name, mask in masks.items()}
         inputs["attention_mask"] = made if len(made) > 1 else next(iter(made.values()))
+
+    def _dimensions_of_rows(self, inputs: dict[str, Any], depth: int) -> dict[str, int]:
+        """Return the dimensions in which inputs, other than tokens and mask, have an entry for each row of the pass.
+
+        Models may make inputs that nobody else knows. Their dimension is the one that a pass with one more row changes.
+        """
+        found = {name: -1 for name in PER_TOKEN if isinstance(inputs.get(name), Tensor)}
+        known = {*found, "input_ids", "attention_mask"}
+        others = {
+            name: value
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and name not in known and value is not self._kwargs.get(name)
+        }
+        if others:
+            ids = torch.cat([self._ids, self._ids.new_zeros(1, depth + 2)], dim=1)
+            longer = self._prepare(ids, depth + 1)
+            for name, value in others.items():
+                changed = [d for d, (a, b) in enumerate(zip(value.shape, longer[name].shape, strict=True)) if a != b]
+                found |= {name: changed[0]} if changed else {}
+        return found
 
     def _adopt(self, output: Any) -> bool:
         """Continue with another cache if the model made one.
