@@ -121,6 +121,16 @@ def test_policy_simulation(tmp_path):
     assert all(0.9 < share < 1.1 for shares in result["shares"]["a useless draft"].values() for share in shares)
 
 
+@torch_only
+def test_identity(tmp_path):
+    printed, result = run_script(
+        "identity.py", "--count", "4", "--new-tokens", "4", "--threads", "2", directory=tmp_path
+    )
+    assert "4 prompts: " in printed
+    assert sum(result["verdicts"].values()) == 4 and "different" not in result["verdicts"]
+    assert result["seconds_to_lone_seconds"] > 0
+
+
 def test_every_script_is_tested():
     scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"common"}
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}

@@ -88,7 +88,7 @@ def test_cache_is_taken_under_both_names(name):
 
 def test_output_of_generate_holds_the_cache():
     cache = DynamicCache()
-    output = compat.output_of_generate(torch.tensor([[1]]), None, None, cache)
+    output = compat.output_of_generate(torch.tensor([[1]]), None, None, cache, "report")
     assert output[compat.CACHE] is cache
 
 

@@ -1,0 +1,135 @@
+"""Count drafted texts that differ from plain ones, over prompts of all bundled data, with the default policy, in fp32.
+
+    python benchmarks/identity.py                        # 10,000 prompts of 64 tokens, about an hour on two cores
+    python benchmarks/identity.py --count 800 --threads 4
+    python benchmarks/identity.py --count 2 --new-tokens 4                              # a quick check
+
+A text is checked with one plain pass over it: each token must be the best one. Where the two best logits are within
+0.001, plain `generate` decides. A run that is interrupted goes on where it was, if `--progress` names the same file.
+With several threads, which share target and draft, the result also holds their seconds divided by those of one thread
+for the same prompts.
+"""
+
+import gzip
+import json
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import argument_parser, load_bundled, positive, store
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from dovetail_plugin import DovetailDraft
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIR = ROOT / "examples" / "tiny_pair"
+PROMPT_TOKENS = 64
+TIE = 1e-3
+
+
+def texts() -> list[str]:
+    """Return all texts of the bundled data."""
+    found = []
+    for file in sorted((PAIR / "data").glob("*.gz")):
+        raw = gzip.decompress(file.read_bytes()).decode("utf-8")
+        rows = json.loads(raw) if file.name.endswith(".json.gz") else map(json.loads, raw.splitlines())
+        found += [" ".join(str(value) for value in row.values()) for row in rows]
+    for file in sorted((ROOT / "dovetail_plugin" / "prompts").glob("*.jsonl")):
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        found += [" ".join(str(value) for value in row.values()) for row in rows]
+    return found
+
+
+def prompts(count: int) -> list[Tensor]:
+    """Return `count` prompts (1, 64) int64: the texts one after another, cut into pieces, evenly spread.
+
+    Raises:
+        SystemExit: there are fewer pieces.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "dovetail-tiny-target")
+    ids = [token for text in texts() for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    pieces = len(ids) // PROMPT_TOKENS
+    if count > pieces:
+        raise SystemExit(f"--count {count} is more than the {pieces} prompts of the bundled data.")
+    starts = [PROMPT_TOKENS * (number * pieces // count) for number in range(count)]
+    return [torch.tensor(ids[start : start + PROMPT_TOKENS])[None] for start in starts]
+
+
+def checked(target: Any, draft: DovetailDraft, input_ids: Tensor, new_tokens: int) -> str:
+    """Generate with the draft and return "equal", "equal (generate)" or "different"."""
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    drafted = target.generate(input_ids, assistant_model=draft, **options)
+    with torch.no_grad():
+        logits = target(input_ids=drafted[:, :-1]).logits[0, input_ids.shape[1] - 1 :]
+    best = logits.topk(2)
+    if bool((best.values[:, 0] - best.values[:, 1] > TIE).all()):
+        return "equal" if torch.equal(best.indices[:, 0], drafted[0, input_ids.shape[1] :]) else "different"
+    plain = target.generate(input_ids, **options)
+    return "equal (generate)" if torch.equal(plain, drafted) else "different"
+
+
+def run(target: Any, draft: DovetailDraft, ids: list[Tensor], new_tokens: int, threads: int, file: Path) -> Counter:
+    """Check all prompts and return the counts. Finished prompts are in `file`, one number and verdict a line."""
+    done = dict(json.loads(line) for line in file.read_text().splitlines()) if file.is_file() else {}
+    left = [number for number in range(len(ids)) if number not in done]
+    lock = threading.Lock()
+
+    def one(number: int) -> None:
+        verdict = checked(target, draft, ids[number], new_tokens)
+        with lock, open(file, "a", encoding="utf-8") as out:
+            done[number] = verdict
+            out.write(json.dumps([number, verdict]) + "\n")
+            bar.update()
+
+    with (
+        tqdm(total=len(ids), initial=len(done), desc="prompts", unit="prompt") as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        list(pool.map(one, left))
+    return Counter(done.values())
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argument_parser(__doc__, "identity.jsonl")
+    parser.add_argument("--count", type=positive, default=10_000, help="number of prompts")
+    parser.add_argument("--new-tokens", type=positive, default=64, help="tokens of each text")
+    parser.add_argument("--threads", type=positive, default=1, help="threads that generate at once")
+    parser.add_argument("--progress", type=Path, help="file with the prompts that are done; new without it")
+    args = parser.parse_args()
+    target, draft = load_bundled(torch.float32)
+    ids = prompts(args.count)
+    file = args.progress or args.out.with_name(f"{args.out.stem}.{time.time_ns()}.progress")
+    checked(target, draft, ids[0], args.new_tokens)  # measures the machine
+    start_s = time.perf_counter()
+    counts = run(target, draft, ids, args.new_tokens, args.threads, file)
+    seconds = time.perf_counter() - start_s
+    result = {
+        "name": "identity",
+        "prompts": args.count,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": args.new_tokens,
+        "threads": args.threads,
+        "verdicts": dict(counts),
+    }
+    if args.threads > 1:
+        start_s = time.perf_counter()
+        for one in ids[: args.count // args.threads]:
+            checked(target, draft, one, args.new_tokens)
+        lone_s = (time.perf_counter() - start_s) * args.count / (args.count // args.threads)
+        result["seconds_to_lone_seconds"] = round(seconds / lone_s, 3)
+    print(f"{args.count} prompts: " + ", ".join(f"{number} {verdict}" for verdict, number in counts.items()))
+    store(result, args.out)
+    if args.progress is None:
+        file.unlink()
+    raise SystemExit(1 if counts["different"] else 0)
+
+
+if __name__ == "__main__":
+    main()
