@@ -97,7 +97,7 @@ def run(target: Any, draft: DovetailDraft, ids: list[Tensor], new_tokens: int, t
 
 def main() -> None:
     """Run the command line."""
-    parser = argument_parser(__doc__, "identity.jsonl")
+    parser = argument_parser(__doc__, "identity_prompts.jsonl")
     parser.add_argument("--count", type=positive, default=10_000, help="number of prompts")
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens of each text")
     parser.add_argument("--threads", type=positive, default=1, help="threads that generate at once")
