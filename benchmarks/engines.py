@@ -127,7 +127,7 @@ def session_pass(session: TargetSession, ids: torch.Tensor) -> TimedPass:
 def pass_ms(contenders: list[Contender], stock: Any, repeats: int) -> dict[str, dict[int, float]]:
     """Median ms of a pass for each engine and row count. Engines take turns."""
     ids = torch.arange(CONTEXT)[None] % 1000 + 5
-    limits = dict(max_length=CONTEXT + 512, max_nodes=max(ROWS), prefill_chunk=None, model_kwargs={})
+    limits = dict(max_nodes=max(ROWS), prefill_chunk=None, model_kwargs={})
     with ExitStack() as stack:
         passes = {"torch": stock_pass(stock, ids)}
         for contender in contenders:

@@ -101,7 +101,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if gpu:
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         seen |= {"gpu_peak": torch.cuda.max_memory_allocated(), "gpu_used": total_bytes - free_bytes}
-    return {"plan": plan.as_dict(), "seen": seen, "live": live_bytes(target, draft, output.past_key_values)}
+    rows = args.prompt_tokens + args.new_tokens + budget.nodes
+    return {"plan": plan.as_dict(), "seen": seen, "live": live_bytes(target, draft, output.past_key_values, rows)}
 
 
 def warm_up(dtype: torch.dtype, device: str) -> None:
@@ -129,7 +130,7 @@ def generate(target: Any, draft: DovetailDraft, args: argparse.Namespace) -> Any
     )
 
 
-def live_bytes(target: Any, draft: DovetailDraft, cache: Any) -> dict[str, int]:
+def live_bytes(target: Any, draft: DovetailDraft, cache: Any, most_rows: int) -> dict[str, int]:
     """Bytes of tensors after the generation, by groups of the plan's parts; shared storages count once."""
     rows = draft.turns[cache].drafter.rows
     weights = storage_bytes(model_tensors(target))
@@ -142,7 +143,8 @@ def live_bytes(target: Any, draft: DovetailDraft, cache: Any) -> dict[str, int]:
     return {
         "target weights": weights,
         "draft weights and tables": own,
-        "target KV cache": storage_bytes(kv),
+        # The cache that users get holds the text; while it is generated there are rows of a tree behind it.
+        "target KV cache": storage_bytes(kv) // cache.get_seq_length() * most_rows,
         "draft KV cache": draft_kv,
     }
 

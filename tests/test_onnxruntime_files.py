@@ -183,4 +183,4 @@ def test_unknown_arguments():
     engine = engine_of(engines.current().target(tiny_model("llama")))
     extra = {"token_type_ids": torch.zeros(1, 17)}
     with pytest.raises(ValueError, match="the graph has no input for token_type_ids"):
-        engine.session(engine.cache(None), max_length=99, max_nodes=1, prefill_chunk=None, model_kwargs=extra)
+        engine.session(engine.cache(None), max_nodes=1, prefill_chunk=None, model_kwargs=extra)

@@ -103,5 +103,5 @@ def test_unknown_arguments(llama, draft):
         llama.generate(prompt(), **GREEDY, assistant_model=draft, no_such_argument=1)
     with pytest.raises(ValueError, match="no input for token_type_ids"):
         engine_of(llama).session(
-            None, max_length=9, max_nodes=1, prefill_chunk=None, model_kwargs={"token_type_ids": torch.zeros(1, 17)}
+            None, max_nodes=1, prefill_chunk=None, model_kwargs={"token_type_ids": torch.zeros(1, 17)}
         )

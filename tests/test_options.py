@@ -13,6 +13,7 @@ from transformers import (
     TextStreamer,
     pipeline,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from dovetail_plugin import DovetailDraft, generate_with_draft
 
@@ -117,7 +118,8 @@ def test_return_dict(llama, draft, oracle):
     plain = llama.generate(prompt(), **options)
     oracle(plain.sequences, 17)
     drafted = llama.generate(prompt(), **options, assistant_model=draft)
-    assert type(drafted) is type(plain)
+    assert isinstance(drafted, GenerateDecoderOnlyOutput) and type(plain) in type(drafted).__mro__
+    assert drafted.report is draft.report
     assert torch.equal(plain.sequences, drafted.sequences)
     assert len(drafted.scores) == len(plain.scores) == len(drafted.logits) == 30
     for name in ("scores", "logits"):

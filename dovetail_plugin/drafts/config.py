@@ -4,6 +4,7 @@ It is made from a target's config (`DovetailConfig.for_target`) or read from `co
 draft from it. It contains no budget and no device, because these belong to a run and not to a checkpoint.
 """
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -106,7 +107,10 @@ class DovetailConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "DovetailConfig":
-        """Make a config from the content of a config.json. Fields that no draft has are ignored with a warning.
+        """Make a config from the content of a config.json.
+
+        Further fields stay, as notes of whoever made the draft. Those that are large, or named as a method of configs,
+        are ignored with a warning.
 
         Args:
             config_dict: content of the file.
@@ -116,19 +120,27 @@ class DovetailConfig(PretrainedConfig):
             InputError: see `DovetailConfig`.
         """
         name = kwargs.get("name_or_path") or "the draft"
-        unknown = sorted(field for field in config_dict if field not in FIELDS and not field.startswith("_"))
-        if unknown := [field for field in unknown if field not in ("model_type", "auto_map")]:
+        further = {
+            field: value
+            for field, value in config_dict.items()
+            if field not in FIELDS and not field.startswith("_") and field not in ("model_type", "auto_map")
+        }
+        notes = {f: v for f, v in further.items() if not hasattr(cls, f) and _is_note(v)}
+        if unknown := sorted(further.keys() - notes.keys()):
             logger.warning("%s: config.json has fields that no draft has. They are ignored: %s", name, shown(unknown))
         stored = {field: value for field, value in config_dict.items() if field in FIELDS}
         for field in [field for field in kwargs if field in OVERRIDES]:
             stored[field] = kwargs.pop(field)
         try:
             check_fields(stored, FIELDS)
-            return super().from_dict(stored, **kwargs)
+            made = super().from_dict(stored, **kwargs)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(
                 f"{name}: config.json cannot be used: {error} Correct it, or download the draft again."
             ) from error
+        for field, value in notes.items():
+            setattr(made[0] if isinstance(made, tuple) else made, field, value)
+        return made
 
     def __post_init__(self, **kwargs: Any) -> None:
         own = {name: getattr(self, name) for name in FIELDS if name in type(self).__dataclass_fields__}
@@ -247,6 +259,14 @@ class DovetailConfig(PretrainedConfig):
             **{name: getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
         )
         return cls(**(fields | overrides))
+
+
+def _is_note(value: Any) -> bool:
+    """Return whether a value is JSON of at most 10,000 characters."""
+    try:
+        return len(json.dumps(value)) <= 10_000
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _public_name(name: str) -> str | None:
