@@ -92,7 +92,7 @@ def test_left_padding(llama, oracle):
 def test_turns(llama, draft_of_policy):
     """Three turns on one cache."""
     wanted, text, cache = [], prompt(), None
-    for turn in range(3):  # first, because some engines hold one text at a time
+    for turn in range(3):  # on every engine, caches of several texts stay valid
         wanted.append(generate(llama, text, max_new_tokens=15))
         text = torch.cat([wanted[-1], prompt(6, seed=turn)], dim=1)
     text = prompt()

@@ -147,7 +147,7 @@ def test_turns(model_type, whole_text):
     draft = DovetailDraft.for_target(target)
     options = dict(max_new_tokens=15, do_sample=False, eos_token_id=None)
     wanted = [prompt()]
-    for turn in range(4):  # first, because some engines hold one text at a time
+    for turn in range(4):  # on every engine, caches of several texts stay valid
         wanted[-1] = target.generate(wanted[-1], **options)
         wanted.append(torch.cat([wanted[-1], prompt(6, seed=turn)], dim=1))
     for order in ((True, True, True, True), (False, True, False, True), (True, False, True, True)):
