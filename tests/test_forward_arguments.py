@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, prompt, tiny_model
 from transformers import (
     AttentionInterface,
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget
+from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget, compat
 
 pytestmark = [pytest.mark.torch_only("arguments of the forward pass"), pytest.mark.usefixtures("fixed_budget")]
 
@@ -117,6 +118,10 @@ def test_masks_with_zeros_anywhere(hidden, window, oracle):
     check(model, oracle, attention_mask=mask)
 
 
+OLD = compat.version_of(transformers.__version__) < (5, 23)
+
+
+@pytest.mark.skipif(OLD, reason="plain generation begins a new cache for each token beyond the boundary")
 @pytest.mark.parametrize("tokens", [12, 20, 29, 30, 31, 45])
 def test_longrope_where_the_embedding_changes(tokens, oracle):
     """Phi-3 runs its text again at the boundary, and all later rows are rotated by other factors."""
@@ -128,6 +133,7 @@ def test_longrope_where_the_embedding_changes(tokens, oracle):
     check(model, oracle, prompt(tokens))
 
 
+@pytest.mark.skipif(OLD, reason="plain generation depends on earlier texts")
 @pytest.mark.parametrize("tokens", [20, 31])
 def test_dynamic_ntk(tokens, oracle):
     """Beyond the boundary each token has another rotation, so nothing is drafted there.

@@ -137,11 +137,12 @@ class AtLine:
         self.left = lines
 
     def __enter__(self):
+        self._before = sys.gettrace()  # of coverage
         sys.settrace(self._call)
         return self
 
     def __exit__(self, *exc_info):
-        sys.settrace(None)
+        sys.settrace(self._before)
 
     def _call(self, frame, event, arg):
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
@@ -155,7 +156,7 @@ class AtLine:
         return self._line
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.nightly) for part in range(1, 12))])
 def test_an_interrupt_at_any_line(case, part):
     """Ctrl-C and signals arrive between any two lines, also while the cache is handed back."""
     case.interrupted(DynamicCache(config=case.target.config))  # the first call finds out what the target supports

@@ -85,7 +85,9 @@ def test_turns_and_padding():
 
 
 def test_small_model_runs_out_of_positions():
-    target, draft = tiny_target("llama"), small(seed=1, max_position_embeddings=30)
+    target = tiny_target("llama")
+    draft = SmallModelDraft(tiny_model("gpt2", seed=1, max_position_embeddings=30))  # it has a table of positions
+    draft.budget = TreeBudget(8, 4, 3)
     assert torch.equal(target.generate(prompt(), assistant_model=draft, **GREEDY), target.generate(prompt(), **GREEDY))
     assert "outgrown the 30 positions" in draft.report.warnings[0]
 
