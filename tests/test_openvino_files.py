@@ -88,9 +88,9 @@ def test_default_precisions_do_not_warn(recwarn):
         assert compiled.get_property(name) == ov.Type.f32
 
 
-def test_plain_generation_takes_one_sequence(llama):
-    with pytest.raises(ValueError, match="batch of 2"):
-        llama.generate(prompt().repeat(2, 1), **GREEDY)
+def test_plain_generation_of_a_batch(llama):
+    alone = llama.generate(prompt(), **GREEDY)
+    assert torch.equal(llama.generate(prompt().repeat(2, 1), **GREEDY), alone.repeat(2, 1))
 
 
 def test_plain_generation_refuses_what_it_does_not_have(llama):
