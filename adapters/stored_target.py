@@ -95,8 +95,21 @@ def refuse_model_kwargs(model_kwargs: dict[str, Any] | None) -> None:
     Raises:
         ValueError: there are such arguments.
     """
-    if foreign := set(model_kwargs or ()) - OF_SESSIONS:
+    given = model_kwargs or {}
+    foreign = given.keys() - OF_SESSIONS
+    if "position_ids" in foreign and _are_usual(given["position_ids"], given.get("attention_mask")):
+        foreign -= {"position_ids"}  # `generate` made them for the forward method of an optimum model
+    if foreign:
         raise ValueError(f"the graph has no input for {', '.join(sorted(foreign))}. Leave it out.")
+
+
+def _are_usual(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Return whether position ids (1, T) count the tokens of a text from 0, as sessions do."""
+    total = position_ids.shape[-1]
+    seen = torch.ones(1, total, dtype=torch.int64) if attention_mask is None else attention_mask.long()
+    if position_ids.shape != seen.shape:
+        return False
+    return bool(((position_ids == seen.cumsum(-1) - 1) | (seen == 0)).all())
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
