@@ -1,9 +1,9 @@
 """Key/value storage of a text that grows by trees: rows are appended, accepted ones are kept, the others are dropped.
 
 `TextRows` stores a text: one layer for each layer of a transformers cache, and one list of lengths that says which rows
-belong to the text. A pass of the model writes behind
-these rows, so it can stop anywhere and nothing is lost: the lengths change in one assignment, in `TextRows.keep`. The
-caller's own cache is not touched before `TextRows.hand_back`. This module does not know trees, only the rows to keep.
+belong to the text. A pass of the model writes behind these rows, so it can stop anywhere and nothing is lost: the
+lengths change in one assignment, in `TextRows.keep`. The caller's own cache is not touched before `TextRows.hand_back`.
+This module does not know trees, only the rows to keep.
 """
 
 import copy
@@ -94,7 +94,7 @@ class TreeLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """Keys (1, kv_heads, m, head_dim) that the next token can see; None before the first pass."""
-        return None if self._stored is None else self._stored.rows(self.first_visible(), self.get_seq_length())[0]
+        return self._visible(0)
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
@@ -103,11 +103,14 @@ class TreeLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """Values (1, kv_heads, m, head_dim) of the same rows; None before the first pass."""
-        return None if self._stored is None else self._stored.rows(self.first_visible(), self.get_seq_length())[1]
+        return self._visible(1)
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self._refuse(values)
+
+    def _visible(self, which: int) -> Tensor | None:
+        return None if self._stored is None else self._stored.rows(self.first_visible(), self.get_seq_length())[which]
 
     def _refuse(self, rows: Tensor | None) -> None:
         if rows is not None:  # transformers' own classes set None when they are made

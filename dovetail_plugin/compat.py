@@ -50,8 +50,7 @@ refuse_old(transformers.__version__)
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers import cache_utils as cache_utils
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.logits_process import (
@@ -59,6 +58,7 @@ from transformers.generation.logits_process import (
     EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -258,11 +258,6 @@ def masks_of_pass(model: PreTrainedModel, inputs: dict[str, Any], cache: Cache, 
     return masks if isinstance(masks, dict) else {"all": masks}
 
 
-def shares_cache(config: GenerationConfig, cache: Any) -> bool:
-    """Return whether the caller of `generate` will see the cache: it was passed in, or the output contains it."""
-    return bool(config.return_dict_in_generate) or getattr(cache, "_is_user_defined", True)
-
-
 @dataclass
 class DraftedOutput(GenerateDecoderOnlyOutput):
     """Result of `generate` with `return_dict_in_generate=True`, and the report of the call.
@@ -304,6 +299,16 @@ def processor_of_sequence(processor: Any, index: int) -> Any:
     elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         processor.generated_ngrams, processor.batch_size = [processor.generated_ngrams[index]], 1
     return processor
+
+
+def ends_one_by_one(criteria: StoppingCriteriaList) -> bool:
+    """Return whether a sequence of a batch is padded once it has stopped, as `generate` does if there is an end token.
+
+    Without one, a sequence that has stopped goes on until all have. Then only a common length ends them alike.
+    """
+    return any(isinstance(c, EosTokenCriteria) for c in criteria) or all(
+        isinstance(c, MaxLengthCriteria) for c in criteria
+    )
 
 
 def mask_length(config: GenerationConfig, default: int) -> int:

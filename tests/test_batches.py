@@ -106,6 +106,15 @@ def test_processors_that_know_the_sequence(target, draft):
     assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
 
 
+def test_sequences_that_go_on_after_they_stopped_are_refused(target, draft):
+    """Without an end token, plain generation goes on with a stopped sequence until all have stopped."""
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    ids, mask = batch(9, 30)
+    options["stopping_criteria"] = [lambda ids, _scores, **_: ids[:, -1] == 5]
+    with pytest.raises(ValueError, match=r"go on until all have stopped\. Pass eos_token_id"):
+        target.generate(ids, attention_mask=mask, assistant_model=draft, **options)
+
+
 def test_streamers_take_one_sequence(target, draft):
     class Streamer:
         def put(self, value):

@@ -159,20 +159,19 @@ def _generate(
         return compat.output_of_generate(text.ids.clone(), text.scores, text.logits, cache, report)
     if streamer is not None:
         raise ValueError(f"a streamer takes one sequence, not a batch of {input_ids.shape[0]}.")
+    if not compat.ends_one_by_one(criteria):
+        raise ValueError(
+            "without an end token, the sequences of a batch go on until all have stopped. Pass eos_token_id, or call "
+            "generate once for each sequence."
+        )
     given = compat.take_cache(dict(model_kwargs))
-    rows = list(rows_of(input_ids, processors, model_kwargs))
-    reports = []
-
-    def run(chosen: StoppingCriteriaList) -> tuple[list[Text], list[Any]]:
-        texts = [Text(row.input_ids, row.processors, chosen, config) for row in rows]
-        caches = []
-        for row, text in zip(rows, texts, strict=True):
-            cache, report = _run(model, text, config, draft, dict(row.model_kwargs))
-            caches.append(cache)
-            reports.append(report)
-        return texts, caches
-
-    texts, caches = run(criteria)
+    texts, caches, reports = [], [], []
+    for row in list(rows_of(input_ids, processors, model_kwargs)):
+        text = Text(row.input_ids, row.processors, criteria, config)
+        cache, report = _run(model, text, config, draft, dict(row.model_kwargs))
+        texts.append(text)
+        caches.append(cache)
+        reports.append(report)
     report = joined_report(reports)
     if draft is not None:
         draft.report = report

@@ -117,13 +117,15 @@ def _start(
     Raises:
         ValueError: the draft does not fit the target.
     """
+    fits = False
     try:
         draft.ensure_attached(model)
+        fits = True
         drafter = _drafter_for(draft, engine, request, report)
         return drafter, planner_for(draft, drafter, model, engine, request.temperature)
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and not fits:
+            raise
         if raised_by_signal(error):
             raise
         note_failure(report, error)

@@ -4,6 +4,7 @@ Several threads may run one model at once. A hook therefore looks at the thread:
 its own session runs, and no others.
 """
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,17 +92,19 @@ def feature_module(model: PreTrainedModel) -> nn.Module:
     Raises:
         ValueError: the model has no such module.
     """
-    head, count = model.get_output_embeddings(), model.config.get_text_config(decoder=True).num_hidden_layers
-    by_depth = sorted(model.named_modules(), key=lambda named: named[0].count("."))
-    holding = (
-        module
-        for name, module in by_depth
-        if name and any(isinstance(m, nn.ModuleList) and len(m) == count for m in list(module.modules())[1:])
-    )
-    for module in (model.get_decoder(), model.base_model, *holding):
+    head = model.get_output_embeddings()
+    for module in itertools.chain((model.get_decoder(), model.base_model), _holders_of_layers(model)):
         if module is not model and head not in module.modules():
             return module
     raise ValueError(f"{type(model).__name__} has no decoder apart from its head, so its features cannot be read.")
+
+
+def _holders_of_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Yield the modules in which the list of decoder layers lies, from the outside in."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in sorted(model.named_modules(), key=lambda named: named[0].count(".")):
+        if name and any(isinstance(m, nn.ModuleList) and len(m) == count for m in list(module.modules())[1:]):
+            yield module
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

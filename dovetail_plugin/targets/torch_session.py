@@ -29,12 +29,14 @@ from .support import Support
 PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs with a value for each row of a pass in their last dimension."""
 
+_making = threading.Lock()
 _locks: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def pass_lock(model: PreTrainedModel) -> threading.RLock:
     """Return the lock that is held during one pass of a model; passes at the same time would share its cores."""
-    return _locks.setdefault(model, threading.RLock())
+    with _making:
+        return _locks.setdefault(model, threading.RLock())
 
 
 class TorchSession:
@@ -246,10 +248,10 @@ def _tree_mask(mask: Any, ancestors: Tensor, depths: Tensor, rows: int) -> Tenso
         rows: rows of the chain, one for each depth.
 
     Raises:
-        NotImplementedError: the model makes another kind of mask.
+        TypeError: the model makes another kind of mask.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 4:
-        raise NotImplementedError("the model makes no 4-D mask")
+        raise TypeError("the model makes no 4-D mask")
     before = mask.shape[-1] - rows
     columns = torch.cat([torch.arange(before, device=depths.device), before + depths])
     mask = mask[..., depths, :][..., columns]
