@@ -331,7 +331,9 @@ def keeps_recurrent_state(model: PreTrainedModel) -> bool:
 
 def layers_for(config: PretrainedConfig) -> list[DynamicLayer]:
     """Return the empty cache layers that transformers makes for a (text) config."""
-    return list(DynamicCache(config=config).layers)
+    layers = list(DynamicCache(config=config).layers)
+    # Before 5.24, a config that shares no layers (num_kv_shared_layers 0) made a cache that gets them one by one.
+    return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
 
 
 def stock_layer(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:

@@ -109,6 +109,30 @@ def test_inputs_with_rows_that_nobody_knows(oracle):
     assert any(r.nodes > r.depth + 1 for r in report.rounds)
 
 
+def test_inputs_for_the_whole_text(oracle):
+    """Such as the mask of Llama 3.2 Vision's images. The forward pass takes the last rows, or those after its cache."""
+
+    class Scaled(LlamaForCausalLM):
+        def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+            kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+            if (scales := model_kwargs.get("scales")) is not None:
+                kwargs["scales"] = torch.cat([scales, -scales[:, -1:]], dim=1)
+            return kwargs
+
+        def forward(self, input_ids, scales=None, **kwargs):
+            before = kwargs[compat.CACHE].get_seq_length() if kwargs.get(compat.CACHE) is not None else 0
+            output = super().forward(input_ids, **kwargs)
+            if scales is not None:
+                rows = scales[:, before : before + input_ids.shape[1]]
+                output.logits = output.logits * rows[:, -output.logits.shape[1] :, None]
+            return output
+
+    model = tiny_model("llama")
+    model.__class__ = Scaled
+    report = check(model, oracle, scales=torch.arange(21.0)[None] - 10.5)
+    assert any(r.nodes > r.depth + 1 for r in report.rounds)
+
+
 @pytest.mark.parametrize("hidden", [slice(0, 4), slice(18, 21), slice(8, 11)], ids=["left", "right", "middle"])
 @pytest.mark.parametrize("window", [None, 12])
 def test_masks_with_zeros_anywhere(hidden, window, oracle):
@@ -188,6 +212,22 @@ def test_quantisation_over_all_rows_of_a_pass():
     assert torch.equal(model.generate(prompt(), assistant_model=draft, **GREEDY), plain)
     assert "cannot verify several tokens in one pass" in draft.report.warnings[0]
     assert all(r.nodes == 1 for r in draft.report.rounds)
+
+
+def test_a_model_that_treats_a_single_row_differently():
+    """As GIT did with its positions before transformers 5.24."""
+
+    class Alone(LlamaForCausalLM):
+        def forward(self, input_ids, position_ids=None, **kwargs):
+            alone = input_ids.shape[1] == 1
+            return super().forward(input_ids, position_ids=position_ids * 2 if alone else position_ids, **kwargs)
+
+    model = tiny_model("llama")
+    model.__class__ = Alone
+    draft = PromptLookupDraft(shortest=1)
+    plain = model.generate(prompt(), **GREEDY)
+    assert torch.equal(model.generate(prompt(), assistant_model=draft, **GREEDY), plain)
+    assert "cannot verify several tokens in one pass" in draft.report.warnings[0]
 
 
 def test_attention_that_ignores_the_mask():

@@ -109,16 +109,13 @@ class TorchSession:
         levels = (levels_within(self._boundary, length, self.committed) for length in lengths)
         return min((level for level in levels if level is not None), default=None)
 
-    def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cached: int = 0, logits: int = 1
-    ) -> TargetOutput:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int = 0) -> TargetOutput:
         """Run the part of the prompt that is not in the cache. The features include those of padding.
 
         Args:
             input_ids: see `TargetSession.prefill`.
             attention_mask: see `TargetSession.prefill`.
             cached: see `TargetSession.prefill`.
-            logits: last rows whose logits are wanted.
         """
         kwargs, new = self._kwargs, input_ids.shape[1] - cached
         kwargs[compat.CACHE] = self._cache
@@ -128,14 +125,14 @@ class TorchSession:
         if "position_ids" in self._parameters and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = compat.position_ids_for(self.model, input_ids, kwargs)
         if "logits_to_keep" in self._parameters:
-            kwargs["logits_to_keep"] = logits
+            kwargs["logits_to_keep"] = 1
         with self._pass(keeps_all=True):
             output = compat.run_prompt(self.model, input_ids, kwargs, cached=cached, chunk=self.prefill_chunk)
         self._adopt(output)
         self.rows.keep(range(new), new)
         self._ids = input_ids
         self._next(output, 1)
-        return TargetOutput(output.logits[0, -logits:], self._reader.take(new))
+        return TargetOutput(output.logits[0, -1:], self._reader.take(new))
 
     def score(self, tree: DraftTree) -> TargetOutput:
         """Score a tree, which may be on any device."""
@@ -191,7 +188,9 @@ class TorchSession:
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(self.committed, self.committed + rows, device=device)[None]
         for name, dimension in self._dimensions_of_rows(inputs, depth).items():
-            inputs[name] = inputs[name].index_select(dimension, depths)
+            before = inputs[name].shape[dimension] - rows  # some inputs have entries for the whole text
+            entries = torch.cat([torch.arange(before, device=device), before + depths])
+            inputs[name] = inputs[name].index_select(dimension, entries)
         inputs["input_ids"] = tokens.to(device)[None]
         ancestors = ancestor_mask(tree.parents.to(device), depth)
         made = {name: _tree_mask(mask, ancestors, depths, rows) for name, mask in masks.items()}

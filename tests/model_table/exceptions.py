@@ -88,3 +88,6 @@ ONE_TOKEN_A_PASS = {
     "phi4_multimodal": "beyond the boundary of longrope plain `generate` begins a new cache for each token",
 }
 """Family -> why long acceptances end in the middle of the text."""
+
+LONGROPE_BEFORE_5_24 = ("phi3", "phi3/longrope", "phimoe/longrope")
+"""Before transformers 5.24, plain `generate` began a new cache for each token of these beyond longrope's boundary."""

@@ -33,6 +33,8 @@ ACCEPTANCE = 3.0
 TIE = 1e-4
 """Logits that differ by less are a tie: rounding may decide, and another model is tried."""
 ENCODER_DECODER = "encoder-decoder"
+NOT_REPEATED = "plain `generate` gives another text the second time, so there is none to compare with"
+"""Rotary embeddings with dynamic NTK before transformers 5.24 keep the frequencies of the longest text so far."""
 FOLDER = dovetail_plugin.__path__[0]
 
 
@@ -147,6 +149,8 @@ def compare(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Outcomes
         nonlocal tie
         text: Any = model.generate(**inputs, **options, **how, **({"assistant_model": draft} if draft else {}))
         if (at := plain.difference(text)) is not None:
+            if plain.difference(model.generate(**inputs, **options)) is not None:
+                outcomes.plain = NOT_REPEATED
             tie |= at >= 0 and float(plain.margins[at]) < TIE
             return f"different text from new token {at}"
         if (new := text.shape[1] - inputs["input_ids"].shape[1]) != options["max_new_tokens"]:

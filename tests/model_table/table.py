@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .discovery import Family
-from .exceptions import NO_IMAGE, NOT_BUILT, ONE_TOKEN_A_PASS, REFUSED_ALTHOUGH_STOCK_IS_RIGHT
+from .exceptions import (
+    LONGROPE_BEFORE_5_24,
+    NO_IMAGE,
+    NOT_BUILT,
+    ONE_TOKEN_A_PASS,
+    REFUSED_ALTHOUGH_STOCK_IS_RIGHT,
+)
 from .outcomes import ENCODER_DECODER
 
 FILE = Path(__file__).with_name("table.json")
@@ -24,13 +30,14 @@ def cases(families: list[Family]) -> list[tuple[str, str]]:
     return [(f.name, kind) for f in families for kind in ("text", "image") if kind == "text" or f.sees_images]
 
 
-def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
+def verdict(name: str, kind: str, outcomes: dict[str, Any], *, older: bool = False) -> str:
     """The verdict on one family with one kind of prompt.
 
     Args:
         name: of the family.
         kind: "text" or "image".
         outcomes: fields of `Outcomes`.
+        older: whether they are of an older transformers than the table.
     """
     untested = NOT_BUILT if kind == "text" else NOT_BUILT | NO_IMAGE
     if outcomes["plain"] == ENCODER_DECODER:
@@ -40,7 +47,8 @@ def verdict(name: str, kind: str, outcomes: dict[str, Any]) -> str:
     if name in (NOT_BUILT if kind == "text" else NO_IMAGE):
         return CAN_BE_BUILT
     drafts = dict(outcomes["drafts"])
-    if name in ONE_TOKEN_A_PASS and drafts["oracle"].startswith("slow"):
+    one_token_a_pass = name in ONE_TOKEN_A_PASS or (older and name in LONGROPE_BEFORE_5_24)
+    if one_token_a_pass and drafts["oracle"].startswith("slow"):
         drafts["oracle"] = "right"
     if any(o != "right" and not o.startswith("refused") for o in drafts.values()):
         return f"fails: {in_words(drafts)}"
