@@ -62,6 +62,10 @@ class TreeBudget:
             return TreeBudget(nodes=1, depth=1, top_k=1)
         return TreeBudget(nodes=self.nodes, depth=depth, top_k=self.top_k)
 
+    def within(self, other: "TreeBudget") -> "TreeBudget":
+        """Return the largest budget that exceeds neither this nor the other one."""
+        return TreeBudget(min(self.nodes, other.nodes), min(self.depth, other.depth), min(self.top_k, other.top_k))
+
     def as_chain(self) -> "TreeBudget":
         """Return a budget for chains of the same depth, or of fewer levels if there are not enough nodes."""
         return TreeBudget(nodes=min(self.nodes, self.depth + 1), depth=self.depth, top_k=1)

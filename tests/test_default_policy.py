@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from dovetail_plugin import DeviceSplitPolicy, DovetailDraft
 from dovetail_plugin.bench.prompts import load_prompts
+from dovetail_plugin.policy.device_split import UNMEASURED
 
 pytestmark = pytest.mark.usefixtures("fake_clock")
 
@@ -134,6 +135,41 @@ def test_the_machine_is_measured_once(llama, draft_of_policy, fake_clock):
         passes.append(fake_clock.target_passes - before - 1 - len(draft_of_policy.report.rounds))
     assert passes[0] > 10
     assert passes[1:] == [0, 0]
+
+
+def test_a_limited_time_is_not_spent_on_measurements(llama, draft_of_policy, fake_clock, oracle):
+    """Such a call drafts small trees until another one has measured the machine."""
+    plain = generate(llama, prompt())
+    oracle(plain, prompt().shape[1])
+    before = fake_clock.target_passes
+    assert torch.equal(plain, generate(llama, prompt(), draft_of_policy, max_time=1000.0))
+    report = draft_of_policy.report
+    assert fake_clock.target_passes - before == 1 + len(report.rounds)
+    assert {one.nodes for one in report.rounds[:-1]} == {UNMEASURED.nodes}
+    generate(llama, prompt(), draft_of_policy)
+    generate(llama, prompt(), draft_of_policy, max_time=1000.0)
+    assert_chosen_by_policy(draft_of_policy.report)
+
+
+class Watched:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self, clock):
+        self.clock, self.target_passes = clock, []
+
+    def put(self, _):
+        self.target_passes.append(self.clock.target_passes)
+
+    def end(self):
+        pass
+
+
+def test_a_stream_does_not_stop_for_measurements(llama, draft_of_policy, fake_clock):
+    streamer = Watched(fake_clock)
+    generate(llama, prompt(), draft_of_policy, streamer=streamer)
+    assert draft_of_policy.report.probe_s > 0
+    of_prompt, first, second = streamer.target_passes[:3]
+    assert first - of_prompt > 10 and second - first <= 1
 
 
 def test_bundled_pair_is_faster_than_plain():

@@ -65,14 +65,9 @@ class Decoder:
         start_s = time.perf_counter()
         output = self.session.prefill(text.ids.clone(), self.attention_mask, self.cached)
         self._vocab_size = output.logits.shape[-1]
-        choice = text.choose(output.logits)
-        self._begin(output, last=choice.stop)
-        report.prefill_s = time.perf_counter() - start_s
-
-        start_s = time.perf_counter()
-        if not choice.stop:
-            self._prepare(choice.token)
-        report.probe_s = time.perf_counter() - start_s
+        # A streamer that has the first token gets the next ones without a pause for measurements.
+        choice = text.choose(output.logits, before_stream=lambda token: self._begin(output, token))
+        report.prefill_s = time.perf_counter() - start_s - report.probe_s
         report.clock.reset()
 
         start_s = time.perf_counter()
@@ -125,16 +120,21 @@ class Decoder:
 
     # --- calls of the draft, whose failures must not affect the text ---------------------------
 
-    def _begin(self, output: TargetOutput, *, last: bool) -> None:
+    def _begin(self, output: TargetOutput, token: int) -> None:
+        """Let the drafter read the prompt and the first token, and get the measurements of this machine."""
         if self.drafter is None:
             return
         features, ids = without_padding(output.features, self.text.ids[0], self.attention_mask)
         try:
             self.drafter.begin(features, ids)
-            if self.planner.drafting and not last:
+            if self.planner.drafting and self.text.room:
                 self.drafter.catch_up()
         except Exception as error:
             self._give_up(error)
+        if self.text.room:
+            start_s = time.perf_counter()
+            self._prepare(token)
+            self.report.probe_s = time.perf_counter() - start_s
 
     def _prepare(self, token: int) -> None:
         drafter, limits, positions = self.drafter, self.planner.limits, self.session.max_length
@@ -161,7 +161,7 @@ class Decoder:
             )
 
         try:
-            measured = self.planner.prepare(measured_now)
+            measured = self.planner.prepare(None if self.text.time_is_limited else measured_now)
         except Exception as error:
             self._give_up(error)
             return

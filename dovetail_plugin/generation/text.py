@@ -5,10 +5,12 @@ token, and calls stopping criteria and the streamer for each token. Logits of a 
 reaches this node, so processors that depend on the history get the same calls in the same order as in plain decoding.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import MaxTimeCriteria
 
 from ..verify import Choice
 
@@ -62,10 +64,19 @@ class Text:
         """Number of tokens that may still be added."""
         return self.max_length - self.length
 
-    def choose(self, logits: Tensor) -> Choice:
-        """Choose the next token from the target's logits (1, V), append it and stream it.
+    @property
+    def time_is_limited(self) -> bool:
+        """Whether the text ends after some seconds (`max_time`)."""
+        return any(isinstance(criterion, MaxTimeCriteria) for criterion in self._criteria)
+
+    def choose(self, logits: Tensor, before_stream: Callable[[int], None] | None = None) -> Choice:
+        """Choose the next token, append it and stream it.
 
         All tensor operations and random draws are those of `GenerationMixin._sample`.
+
+        Args:
+            logits: of the target, (1, V).
+            before_stream: called with the token before the streamer gets it.
         """
         raw = logits.to(copy=True, dtype=torch.float32, device=self._buffer.device)
         scores = self._processors(self.ids, raw)
@@ -75,6 +86,8 @@ class Text:
         if self.logits is not None:
             self.logits += (raw,)
         self._append(token)
+        if before_stream is not None:
+            before_stream(int(token))
         if self._streamer is not None:
             self._streamer.put(token.cpu())
         return Choice(int(token), bool(self._criteria(self.ids, self.scores).all()))

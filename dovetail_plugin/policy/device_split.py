@@ -34,6 +34,9 @@ from .tree_rule import TreeJudge
 LIMITS = TreeBudget(nodes=48, depth=10, top_k=8)
 """The largest tree that the policy asks for."""
 
+UNMEASURED = TreeBudget(nodes=8, depth=4, top_k=4)
+"""The largest tree of a call that has no time to measure the machine. It is small, so that a round cannot cost much."""
+
 
 class DeviceSplitPolicy:
     """Decides where parts run and how large the tree of each round is.
@@ -156,6 +159,7 @@ class AdaptivePlanner:
         lock: guards the policy, which several threads may share. It is not held while anything is measured.
         measuring: keys that a thread is measuring for this policy.
         limits: the largest tree of any round.
+        unmeasured: whether rounds draft without measurements, because there was no time for them.
     """
 
     policy: DeviceSplitPolicy
@@ -165,6 +169,7 @@ class AdaptivePlanner:
     lock: Any
     measuring: set[str]
     limits: TreeBudget = field(init=False)
+    unmeasured: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.limits = self.policy.limits
@@ -179,11 +184,12 @@ class AdaptivePlanner:
         """Whether the next round will draft. It will not while drafting rests."""
         return self.switch.rest == 0
 
-    def prepare(self, measure: Measure) -> Measurements | None:
+    def prepare(self, measure: Measure | None) -> Measurements | None:
         """Return the measurements of this machine, and make them if neither this process nor an earlier one has.
 
         While another thread makes them, this generation does not wait: it gets None, and its rounds are plain until
-        they are there. Measurements that other generations have disturbed are not stored for later processes.
+        they are there. Without `measure` they draft small trees (`UNMEASURED`).
+        Measurements that other generations have disturbed are not stored for later processes.
         """
         policy = self.policy
         with self.lock:
@@ -196,6 +202,9 @@ class AdaptivePlanner:
         try:
             measured = records.load(self.key, policy.measured_in)
             if measured is None:
+                if measure is None:
+                    self.unmeasured = True
+                    return None
                 undisturbed = machine.watch()
                 measured = measure(policy.settings)
                 if undisturbed():
@@ -211,11 +220,15 @@ class AdaptivePlanner:
     def plan(self, context: int, bound: TreeBudget) -> RoundPlan:
         """Plan a tree within `bound` that a `TreeJudge` shapes.
 
-        The round is plain while drafting rests, and while another thread measures this machine.
+        The round is plain while drafting rests, and while another thread measures this machine. Without measurements
+        the tree has no judge.
         """
         with self.lock:
-            if self.key not in self.policy.costs or not self.drafting or bound.nodes < 2:
+            measured = self.key in self.policy.costs
+            if not (measured or self.unmeasured) or not self.drafting or bound.nodes < 2:
                 return RoundPlan(PLAIN)
+            if not measured:
+                return RoundPlan(bound.within(UNMEASURED))
             cost, switch = self.cost, self.switch
             if switch.since % self.policy.settings.refit_every == 0:
                 switch.lookahead.refresh(switch.curve)

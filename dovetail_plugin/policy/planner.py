@@ -47,8 +47,12 @@ class RoundPlanner(Protocol):
     def drafting(self) -> bool:
         """Whether the next round will draft."""
 
-    def prepare(self, measure: Measure) -> Measurements | None:
-        """Call `measure` before the first round if measurements are needed, and return them; None if there are none."""
+    def prepare(self, measure: Measure | None) -> Measurements | None:
+        """Call `measure` before the first round if measurements are needed, and return them; None if there are none.
+
+        Args:
+            measure: None if there is no time for measurements now.
+        """
 
     def plan(self, context: int, bound: TreeBudget) -> RoundPlan:
         """Plan the next round, with a tree of at most `bound`, after `context` tokens of text."""
@@ -77,7 +81,7 @@ class FixedPlanner:
     def __init__(self, budget: TreeBudget) -> None:
         self.limits, self.drafting = budget, budget.nodes > 1
 
-    def prepare(self, measure: Measure) -> None:
+    def prepare(self, measure: Measure | None) -> None:
         """Measure nothing."""
 
     def plan(self, context: int, bound: TreeBudget) -> RoundPlan:  # noqa: ARG002
