@@ -6,7 +6,14 @@ import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
 from helpers import ROOT, run_python
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicLayer
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget
@@ -90,6 +97,11 @@ def test_texts_beyond_computed_positions(tokens, oracle):
     assert len(draft.report.rounds) < 12
 
 
+OF_NEWER_TRANSFORMERS = pytest.mark.skipif(
+    not hasattr(GenerationConfig(), "assistant_ensemble_weight"), reason="a newer option of transformers"
+)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -97,6 +109,8 @@ def test_texts_beyond_computed_positions(tokens, oracle):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"num_beams": 2}, "num_beams=2"),
+        ({"dola_layers": "low"}, "Leave out dola_layers"),
+        pytest.param({"assistant_ensemble_weight": 0.5}, "of the target alone", marks=OF_NEWER_TRANSFORMERS),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     ],

@@ -64,6 +64,13 @@ def check_options(config: GenerationConfig) -> None:
         raise ValueError("drafting needs the key/value cache. Leave out use_cache=False.")
     if config.num_beams > 1:
         raise ValueError(f"drafting works with greedy search and sampling, not with num_beams={config.num_beams}.")
+    if getattr(config, "dola_layers", None) is not None:
+        raise ValueError("drafting gives the text of greedy search or sampling, not of DoLa. Leave out dola_layers.")
+    if getattr(config, "assistant_ensemble_weight", None) is not None:
+        raise ValueError(
+            "assistant_ensemble_weight mixes the assistant's probabilities into the target's. Drafting gives the text "
+            "of the target alone. Leave it out."
+        )
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"drafting brings its own preallocated cache. Leave out cache_implementation="
