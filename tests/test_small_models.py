@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
+from support.trees import assert_scores_are_a_models
 
 from dovetail_plugin import PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.compat import CACHE
@@ -78,13 +79,7 @@ def test_scores_of_trees_behind_a_window_are_the_models_own(model_type, fields):
         text += new
     tree = drafter.grow(TreeBudget(40, 4, 4))
     assert len(tree) == 40 and tree.depths.max() == 4
-    paths = []
-    for token, parent, score in zip(*(t.tolist() for t in (tree.tokens, tree.parents, tree.scores)), strict=True):
-        paths.append([*paths[parent], token] if parent >= 0 else [])
-        if paths[-1]:
-            logprobs = model(torch.tensor([text + paths[-1]])).logits[0].log_softmax(-1)
-            path = sum(float(logprobs[len(text) - 1 + i][t]) for i, t in enumerate(paths[-1]))
-            assert score == pytest.approx(path, abs=1e-3)
+    assert_scores_are_a_models(model, text, tree, 1e-3)
 
 
 @pytest.mark.parametrize(("model_type", "fields"), MODELS[:3], ids=IDS[:3])
@@ -151,23 +146,16 @@ def test_a_text_that_rests_leaves_the_model_alone():
 # --- positions -------------------------------------------------------------------------------------
 
 
-def test_drafting_goes_on_until_the_last_position():
+@pytest.mark.parametrize("tokens", [20, 60], ids=["until the last position", "not at all"])
+def test_drafting_ends_at_the_last_position(tokens):
     """Behind it the text goes on without a draft; trees are cut before it, so that none asks for a later position."""
     target = tiny_target("llama")
     draft = SmallModelDraft(tiny_model("gpt2", num_key_value_heads=None, max_position_embeddings=40))
     draft.budget = TreeBudget(20, 6, 4)
-    assert torch.equal(text_of(target, prompt(20), draft, **GREEDY), text_of(target, prompt(20), **GREEDY))
+    assert torch.equal(text_of(target, prompt(tokens), draft, **GREEDY), text_of(target, prompt(tokens), **GREEDY))
     assert "outgrown the 40 positions of the small model" in draft.report.warnings[0]
     drafted = [r for r in draft.report.rounds if r.nodes > 1]
-    assert drafted[-1].context + drafted[-1].emitted > 40
-
-
-def test_a_prompt_beyond_the_positions_is_not_drafted():
-    target = tiny_target("llama")
-    draft = SmallModelDraft(tiny_model("gpt2", num_key_value_heads=None, max_position_embeddings=40))
-    draft.budget = TreeBudget(20, 6, 4)
-    assert torch.equal(text_of(target, prompt(60), draft, **GREEDY), text_of(target, prompt(60), **GREEDY))
-    assert "outgrown the 40 positions of the small model" in draft.report.warnings[0]
+    assert drafted[-1].context + drafted[-1].emitted > 40 if tokens < 40 else not drafted
 
 
 # --- refusals --------------------------------------------------------------------------------------

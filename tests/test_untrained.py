@@ -8,6 +8,7 @@ import torch
 from families import VOCAB, prompt, tiny_model, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
+from support.trees import assert_scores_are_a_models
 
 from dovetail_plugin import DeviceSplitPolicy, PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.drafts.prompt_lookup import LookupDrafter
@@ -58,13 +59,8 @@ def test_scores_are_the_small_models_probabilities():
     drafter.grow(TreeBudget(9, 2, 3))
     drafter.advance(torch.zeros(2, 32), torch.tensor([11, 12]))
     tree = drafter.grow(TreeBudget(20, 3, 3))
-    text, paths = [*ids.tolist(), 11, 12], []
-    for token, parent, score in zip(*(t.tolist() for t in (tree.tokens, tree.parents, tree.scores)), strict=True):
-        paths.append([*paths[parent], token] if parent >= 0 else [])
-        if paths[-1]:
-            logprobs = model(torch.tensor([text + paths[-1]])).logits[0].log_softmax(-1)
-            path = sum(float(logprobs[len(text) - 1 + i][t]) for i, t in enumerate(paths[-1]))
-            assert score == pytest.approx(path, abs=1e-4)
+    text = [*ids.tolist(), 11, 12]
+    assert_scores_are_a_models(model, text, tree, 1e-4)
     assert len(tree) == 20 and tree.depths.max() == 3
 
 

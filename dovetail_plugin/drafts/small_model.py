@@ -334,7 +334,8 @@ def _try_out(model: PreTrainedModel, token: int) -> None:
         rows.score(text[:1], torch.ones(1, 1, dtype=torch.bool, device=model.device))
         rows.read(text[2:])
     except Exception as error:  # whatever a model raises that was never tried as a target
+        own = error.__cause__ or error
         raise ValueError(
-            f"{name} cannot draft: a short pass fails with {type(error).__name__}: {error}. Use another small model, "
+            f"{name} cannot draft: a short pass fails with {type(own).__name__}: {own}. Use another small model, "
             "or PromptLookupDraft()."
         ) from error

@@ -1,7 +1,8 @@
-"""Random draft trees and chains for tests of verification."""
+"""Draft trees for tests of verification and of drafts."""
 
 import random
 
+import pytest
 import torch
 
 from dovetail_plugin import DraftTree, TreeBudget
@@ -45,3 +46,21 @@ def random_chain(start: list[int], budget: TreeBudget, rng: random.Random, vocab
     tokens = [*start, *(rng.randrange(vocab) for _ in range(nodes))][:nodes]
     count = torch.arange(nodes)
     return DraftTree(torch.tensor(tokens), count - 1, count, torch.zeros(nodes))
+
+
+def assert_scores_are_a_models(model, text: list[int], tree: DraftTree, tolerance: float) -> None:
+    """Each node's score is the log-probability of its path behind the text, by a pass of the model without a cache.
+
+    Args:
+        model: transformers model.
+        text: tokens, the root included.
+        tree: with scores.
+        tolerance: largest difference.
+    """
+    paths = []
+    for token, parent, score in zip(*(t.tolist() for t in (tree.tokens, tree.parents, tree.scores)), strict=True):
+        paths.append([*paths[parent], token] if parent >= 0 else [])
+        if paths[-1]:
+            logprobs = model(torch.tensor([text + paths[-1]])).logits[0].log_softmax(-1)
+            path = sum(float(logprobs[len(text) - 1 + i][t]) for i, t in enumerate(paths[-1]))
+            assert score == pytest.approx(path, abs=tolerance)
