@@ -1,15 +1,18 @@
 """Count drafted texts that differ from plain ones, over prompts of all bundled data, with the default policy, in fp32.
 
     python benchmarks/identity.py                        # 10,000 prompts of 64 tokens, about an hour on two cores
+    python benchmarks/identity.py --part 1/2 --progress FILE & python benchmarks/identity.py --part 2/2 --progress FILE
     python benchmarks/identity.py --count 800 --threads 4
     python benchmarks/identity.py --count 2 --new-tokens 4                              # a quick check
 
 A text is checked with one plain pass over it: each token must be the best one. Where the two best logits are within
 0.001, plain `generate` decides. A run that is interrupted goes on where it was, if `--progress` names the same file.
+Several processes may share such a file: each does its part of the prompts, and whatever ends last has all of them.
 With several threads, which share target and draft, the result also holds their seconds divided by those of one thread
 for the same prompts.
 """
 
+import argparse
 import gzip
 import json
 import threading
@@ -26,6 +29,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from dovetail_plugin import DovetailDraft
+from dovetail_plugin.bench.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny_pair"
@@ -74,25 +78,39 @@ def checked(target: Any, draft: DovetailDraft, input_ids: Tensor, new_tokens: in
     return "equal (generate)" if torch.equal(plain, drafted) else "different"
 
 
-def run(target: Any, draft: DovetailDraft, ids: list[Tensor], new_tokens: int, threads: int, file: Path) -> Counter:
-    """Check all prompts and return the counts. Finished prompts are in `file`, one number and verdict a line."""
-    done = dict(json.loads(line) for line in file.read_text().splitlines()) if file.is_file() else {}
-    left = [number for number in range(len(ids)) if number not in done]
+def finished(file: Path) -> dict[int, tuple[str, str]]:
+    """Return number -> verdict and git revision of the prompts that are done, one a line of `file`."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {number: (verdict, revision) for number, verdict, revision in map(json.loads, lines)}
+
+
+def part(text: str) -> tuple[int, int]:
+    """Parse "K/N" for argparse."""
+    number, parts = (int(value) for value in text.split("/"))
+    if not 1 <= number <= parts:
+        raise ValueError(text)
+    return number, parts
+
+
+def run(
+    target: Any, draft: DovetailDraft, ids: list[Tensor], args: argparse.Namespace, file: Path, numbers: range
+) -> None:
+    """Check the prompts with these numbers, and write the verdicts into `file`."""
+    done, revision = finished(file), provenance()["git"]
+    left = [number for number in numbers if number not in done]
     lock = threading.Lock()
 
     def one(number: int) -> None:
-        verdict = checked(target, draft, ids[number], new_tokens)
+        verdict = checked(target, draft, ids[number], args.new_tokens)
         with lock, open(file, "a", encoding="utf-8") as out:
-            done[number] = verdict
-            out.write(json.dumps([number, verdict]) + "\n")
+            out.write(json.dumps([number, verdict, revision]) + "\n")
             bar.update()
 
     with (
-        tqdm(total=len(ids), initial=len(done), desc="prompts", unit="prompt") as bar,
-        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(numbers), initial=len(numbers) - len(left), desc="prompts", unit="prompt") as bar,
+        ThreadPoolExecutor(args.threads) as pool,
     ):
         list(pool.map(one, left))
-    return Counter(done.values())
 
 
 def main() -> None:
@@ -101,6 +119,7 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=10_000, help="number of prompts")
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens of each text")
     parser.add_argument("--threads", type=positive, default=1, help="threads that generate at once")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="the K-th of N parts of the prompts")
     parser.add_argument("--progress", type=Path, help="file with the prompts that are done; new without it")
     args = parser.parse_args()
     target, draft = load_bundled(torch.float32)
@@ -108,8 +127,11 @@ def main() -> None:
     file = args.progress or args.out.with_name(f"{args.out.stem}.{time.time_ns()}.progress")
     checked(target, draft, ids[0], args.new_tokens)  # measures the machine
     start_s = time.perf_counter()
-    counts = run(target, draft, ids, args.new_tokens, args.threads, file)
+    number, parts = args.part
+    run(target, draft, ids, args, file, range(number - 1, len(ids), parts))
     seconds = time.perf_counter() - start_s
+    done = finished(file).values()
+    counts, revisions = (Counter(column) for column in zip(*done, strict=True))
     result = {
         "name": "identity",
         "prompts": args.count,
@@ -117,6 +139,7 @@ def main() -> None:
         "new_tokens": args.new_tokens,
         "threads": args.threads,
         "verdicts": dict(counts),
+        "prompts_of_revision": dict(revisions),
     }
     if args.threads > 1:
         start_s = time.perf_counter()
@@ -124,8 +147,9 @@ def main() -> None:
             checked(target, draft, one, args.new_tokens)
         lone_s = (time.perf_counter() - start_s) * args.count / (args.count // args.threads)
         result["seconds_to_lone_seconds"] = round(seconds / lone_s, 3)
-    print(f"{args.count} prompts: " + ", ".join(f"{number} {verdict}" for verdict, number in counts.items()))
-    store(result, args.out)
+    print(f"{len(done)} of {args.count} prompts: " + ", ".join(f"{n} {v}" for v, n in counts.items()))
+    if len(done) == args.count:
+        store(result, args.out)
     if args.progress is None:
         file.unlink()
     raise SystemExit(1 if counts["different"] else 0)

@@ -33,7 +33,8 @@ def run_script(name, *arguments, directory):
     done = run_python(BENCHMARKS / name, *arguments, "--out", out, cwd=directory)
     assert done.returncode == 0, done.stderr
     assert contents(BENCHMARKS / "results") == kept
-    results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
+    results = [json.loads(line) for line in lines]
     for result in results:
         assert result["command"].startswith(f"{name} ")
         assert result.keys() >= {"git", "versions", "machine"}
@@ -129,6 +130,16 @@ def test_identity(tmp_path):
     assert "4 prompts: " in printed
     assert sum(result["verdicts"].values()) == 4 and "different" not in result["verdicts"]
     assert result["seconds_to_lone_seconds"] > 0
+
+
+@torch_only
+def test_identity_in_parts(tmp_path):
+    options = ["--count", "3", "--new-tokens", "4", "--progress", str(tmp_path / "progress.jsonl")]
+    (printed,) = run_script("identity.py", *options, "--part", "2/2", directory=tmp_path)
+    assert "1 of 3 prompts: " in printed
+    printed, result = run_script("identity.py", *options, directory=tmp_path)
+    assert "3 of 3 prompts: " in printed
+    assert sum(result["prompts_of_revision"].values()) == 3
 
 
 def test_every_script_is_tested():
