@@ -1,12 +1,15 @@
 """Several calls of `generate` at once on one target and one draft: right texts, each with its own report."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from families import prompt
+from helpers import command_environment
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, PromptLookupDraft, TreeBudget
 
@@ -136,3 +139,34 @@ def test_no_lock_is_held_during_a_callback(llama, texts, fixed_budget):
 
     out = llama.generate(ids, max_new_tokens=20, assistant_model=draft, streamer=Streamer(), **GREEDY)
     assert torch.equal(out.sequences, plain) and results == [True]
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+GENERATE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from dovetail_plugin import DovetailDraft
+
+target, draft = AutoModelForCausalLM.from_pretrained("target"), DovetailDraft.from_pretrained("draft")
+options = dict(max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+ids = torch.arange(5, 25)[None]
+print("ready", flush=True)
+sys.stdin.readline()
+same = torch.equal(target.generate(ids, assistant_model=draft, **options), target.generate(ids, **options))
+print(same, draft.report.warnings)
+"""
+
+
+@pytest.mark.torch_only("a directory with a transformers model")
+def test_two_processes_at_once(pair, tmp_path):
+    """Both measure the machine into one directory, and generate meanwhile."""
+    environment = command_environment() | {"DOVETAIL_CACHE": str(tmp_path / "measured")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([sys.executable, "-c", GENERATE], cwd=pair, env=environment, **pipes) for _ in range(2)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=300)[0] for process in running] == ["True []\n", "True []\n"]
