@@ -162,8 +162,23 @@ def missing_names() -> list[str]:
 # --- arguments of generate and forward -----------------------------------------------------------------
 
 
-def bound_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+MODE_ARGUMENTS = ("self", "generation_mode", "generation_config", "generation_mode_kwargs")
+LOOP_ARGUMENTS = ("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config")
+CANDIDATE_ARGUMENTS = ("self", "generation_config", "input_ids", "inputs_tensor", "logits_processor", "model_kwargs")
+PIPELINE_ARGUMENTS = ("model", "assistant_model", "assistant_tokenizer")
+"""Parameters of the functions that `hf.py` wraps, in their order."""
+
+
+def bound_arguments(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], order: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the arguments of a call by name, as `function`'s signature binds them; extra keywords are merged in.
+
+    Args:
+        function: that is called, perhaps a wrapper that hides the names of its parameters.
+        args: by position.
+        kwargs: by name.
+        order: names of those arguments by position that the signature does not name.
 
     Raises:
         TypeError: the call does not fit the signature.
@@ -173,7 +188,20 @@ def bound_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: d
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            rest = arguments.pop(name, ())
+            arguments |= dict(zip(order[len(args) - len(rest) :], rest, strict=False))
     return arguments
+
+
+def not_sampling(mode: Any) -> tuple[str, str] | None:
+    """Return (kind, reason) why a mode of `generate` runs another loop than greedy search and sampling, or None."""
+    name = getattr(mode, "value", str(mode))
+    if name in ("greedy_search", "sample"):
+        return None
+    if name == "assisted_generation":
+        return name, "the call asks for another way of drafting (prompt_lookup_num_tokens, for example)."
+    return name, f"drafting works with greedy search and sampling, and the call asks for {name.replace('_', ' ')}."
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:
