@@ -62,6 +62,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.pipelines import base as pipelines
 from transformers.utils import cached_file
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "LlamaRotaryEmbedding",
     "StaticCache",
     "apply_rotary_pos_emb",
+    "pipelines",
 ]
 
 logger = logging.getLogger(__name__)
@@ -97,8 +99,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "stopping_criteria",
         "generation_config",
     ),
+    "GenerationMixin.generate_batch": ("inputs",),
+    "pipelines.load_assistant_model": ("model", "assistant_model", "assistant_tokenizer"),
     "GenerationMixin._get_candidate_generator": ("generation_config", "logits_processor", "assistant_model"),
-    # overridden by `adapters.stored_target.StoredTarget`
+    # also overridden by `adapters.stored_target.StoredTarget`
     "GenerationMixin._sample": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
     "GenerationMixin._beam_search": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
     "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs"),
@@ -337,6 +341,26 @@ def ends_one_by_one(criteria: StoppingCriteriaList) -> bool:
     return any(isinstance(c, EosTokenCriteria) for c in criteria) or all(
         isinstance(c, MaxLengthCriteria) for c in criteria
     )
+
+
+OF_OTHER_DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+"""Options of `generate` that ask for another way of drafting."""
+
+OF_ASSISTANTS = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "max_matching_ngram_size",
+)
+"""Options of `generate` for transformers' own assisted loop."""
+
+
+def options_set(config: GenerationConfig, names: Sequence[str]) -> list[str]:
+    """Return those options of a prepared config whose value is not the default."""
+    defaults = config._get_default_generation_params()
+    return [n for n in names if getattr(config, n, None) not in (None, False, defaults.get(n))]
 
 
 def mask_length(config: GenerationConfig, default: int) -> int:

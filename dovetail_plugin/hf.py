@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
-from transformers.pipelines import base as pipelines
 
 from . import compat
 from .drafts.base import Draft
@@ -195,6 +194,9 @@ _WRAPPERS: dict[wrapping.Place, Callable[[Function], Function]] = {
     (GenerationMixin, "_assisted_decoding"): _decode,
     (GenerationMixin, "_get_candidate_generator"): _candidates,
     LOOP: _sample,
-    (GenerationMixin, "generate_batch"): _batch,
-    (pipelines, "load_assistant_model"): _assistant,
 }
+_CONVENIENT: dict[wrapping.Place, Callable[[Function], Function]] = {
+    (GenerationMixin, "generate_batch"): _batch,
+    (compat.pipelines, "load_assistant_model"): _assistant,
+}
+_WRAPPERS |= {place: wrap for place, wrap in _CONVENIENT.items() if hasattr(*place)}  # drafts work without these

@@ -4,6 +4,7 @@ Generation works with these two classes alone. To add a draft, subclass both and
 docs/developer/add-a-draft.md. A draft knows nothing of how its target runs, and never sees the target's logits.
 """
 
+import copy
 import difflib
 import threading
 import weakref
@@ -226,6 +227,19 @@ class Draft(ABC):
         draft that is made from them has to meet a target first.
         """
         return without_traces(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Draft":
+        """Copy what a pickle holds, and share the policy, so that a copy for each request measures nothing again."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        if self.policy is not None:
+            memo[id(self.policy)] = self.policy
+        state = copy.deepcopy(self.__getstate__(), memo)
+        if hasattr(copied, "__setstate__"):  # of torch's modules
+            copied.__setstate__(state)
+        else:
+            copied.__dict__.update(state)
+        copied.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("policy", MADE_POLICY)})
+        return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in self.__dict__ and not hasattr(type(self), name):

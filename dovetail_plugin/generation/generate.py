@@ -4,6 +4,8 @@
 `open.py` prepares the generation and `loop.py` runs it.
 """
 
+import functools
+import logging
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,6 +30,8 @@ from .refusal import CannotDraft
 from .self_check import check_transformers
 from .text import Text
 
+logger = logging.getLogger(__name__)
+
 NOT_FOR_FORWARD = ("inputs_tensor", "tokenizer", "assistant_tokenizer")
 """Arguments that `generate` hands on although it has used them itself. All others go to the model's passes."""
 
@@ -48,6 +52,22 @@ def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
             f'verification="stock" works with transformers\' own models, not with a {type(model).__name__}. Use "tree".'
         )
     check_options(config)
+    if other := compat.options_set(config, compat.OF_OTHER_DRAFTS):
+        raise CannotDraft(
+            other[0], f"{other[0]} asks for another way of drafting. Leave it out, or leave out the draft."
+        )
+    if ignored := compat.options_set(config, compat.OF_ASSISTANTS):
+        _warn_of_ignored(", ".join(ignored))
+
+
+@functools.cache
+def _warn_of_ignored(names: str) -> None:
+    """Say once that options have no effect."""
+    logger.warning(
+        "%s have no effect with a draft of Dovetail, whose policy chooses the number of drafted tokens. Set "
+        "draft.budget = TreeBudget(...) to choose it yourself.",
+        names,
+    )
 
 
 def _door(draft: Draft) -> dict[str, Any]:

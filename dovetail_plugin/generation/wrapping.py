@@ -25,12 +25,13 @@ class Switch:
 
     Attributes:
         owner: class of drafts that the wrapper serves; each imported copy of the package has its own.
+        place: what it wraps.
         on: whether it does anything.
         wrapper: the function itself, because `functools.wraps` copies our mark to wrappers of others.
     """
 
-    def __init__(self, owner: type) -> None:
-        self.owner, self.on = owner, True
+    def __init__(self, owner: type, place: Place) -> None:
+        self.owner, self.place, self.on = owner, place, True
         self.wrapper: Callable[..., Any] | None = None
 
     @property
@@ -57,7 +58,9 @@ def install(place: Place, wrap: Callable[[Callable[..., Any]], Callable[..., Any
         return
     holder, name = _holder(place), place[1]
     original = getattr(holder, name)
-    replaced, switch = wrap(original), Switch(owner)
+    for earlier in _installed:  # behind somebody's wrapper in which it cannot be found
+        earlier.on = earlier.on and (earlier.owner, earlier.place) != (owner, place)
+    replaced, switch = wrap(original), Switch(owner, place)
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
