@@ -3,7 +3,10 @@
 import copy
 import gc
 import logging
+import os
 import pickle
+import signal
+import time
 import weakref
 
 import engines
@@ -15,6 +18,7 @@ from transformers import GenerationMixin, pipeline
 
 import dovetail_plugin
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, attach_draft, detach_draft
+from dovetail_plugin.generation import attached, generate
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
 
@@ -110,10 +114,10 @@ def test_each_kind_of_reason_is_logged_once(torch_target, caplog):
 def test_embeddings_instead_of_tokens(torch_target):
     draft = attach_draft(torch_target, PromptLookupDraft())
     given = dict(inputs_embeds=torch_target.get_input_embeddings()(prompt()))
-    attached = generated(torch_target, **given)
+    with_draft = generated(torch_target, **given)
     assert "input_ids instead of inputs_embeds" in draft.report.warnings[0]
     detach_draft(torch_target)
-    assert torch.equal(attached, generated(torch_target, **given))
+    assert torch.equal(with_draft, generated(torch_target, **given))
 
 
 def test_a_plain_call_streams_each_token_once(torch_target):
@@ -127,19 +131,19 @@ def test_batches_draft_and_run_plainly_without_an_end_token(torch_target):
     draft = attach_draft(torch_target, PromptLookupDraft(shortest=1))
     batch = torch.cat([prompt(), prompt(seed=2)])
     options = dict(eos_token_id=5, pad_token_id=0)
-    attached = generated(torch_target, batch, **options)
+    with_draft = generated(torch_target, batch, **options)
     assert draft.report.rounds and not draft.report.warnings
     detach_draft(torch_target)
-    assert torch.equal(attached, generated(torch_target, batch, **options))
+    assert torch.equal(with_draft, generated(torch_target, batch, **options))
 
 
 def test_an_assistant_of_the_call_has_priority(target, draft):
     plain = generated(target, prompt())
-    attached, given = attach_draft(target, draft), PromptLookupDraft()
+    ours, given = attach_draft(target, draft), PromptLookupDraft()
     assert torch.equal(generated(target, prompt(), assistant_model=given), plain)
-    assert given.report.rounds and attached.report is None
+    assert given.report.rounds and ours.report is None
     assert torch.equal(generated(target, prompt(), assistant_model=None), plain)  # the default of generate
-    assert attached.report.rounds
+    assert ours.report.rounds
 
 
 def test_attaching_again_replaces_the_draft(target, draft):
@@ -205,10 +209,10 @@ def test_pipelines_of_the_model_draft():
     target = byte_model()
     draft = attach_draft(target, PromptLookupDraft(shortest=1))
     pipe = pipeline("text-generation", model=target, tokenizer=byte_tokenizer())
-    attached = pipe("one two one", max_new_tokens=8, do_sample=False)
+    with_draft = pipe("one two one", max_new_tokens=8, do_sample=False)
     assert draft.report.rounds
     detach_draft(target)
-    assert pipe("one two one", max_new_tokens=8, do_sample=False) == attached
+    assert pipe("one two one", max_new_tokens=8, do_sample=False) == with_draft
 
 
 def test_what_cannot_be_attached(torch_target, draft, monkeypatch):
@@ -254,6 +258,27 @@ def test_a_draft_that_fails_does_not_end_the_attachment(target, draft, monkeypat
         assert "ZeroDivisionError" in draft.report.warnings[0]
     assert torch.equal(generated(target, prompt()), plain)
     assert not draft.report.warnings
+
+
+@pytest.mark.parametrize("where", ["check_request", "open_generation"])
+def test_an_exception_of_a_signal_handler_ends_the_call(torch_target, monkeypatch, where):
+    """It is not taken for a reason to go on without the draft."""
+
+    class OutOfTime(ValueError):
+        pass
+
+    def handler(*_):
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        attach_draft(torch_target, PromptLookupDraft())
+        module = attached if where == "check_request" else generate
+        monkeypatch.setattr(module, where, lambda *_: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(60))
+        with pytest.raises(OutOfTime):
+            generated(torch_target, prompt())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_generate_batch_says_that_it_uses_no_draft(torch_target, caplog):

@@ -22,6 +22,7 @@ from ..targets.engine import engine_of
 from . import wrapping
 from .assistants import draft_of
 from .generate import check_request, generate_with_draft
+from .loop import raised_by_signal
 from .refusal import CannotDraft
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,8 @@ def sample(model: Any, plainly: Callable[[], Any], arguments: dict[str, Any]) ->
         if draft.verification == "stock":
             raise CannotDraft("verification", 'verification="stock" needs assistant_model in the call.')
     except (ValueError, RuntimeError) as error:
+        if raised_by_signal(error):
+            raise
         _note(model, attachment, getattr(error, "kind", "target"), str(error))
         return plainly()
     try:

@@ -25,6 +25,7 @@ from ..targets.base import TextCache
 from ..targets.engine import engine_of
 from . import wrapping
 from .batch import joined, rows_of
+from .loop import raised_by_signal
 from .open import Request, open_generation
 from .refusal import CannotDraft
 from .self_check import check_transformers
@@ -225,6 +226,8 @@ def _run(
         try:
             decoder = stack.enter_context(open_generation(model, engine, request, draft))
         except ValueError as error:
+            if raised_by_signal(error):
+                raise
             raise CannotDraft("target", str(error)) from error
         decoder.run()
     return cache, decoder.report
