@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
+from dovetail_plugin import compat
+from dovetail_plugin.generation.attached import sample
 from dovetail_plugin.generation.generate import generate_plainly
 from dovetail_plugin.targets.base import Engine, TargetSession, TextCache
 from dovetail_plugin.tree import DraftTree, ancestor_mask
@@ -241,6 +243,9 @@ class StoredTarget(GenerationMixin):
         """Make no cache, because the engine makes its own."""
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        return generate_plainly(self, *args, **kwargs)
+        arguments = compat.bound_arguments(generate_plainly, (self, *args), kwargs, compat.LOOP_ARGUMENTS)
+        del arguments["model"]
+        return sample(self, lambda: generate_plainly(self, *args, **kwargs), arguments)
 
-    _beam_search = _sample  # `check_options` refuses beams
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        return generate_plainly(self, *args, **kwargs)  # `check_options` refuses beams

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .drafts.auto import AutoDraft
     from .drafts.base import Draft, Drafter
     from .drafts.config import DovetailConfig
     from .drafts.model import DovetailDraft
     from .drafts.prompt_lookup import PromptLookupDraft
     from .drafts.small_model import SmallModelDraft
     from .errors import DovetailError
+    from .generation.attached import attach_draft, detach_draft
     from .generation.generate import generate_with_draft
     from .generation.stock_loop import DovetailCandidateGenerator
     from .hf import is_registered, register, unregister
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .tree import DraftTree, TreeBudget
 
 __all__ = [
+    "AutoDraft",
     "DeviceSplitPolicy",
     "DovetailCandidateGenerator",
     "DovetailConfig",
@@ -43,6 +46,8 @@ __all__ = [
     "SmallModelDraft",
     "TreeBudget",
     "__version__",
+    "attach_draft",
+    "detach_draft",
     "generate_with_draft",
     "is_registered",
     "register",
@@ -50,6 +55,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "AutoDraft": "drafts.auto",
     "DeviceSplitPolicy": "policy.device_split",
     "DovetailCandidateGenerator": "generation.stock_loop",
     "DovetailConfig": "drafts.config",
@@ -62,6 +68,8 @@ _MODULE_OF = {
     "PromptLookupDraft": "drafts.prompt_lookup",
     "SmallModelDraft": "drafts.small_model",
     "TreeBudget": "tree",
+    "attach_draft": "generation.attached",
+    "detach_draft": "generation.attached",
     "generate_with_draft": "generation.generate",
     "is_registered": "hf",
     "register": "hf",

@@ -62,6 +62,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.pipelines import base as pipelines
 from transformers.utils import cached_file
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "LlamaRotaryEmbedding",
     "StaticCache",
     "apply_rotary_pos_emb",
+    "pipelines",
 ]
 
 logger = logging.getLogger(__name__)
@@ -97,8 +99,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "stopping_criteria",
         "generation_config",
     ),
+    "GenerationMixin.generate_batch": ("inputs",),
+    "pipelines.load_assistant_model": ("model", "assistant_model", "assistant_tokenizer"),
     "GenerationMixin._get_candidate_generator": ("generation_config", "logits_processor", "assistant_model"),
-    # overridden by `adapters.stored_target.StoredTarget`
+    # also overridden by `adapters.stored_target.StoredTarget`
     "GenerationMixin._sample": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
     "GenerationMixin._beam_search": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),
     "GenerationMixin._prepare_cache_for_generation": ("generation_config", "model_kwargs"),
@@ -162,8 +166,23 @@ def missing_names() -> list[str]:
 # --- arguments of generate and forward -----------------------------------------------------------------
 
 
-def bound_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+MODE_ARGUMENTS = ("self", "generation_mode", "generation_config", "generation_mode_kwargs")
+LOOP_ARGUMENTS = ("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config")
+CANDIDATE_ARGUMENTS = ("self", "generation_config", "input_ids", "inputs_tensor", "logits_processor", "model_kwargs")
+PIPELINE_ARGUMENTS = ("model", "assistant_model", "assistant_tokenizer")
+"""Parameters of the functions that `hf.py` wraps, in their order."""
+
+
+def bound_arguments(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], order: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the arguments of a call by name, as `function`'s signature binds them; extra keywords are merged in.
+
+    Args:
+        function: that is called, perhaps a wrapper that hides the names of its parameters.
+        args: by position.
+        kwargs: by name.
+        order: names of those arguments by position that the signature does not name.
 
     Raises:
         TypeError: the call does not fit the signature.
@@ -173,7 +192,20 @@ def bound_arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: d
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            rest = arguments.pop(name, ())
+            arguments |= dict(zip(order[len(args) - len(rest) :], rest, strict=False))
     return arguments
+
+
+def not_sampling(mode: Any) -> tuple[str, str] | None:
+    """Return (kind, reason) why a mode of `generate` runs another loop than greedy search and sampling, or None."""
+    name = getattr(mode, "value", str(mode))
+    if name in ("greedy_search", "sample"):
+        return None
+    if name == "assisted_generation":
+        return name, "the call asks for another way of drafting (prompt_lookup_num_tokens, for example)."
+    return name, f"drafting works with greedy search and sampling, and the call asks for {name.replace('_', ' ')}."
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:
@@ -309,6 +341,26 @@ def ends_one_by_one(criteria: StoppingCriteriaList) -> bool:
     return any(isinstance(c, EosTokenCriteria) for c in criteria) or all(
         isinstance(c, MaxLengthCriteria) for c in criteria
     )
+
+
+OF_OTHER_DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type")
+"""Options of `generate` that ask for another way of drafting."""
+
+OF_ASSISTANTS = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "max_matching_ngram_size",
+)
+"""Options of `generate` for transformers' own assisted loop."""
+
+
+def options_set(config: GenerationConfig, names: Sequence[str]) -> list[str]:
+    """Return those options of a prepared config whose value is not the default."""
+    defaults = config._get_default_generation_params()
+    return [n for n in names if getattr(config, n, None) not in (None, False, defaults.get(n))]
 
 
 def mask_length(config: GenerationConfig, default: int) -> int:

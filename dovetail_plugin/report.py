@@ -78,7 +78,7 @@ class GenerationReport:
         probe_s: seconds of measuring the machine, which happens once for each target, draft and machine.
         decode_s: seconds of all rounds.
         rounds: one `Round` for each verification pass.
-        warnings: the reasons why drafting stopped, if it did.
+        warnings: the reasons why drafting stopped or did not begin, if so.
         clock: seconds of the phases, summed over the rounds.
     """
 
@@ -115,6 +115,8 @@ class GenerationReport:
 
     def summary(self) -> str:
         """Return three lines: time and tokens of a round, what limited the speed, and what would help."""
+        if not self.rounds and self.warnings:
+            return "\n".join(["No rounds were run.", *self.warnings])
         if not self.rounds:
             return "No rounds were run: the prompt pass gave the only new token, if any."
         seconds = self.phase_seconds

@@ -16,10 +16,9 @@ from support.faults import Said, at_most
 from transformers import AutoModelForCausalLM
 
 import dovetail_plugin
-from dovetail_plugin import DovetailConfig, DovetailDraft, DovetailError
+from dovetail_plugin import AutoDraft, DovetailConfig, DovetailDraft, DovetailError
 from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
 from dovetail_plugin.drafts.checkpoints.read import UnknownFormat
-from dovetail_plugin.drafts.known_pairs import load_draft
 from dovetail_plugin.errors import InputError, MissingFileError
 from dovetail_plugin.planning.draft_config import load_draft_config
 
@@ -513,7 +512,7 @@ def test_a_small_language_model_is_not_read_as_a_draft(tmp_path, monkeypatch):
     assert raised.value.is_language_model
     (tmp_path / WEIGHTS).rename(tmp_path / "weights")
     with pytest.raises(OSError, match="has no weights"):
-        load_draft(str(tmp_path))
+        AutoDraft.from_pretrained(str(tmp_path))
 
 
 def test_a_target_of_another_size_is_an_input_error(saved):

@@ -60,7 +60,7 @@ def test_hub_options_reach_model_tokenizer_and_draft(monkeypatch):
     calls = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", functools.partial(record, calls, "target"))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", functools.partial(record, calls, "tokenizer"))
-    monkeypatch.setattr(loading.known_pairs, "load_draft", functools.partial(record, calls, "draft"))
+    monkeypatch.setattr(loading.AutoDraft, "from_pretrained", functools.partial(record, calls, "draft"))
     monkeypatch.setattr(loading, "read_config", functools.partial(record, calls, "draft config"))
     args = parse(generate, "--target", "t", "--draft", "d", *HUB, "--trust-remote-code")
     loading.load_target(args)
@@ -151,7 +151,7 @@ def test_vram_places_target_and_draft_by_the_plan(here, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     args = parse(generate, *PAIR, "--vram", "4GiB")
     target = loading.load_target(args)
-    draft = loading.known_pairs.load_draft("draft", device_map="cpu")
+    draft = loading.AutoDraft.from_pretrained("draft", device_map="cpu")
     loading.place_by_plan(args, target, draft)
     (plan,) = applied
     assert plan.draft_device == "gpu" and plan.gpu_layers

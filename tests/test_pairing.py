@@ -10,10 +10,10 @@ from support import checkpoints
 from support.bundled import DRAFT, TARGET
 from transformers import AutoConfig, LlamaConfig
 
-from dovetail_plugin import DovetailDraft, PromptLookupDraft, SmallModelDraft
+from dovetail_plugin import AutoDraft, DovetailDraft, PromptLookupDraft, SmallModelDraft
 from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.convert import write_draft
-from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for, load_draft
+from dovetail_plugin.drafts.known_pairs import CONFIG_FIELD, KNOWN, LOOKUP, draft_name_for
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
 
@@ -98,13 +98,13 @@ def test_known_pairs():
 
 
 def test_whatever_is_named_is_loaded(tmp_path):
-    assert isinstance(load_draft(LOOKUP), PromptLookupDraft)
-    assert isinstance(load_draft(str(DRAFT)), DovetailDraft)
-    assert isinstance(load_draft(str(TARGET)), SmallModelDraft)
+    assert isinstance(AutoDraft.from_pretrained(LOOKUP), PromptLookupDraft)
+    assert isinstance(AutoDraft.from_pretrained(str(DRAFT)), DovetailDraft)
+    assert isinstance(AutoDraft.from_pretrained(str(TARGET)), SmallModelDraft)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="unknown: its model_type is 'bert'"):
-        load_draft(str(tmp_path))
+        AutoDraft.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize("draft", [LOOKUP, str(TARGET)])
@@ -114,7 +114,7 @@ def test_texts_with_loaded_drafts(draft, tmp_path):
     bundled = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
     options = {"max_new_tokens": 24, "do_sample": False}
     plain = bundled.generate(prompt(20), **options)
-    assistant = load_draft(draft, dtype=torch.float32)
+    assistant = AutoDraft.from_pretrained(draft, dtype=torch.float32)
     assert torch.equal(bundled.generate(prompt(20), assistant_model=assistant, **options), plain)
 
 

@@ -1,6 +1,7 @@
 """One policy in several threads: nobody waits for another's measurement, and nothing shared changes under a reader."""
 
 import copy
+import pickle
 import threading
 from contextlib import ExitStack
 
@@ -191,19 +192,12 @@ def test_gains_are_of_one_state(monkeypatch):
     assert not np.array_equal(lookahead.gains(likely, prices), before)
 
 
-def test_a_policy_is_copied_while_another_thread_measures(policy):
-    """As evaluation tools copy a draft for every request."""
-    with workers(1) as (other,):
-
-        class Busy:
-            """A latency model during whose copy another pair is measured."""
-
-            def __deepcopy__(self, memo):
-                other(planner(policy, "b").prepare, lambda _: MEASURED)
-                return Busy()
-
-        policy.costs["busy"] = Busy()
-        copied = copy.deepcopy(policy)
-    assert copied.costs.keys() == {"busy"} and policy.costs.keys() == {"busy", "b"}
-    assert planner(copied).prepare(lambda _: MEASURED) == MEASURED
-    assert planner(copied).plan(PROMPT, TreeBudget(5, 2, 2)).judge is not None
+def test_a_copy_of_a_policy_starts_anew(policy):
+    """As evaluation tools copy a draft for every request: settings go along, measurements stay."""
+    policy.limits = TreeBudget(5, 2, 2)
+    planner(policy).prepare(lambda _: MEASURED)
+    assert policy.costs
+    for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert not copied.costs and not copied.switches and copied.limits == policy.limits
+        assert planner(copied).prepare(lambda _: MEASURED) == MEASURED
+        assert planner(copied).plan(PROMPT, TreeBudget(5, 2, 2)).judge is not None

@@ -82,6 +82,11 @@ def test_summary_without_rounds(new_tokens):
     assert (report.acceptance_length, report.nodes_per_round) == (0.0, 0.0)
 
 
+def test_summary_says_why_no_draft_ran():
+    report = GenerationReport(warnings=["no draft ran: drafting needs the key/value cache."])
+    assert report.summary().splitlines() == ["No rounds were run.", *report.warnings]
+
+
 def test_summary_of_rounds_that_took_no_time():
     """A clock with a coarse resolution can report zero seconds."""
     summary = report_of(DRAFTED, prefill_s=0.0).summary()

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..drafts import known_pairs
+from ..drafts.auto import AutoDraft
 from ..drafts.base import Draft
 from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
@@ -127,14 +127,14 @@ def load_draft(args: argparse.Namespace, target_config: PretrainedConfig) -> Dra
     if args.draft is not None:
         if args.draft != LOOKUP:
             check_model("--draft", args.draft, read_config, **hub)
-        return known_pairs.load_draft(args.draft, **options)
+        return AutoDraft.from_pretrained(args.draft, **options)
     name, why = draft_name_for(target_config)
     print(f"--draft not given: taking {name} ({why})", file=sys.stderr)
     try:
-        return known_pairs.load_draft(name, **options)
+        return AutoDraft.from_pretrained(name, **options)
     except OSError as error:
         print(f"{name} cannot be loaded, looking up the text instead: {error}", file=sys.stderr)
-        return known_pairs.load_draft(LOOKUP)
+        return AutoDraft.from_pretrained(LOOKUP)
 
 
 def check_device(args: argparse.Namespace) -> None:

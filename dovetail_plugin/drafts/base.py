@@ -4,22 +4,27 @@ Generation works with these two classes alone. To add a draft, subclass both and
 docs/developer/add-a-draft.md. A draft knows nothing of how its target runs, and never sees the target's logits.
 """
 
+import copy
 import difflib
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from inspect import getattr_static
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..errors import InputError
 from ..report import GenerationReport, PhaseClock
 from ..targets.base import Engine, TargetModel
 from ..tree import DraftTree, TreeBudget
+
+MADE_POLICY = "_made_policy"
+"""Attribute of a draft: the policy that its first generation made, because nobody had set one."""
 
 DRAFT_ROWS = 1024
 """Rows that a draft's cache has room for beyond the prompt. The cache doubles when they are used up."""
@@ -145,10 +150,13 @@ class Setting(Generic[Value]):
             raise
 
 
-def without_references(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a draft's state without weak references and locks, for copies and pickles."""
+def without_traces(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a draft's state without what belongs to this process or came from generations, for copies and pickles."""
     of_this_process = (weakref.ref, weakref.WeakKeyDictionary, type(threading.RLock()))
-    return {k: v for k, v in state.items() if not isinstance(v, of_this_process)}
+    left_out = {MADE_POLICY, "report"}
+    if state.get("policy") is state.get(MADE_POLICY):
+        left_out.add("policy")
+    return {k: v for k, v in state.items() if k not in left_out and not isinstance(v, of_this_process)}
 
 
 def one_of(*names: str) -> Callable[[Any, Any], str | None]:
@@ -185,6 +193,7 @@ class Draft(ABC):
         budget: `TreeBudget` of every round; None lets the policy choose each round's.
         policy: the `DeviceSplitPolicy` that chooses budgets. Drafts on one machine may share one. The first
             generation creates one if it is None.
+        layout: what the draft was read from, a key of `auto.LAYOUTS`; None for a draft that was made here.
         verification: `"tree"` (Dovetail's loop inside `generate`) or `"stock"` (transformers' assisted loop, which
             verifies chains; transformers 5.8 or later).
         supports_stock_loop: whether `verification="stock"` is possible.
@@ -195,6 +204,7 @@ class Draft(ABC):
     policy: Setting[Any] = Setting(None, _check_policy)
     verification: Setting[Literal["tree", "stock"]] = Setting("tree", _check_verification)
     report: GenerationReport | None = None
+    layout: str | None = None
     supports_stock_loop: ClassVar[bool] = False
     supports_placement: ClassVar[bool] = False
 
@@ -211,8 +221,25 @@ class Draft(ABC):
                 setattr(cls, name, setting)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process: targets that were met, and drafters of conversations."""
-        return without_references(self.__dict__)
+        """Leave out what generations left here: targets, drafters of conversations, report, policy.
+
+        So copies and pickles hold no text and no tensor of a target, and calls of `generate` do not change them. The
+        draft that is made from them has to meet a target first.
+        """
+        return without_traces(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Draft":
+        """Copy what a pickle holds, and share the policy, so that a copy for each request measures nothing again."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        if self.policy is not None:
+            memo[id(self.policy)] = self.policy
+        state = copy.deepcopy(self.__getstate__(), memo)
+        if hasattr(copied, "__setstate__"):  # of torch's modules
+            copied.__setstate__(state)
+        else:
+            copied.__dict__.update(state)
+        copied.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("policy", MADE_POLICY)})
+        return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in self.__dict__ and not hasattr(type(self), name):
@@ -246,6 +273,17 @@ class Draft(ABC):
     def num_parameters(self) -> int:
         """Return the number of weights that the draft brings itself."""
         return 0
+
+    def generate(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse: a draft proposes tokens, and its target generates.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"a {type(self).__name__} does not generate by itself. Call target.generate(..., assistant_model=draft), "
+            "or attach_draft(target, draft) and then target.generate(...)."
+        )
 
     def check_target(self, target: TargetModel) -> None:  # noqa: B027 - a draft may fit any target
         """Refuse a target that this draft cannot propose tokens for. Runs before any other work.

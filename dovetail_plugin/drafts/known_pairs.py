@@ -1,21 +1,14 @@
-"""Finds a draft for a target, and loads drafts of any kind by name.
+"""Finds a draft for a target by name; `auto.py` loads it.
 
-`draft_name_for` takes a target's config and looks in the config itself and in a table of published drafts. `load_draft`
-takes a name and returns a `Draft`. The table contains hub ids only; the drafts are not part of this package and have
-their own licenses.
+`draft_name_for` takes a target's config and looks in the config itself and in a table of published drafts. The table
+contains hub ids only; the drafts are not part of this package and have their own licenses.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PretrainedConfig
 
-from .base import Draft
-from .checkpoints.read import UnknownFormat
 from .compatibility import short_name
-from .model import DovetailDraft
-from .prompt_lookup import PromptLookupDraft
-from .small_model import SmallModelDraft
 
 LOOKUP = "lookup"
 """Name of `PromptLookupDraft`, which has no checkpoint."""
@@ -68,24 +61,3 @@ def draft_name_for(config: PretrainedConfig) -> tuple[str, str]:
         if own and short_name(pair.target) == own:
             return pair.draft, f"a published {pair.format} head for {pair.target}, license: {pair.license}"
     return LOOKUP, "no draft is known for this target; `dovetail train` makes one"
-
-
-def load_draft(name: str, **kwargs: Any) -> Draft:
-    """Load a draft of any known format, a small language model, or `LOOKUP`.
-
-    Args:
-        name: directory, hub id or `LOOKUP`.
-        kwargs: arguments of `from_pretrained`, for example `dtype` and `device_map`.
-
-    Raises:
-        ValueError: see `DovetailDraft.from_pretrained` and `SmallModelDraft.from_pretrained`.
-        OSError: there is no such directory or hub repository.
-    """
-    if name == LOOKUP:
-        return PromptLookupDraft()
-    try:
-        return DovetailDraft.from_pretrained(name, **kwargs)
-    except UnknownFormat as error:
-        if not error.is_language_model:
-            raise
-    return SmallModelDraft.from_pretrained(name, **kwargs)

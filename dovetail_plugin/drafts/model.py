@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..report import PhaseClock
 from ..targets.base import Engine, Tables, TargetModel
 from ..targets.engine import engine_of
-from .base import Draft, Drafter, Setting, one_of, without_references
+from .base import Draft, Drafter, Setting, one_of, without_traces
 from .checkpoints.load import (
     check_loaded,
     check_stored,
@@ -96,8 +96,12 @@ class DovetailDraft(DraftNetwork, Draft):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process, which torch's own method would keep."""
-        return without_references(super().__getstate__())
+        """Leave out what generations left here (see `Draft.__getstate__`) and the tables that the target lent."""
+        state = without_traces(super().__getstate__())
+        state["_rope"] = None  # a table of the positions that the latest text had
+        borrowed = state["_non_persistent_buffers_set"]
+        state["_buffers"] = {k: None if k in borrowed else v for k, v in state["_buffers"].items()}
+        return state
 
     # --- the target's tables -------------------------------------------------------------------
 
@@ -233,13 +237,14 @@ class DovetailDraft(DraftNetwork, Draft):
         settings = {name: kwargs.pop(name) for name in list(kwargs) if cls._is_setting(name)}
         kwargs.setdefault("dtype", "auto")
         name, source, order = pretrained_model_name_or_path, [pretrained_model_name_or_path], None
+        layout = None
         if name is not None and "state_dict" not in kwargs:
             opened = open_checkpoint(str(name), kwargs)
             with torch.device("meta"):
                 expected = cls(copy.deepcopy(opened.config)).state_dict()
             check_stored(opened, expected)
             order = token_order(opened, kwargs)
-            source = [None]
+            source, layout = [None], opened.kind
             kwargs |= loading_arguments(opened)
         draft, info = super().from_pretrained(
             *source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -247,7 +252,7 @@ class DovetailDraft(DraftNetwork, Draft):
         check_loaded(name, info)
         if name is not None:
             draft.name_or_path = draft.config.name_or_path = str(name)
-        draft.token_order = order
+        draft.token_order, draft.layout = order, layout
         if kwargs["dtype"] == "auto":
             draft.to(dtype_for(draft.dtype, draft.device))
         for setting, value in settings.items():

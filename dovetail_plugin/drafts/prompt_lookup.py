@@ -141,6 +141,8 @@ class PromptLookupDraft(Draft):
         ValueError: `shortest` is below 1 or above `longest`.
     """
 
+    layout = "lookup"
+
     def __init__(self, *, longest: int = 4, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(f"shortest must be between 1 and longest ({longest}), got {shortest}.")

@@ -245,7 +245,9 @@ class SmallModelDraft(Draft):
         if "trust_remote_code" in kwargs:
             source["trust_remote_code"] = kwargs["trust_remote_code"]
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(model, vocabulary_of(pretrained_model_name_or_path, **source))
+        draft = cls(model, vocabulary_of(pretrained_model_name_or_path, **source))
+        draft.layout = "language model"
+        return draft
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from .. import compat
 from ..cache import cache_of_sequence, join_caches
 from ..report import GenerationReport
+from .refusal import CannotDraft
 from .text import Text
 
 
@@ -43,14 +44,15 @@ def rows_of(input_ids: Tensor, processors: LogitsProcessorList, model_kwargs: di
         model_kwargs: of the batch.
 
     Raises:
-        ValueError: an argument cannot be divided among the sequences, for example the patches of several images.
+        CannotDraft: an argument cannot be divided among the sequences, for example the patches of several images.
     """
     batch = input_ids.shape[0]
     for name, value in model_kwargs.items():
         if isinstance(value, Tensor) and _batch_dimension(name, value, batch) is None:
-            raise ValueError(
+            raise CannotDraft(
+                "batch",
                 f"{name} of shape {tuple(value.shape)} cannot be divided among the {batch} sequences of the batch. "
-                "Call generate once for each sequence, or leave out assistant_model."
+                "Call generate once for each sequence, or leave out assistant_model.",
             )
     for index in range(batch):
         kwargs = dict(model_kwargs)

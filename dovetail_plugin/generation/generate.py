@@ -4,6 +4,9 @@
 `open.py` prepares the generation and `loop.py` runs it.
 """
 
+import functools
+import logging
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -20,10 +23,15 @@ from ..drafts.base import Draft
 from ..report import GenerationReport, joined_report
 from ..targets.base import TextCache
 from ..targets.engine import engine_of
+from . import wrapping
 from .batch import joined, rows_of
+from .loop import raised_by_signal
 from .open import Request, open_generation
+from .refusal import CannotDraft
 from .self_check import check_transformers
 from .text import Text
+
+logger = logging.getLogger(__name__)
 
 NOT_FOR_FORWARD = ("inputs_tensor", "tokenizer", "assistant_tokenizer")
 """Arguments that `generate` hands on although it has used them itself. All others go to the model's passes."""
@@ -45,11 +53,27 @@ def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
             f'verification="stock" works with transformers\' own models, not with a {type(model).__name__}. Use "tree".'
         )
     check_options(config)
+    if other := compat.options_set(config, compat.OF_OTHER_DRAFTS):
+        raise CannotDraft(
+            other[0], f"{other[0]} asks for another way of drafting. Leave it out, or leave out the draft."
+        )
+    if ignored := compat.options_set(config, compat.OF_ASSISTANTS):
+        _warn_of_ignored(", ".join(ignored))
+
+
+@functools.cache
+def _warn_of_ignored(names: str) -> None:
+    """Say once that options have no effect."""
+    logger.warning(
+        "%s have no effect with a draft of Dovetail, whose policy chooses the number of drafted tokens. Set "
+        "draft.budget = TreeBudget(...) to choose it yourself.",
+        names,
+    )
 
 
 def _door(draft: Draft) -> dict[str, Any]:
     """Return the arguments by which `generate` uses a draft: as an assistant once `hf.py` has wrapped its methods."""
-    if hasattr(GenerationMixin._assisted_decoding, "__wrapped__"):
+    if wrapping.in_effect((GenerationMixin, "_assisted_decoding"), Draft):
         return {"assistant_model": draft}
     return {"custom_generate": generate_with_draft, "draft": draft}
 
@@ -61,25 +85,33 @@ def check_options(config: GenerationConfig) -> None:
         ValueError: names the option.
     """
     if config.use_cache is False:
-        raise ValueError("drafting needs the key/value cache. Leave out use_cache=False.")
+        raise CannotDraft("use_cache", "drafting needs the key/value cache. Leave out use_cache=False.")
     if config.num_beams > 1:
-        raise ValueError(f"drafting works with greedy search and sampling, not with num_beams={config.num_beams}.")
+        raise CannotDraft(
+            "num_beams", f"drafting works with greedy search and sampling, not with num_beams={config.num_beams}."
+        )
     if getattr(config, "dola_layers", None) is not None:
-        raise ValueError("drafting gives the text of greedy search or sampling, not of DoLa. Leave out dola_layers.")
+        raise CannotDraft(
+            "dola_layers",
+            "drafting gives the text of greedy search or sampling, not of DoLa. Leave out dola_layers.",
+        )
     if getattr(config, "assistant_ensemble_weight", None) is not None:
-        raise ValueError(
+        raise CannotDraft(
+            "assistant_ensemble_weight",
             "assistant_ensemble_weight mixes the assistant's probabilities into the target's. Drafting gives the text "
-            "of the target alone. Leave it out."
+            "of the target alone. Leave it out.",
         )
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
+        raise CannotDraft(
+            "cache_implementation",
             f"drafting brings its own preallocated cache. Leave out cache_implementation="
-            f"{config.cache_implementation!r}."
+            f"{config.cache_implementation!r}.",
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        raise ValueError(
+        raise CannotDraft(
+            "output_attentions",
             "output_attentions and output_hidden_states are not available with a draft. Generate without "
-            "assistant_model, or run the finished sequence through the model once."
+            "assistant_model, or run the finished sequence through the model once.",
         )
 
 
@@ -165,11 +197,12 @@ def _generate(
             return text.ids.clone()
         return compat.output_of_generate(text.ids.clone(), text.scores, text.logits, cache, report)
     if streamer is not None:
-        raise ValueError(f"a streamer takes one sequence, not a batch of {input_ids.shape[0]}.")
+        raise CannotDraft("streamer", f"a streamer takes one sequence, not a batch of {input_ids.shape[0]}.")
     if not compat.ends_one_by_one(criteria):
-        raise ValueError(
+        raise CannotDraft(
+            "batch",
             "without an end token, the sequences of a batch go on until all have stopped. Pass eos_token_id, or call "
-            "generate once for each sequence."
+            "generate once for each sequence.",
         )
     given = compat.take_cache(dict(model_kwargs))
     texts, caches, reports = [], [], []
@@ -200,22 +233,33 @@ def _run(
         attention_mask=attention_mask,
         model_kwargs={k: v for k, v in model_kwargs.items() if v is not None},
     )
-    with open_generation(model, engine, request, draft) as decoder:
+    with ExitStack() as stack:
+        try:
+            decoder = stack.enter_context(open_generation(model, engine, request, draft))
+        except ValueError as error:
+            if raised_by_signal(error):
+                raise
+            raise CannotDraft("target", str(error)) from error
         decoder.run()
     return cache, decoder.report
 
 
 def _check_prompt(model: Any, input_ids: Tensor, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
     if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("drafting needs the prompt's tokens. Pass input_ids instead of inputs_embeds.")
+        raise CannotDraft(
+            "inputs_embeds", "drafting needs the prompt's tokens. Pass input_ids instead of inputs_embeds."
+        )
     if input_ids.shape[1] == 0:
-        raise ValueError("the prompt is empty. Drafting needs at least one token.")
+        raise CannotDraft("prompt", "the prompt is empty. Drafting needs at least one token.")
     if synced_gpus:
-        raise ValueError("drafting does not support synced_gpus (DeepSpeed ZeRO-3 or FSDP over several GPUs).")
+        raise CannotDraft(
+            "synced_gpus", "drafting does not support synced_gpus (DeepSpeed ZeRO-3 or FSDP over several GPUs)."
+        )
     positions = engine_of(model).position_limit
     if positions is not None and input_ids.shape[1] > positions:
-        raise ValueError(
-            f"the prompt has {input_ids.shape[1]} tokens but the target has {positions} positions. Shorten it."
+        raise CannotDraft(
+            "prompt",
+            f"the prompt has {input_ids.shape[1]} tokens but the target has {positions} positions. Shorten it.",
         )
 
 
@@ -235,7 +279,8 @@ def _cached_tokens(length: int, cache: TextCache, attention_mask: Tensor | None,
     covered = attention_mask.shape[1] if attention_mask is not None else compat.mask_length(config, length)
     cached = past if covered == length else 0
     if cached >= length > 0 and past:
-        raise ValueError(
-            f"the cache holds {past} tokens and input_ids has {length}, so there is no new token to start from."
+        raise CannotDraft(
+            "cache",
+            f"the cache holds {past} tokens and input_ids has {length}, so there is no new token to start from.",
         )
     return cached

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..drafts.base import DRAFT_ROWS, Draft, Drafter
+from ..drafts.base import DRAFT_ROWS, MADE_POLICY, Draft, Drafter
 from ..drafts.identity import config_identity
 from ..machine import thread_count
 from ..policy import DeviceSplitPolicy, records
@@ -146,7 +146,7 @@ def policy_of(draft: Draft) -> Any:
     """Return the draft's policy. The first call makes one; threads that call at once get the same."""
     with _lock:
         if draft.policy is None:
-            draft.policy = DeviceSplitPolicy()
+            draft.policy = draft.__dict__[MADE_POLICY] = DeviceSplitPolicy()
         return draft.policy
 
 

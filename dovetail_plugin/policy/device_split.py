@@ -76,24 +76,23 @@ class DeviceSplitPolicy:
         self.ram_budget_bytes = machine.memory_bytes() if ram_budget is None else parse_bytes(ram_budget)
         self.limits, self.threads, self.settings = limits, threads, settings or PolicySettings()
         self.measured_in = Path(measured_in) if measured_in is not None else records.default_directory()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Make what generations of this process share: measurements, a lock, and the keys that one is measuring."""
         self.costs: dict[str, CostModel] = {}
         self.switches: dict[tuple[str, float], DraftingSwitch] = {}
-        self._share()
-
-    def _share(self) -> None:
-        """Make what generations of this process share: a lock, and the keys that one of them is measuring."""
         self._lock = threading.RLock()
         self._measuring: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process, so that a policy can be copied with its draft and what it learned."""
-        with self._lock:  # other threads may be adding to the dictionaries
-            copied = {"costs": dict(self.costs), "switches": dict(self.switches)}
-            return {name: value for name, value in vars(self).items() if name not in ("_lock", "_measuring")} | copied
+        """Leave out what generations of this process share, so that copies of a draft do not depend on what it did."""
+        shared = ("costs", "switches", "_lock", "_measuring")
+        return {name: value for name, value in vars(self).items() if name not in shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._share()
+        self._start_anew()
 
     def plan(
         self, target: str | PretrainedConfig, draft: str | PretrainedConfig | None = None, **options: Any

@@ -50,6 +50,7 @@ class Opened:
         stand_ins: tensors on the meta device, under the names that `DovetailDraft` uses.
         weights: the weight files.
         stored: content of config.json if it has the format of another project, otherwise None.
+        kind: format: "dovetail", or one of `read.py`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Opened:
     stand_ins: dict[str, Tensor]
     weights: Weights
     stored: dict[str, Any] | None
+    kind: str
 
 
 def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
@@ -72,6 +74,7 @@ def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
         MissingFileError: there is no such checkpoint, or it has no weights.
     """
     hub, config, stored = hub_arguments(arguments), arguments.get("config"), None
+    kind = DovetailConfig.model_type
     if not isinstance(config, DovetailConfig):
         content = read_config(name, **hub)
         if content.get("model_type") == DovetailConfig.model_type:
@@ -84,7 +87,7 @@ def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
     stand_ins = weights.stand_ins
     if stored is not None:
         translated = translate(name, stored, own_names(stand_ins))
-        config, stand_ins = translated.config, translated.tensors
+        config, stand_ins, kind = translated.config, translated.tensors, translated.kind
     assert isinstance(config, DovetailConfig)
     blocks = len({key.split(".")[1] for key in stand_ins if key.startswith("layers.")})
     if config.num_hidden_layers > blocks:
@@ -92,7 +95,7 @@ def open_checkpoint(name: str, arguments: dict[str, Any]) -> Opened:
             f"{name} is not a complete Dovetail draft. Its config has num_hidden_layers={config.num_hidden_layers}, "
             f"and its weights have {blocks} blocks. Download the checkpoint again."
         )
-    return Opened(name, config, stand_ins, weights, stored)
+    return Opened(name, config, stand_ins, weights, stored, kind)
 
 
 def loading_arguments(opened: Opened) -> dict[str, Any]:
