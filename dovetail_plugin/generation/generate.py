@@ -28,6 +28,10 @@ from .text import Text
 NOT_FOR_FORWARD = ("inputs_tensor", "tokenizer", "assistant_tokenizer")
 """Arguments that `generate` hands on although it has used them itself. All others go to the model's passes."""
 
+FULL_CACHE = "dynamic_full"
+"""Before 5.24, `generate` makes a cache of this kind for every assistant: with all rows of layers that have a window,
+because transformers' own loop could not take rows back. A caller cannot name it together with a cache."""
+
 
 def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
     """Check everything that does not depend on the prompt.
@@ -64,7 +68,7 @@ def check_options(config: GenerationConfig) -> None:
         raise ValueError("drafting needs the key/value cache. Leave out use_cache=False.")
     if config.num_beams > 1:
         raise ValueError(f"drafting works with greedy search and sampling, not with num_beams={config.num_beams}.")
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+    if config.cache_implementation not in (None, "dynamic", FULL_CACHE):
         raise ValueError(
             f"drafting brings its own preallocated cache. Leave out cache_implementation="
             f"{config.cache_implementation!r}."
@@ -183,7 +187,10 @@ def _run(
 ) -> tuple[Any, GenerationReport]:
     """Generate one text. Return its cache and the report."""
     engine = engine_of(model)
-    cache = engine.cache(compat.take_cache(model_kwargs))
+    given = compat.take_cache(model_kwargs)
+    if config.cache_implementation == FULL_CACHE:
+        given = None
+    cache = engine.cache(given)
     attention_mask = model_kwargs.get("attention_mask")
     request = Request(
         text,
