@@ -131,7 +131,7 @@ def test_only_calls_that_ask_for_an_assistant_are_drafted(llama, wrapped):
 
 def test_a_call_with_another_text_fails(llama, wrapped, monkeypatch):
     wrapper = wrapped("lookup", everywhere=True)
-    monkeypatch.setattr(wrapper, "_drafted", lambda _model, arguments, _plain: arguments["inputs"])
+    monkeypatch.setattr(wrapper, "_drafted", lambda _model, arguments, _compared: (arguments["inputs"], False))
     with pytest.raises(AssertionError, match="tokens differ"):
         llama.generate(prompt(), max_new_tokens=4, do_sample=False)
     assert len(wrapper.calls.faults) == 1

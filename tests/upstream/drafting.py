@@ -1,7 +1,7 @@
 """Wraps `GenerationMixin.generate`, so that calls of transformers' tests are drafted.
 
-A drafted call is first run plainly on copies of its arguments, and its tokens, scores, logits and cache are compared
-with the plain ones. A call that is refused runs as the test wrote it. What became of each call is recorded.
+A drafted call is repeated plainly on copies of its arguments. Its tokens, scores, logits and cache are compared with
+the plain ones. A call that is refused runs as the test wrote it. What became of each call is recorded.
 """
 
 import copy
@@ -93,12 +93,12 @@ class Wrapper:
         if self._kind is None or not (asks or self._everywhere):
             return self._original(model, **arguments)
         plain_arguments = without_assistant(arguments)
-        plain = self._plain(model, plain_arguments)
+        copies, generator = copies_of(plain_arguments), torch.get_rng_state()
         passes: list[int] = []
         try:
             draft = self._draft_for(model, arguments.get("assistant_model"))
             with passes_of(model) as passes:
-                output = self._drafted(model, plain_arguments | {"assistant_model": draft}, plain)
+                output, trimmed = self._drafted(model, plain_arguments | {"assistant_model": draft}, copies is not None)
         except Exception as error:
             if not is_refusal(error, passes):
                 raise
@@ -107,39 +107,36 @@ class Wrapper:
         self.calls.drafted += 1
         if draft.report is not None:
             self.calls.faults += draft.report.warnings
-        if plain is not None:
-            self.calls.compared += 1
-            if difference := difference_of(
-                plain, output, same_draws=not draws_for_several(model, plain_arguments, output)
-            ):
-                self.calls.faults.append(difference)
-                raise AssertionError(difference)
+        if copies is not None:
+            self._compare(model, copies, generator, output, trimmed)
         return output
 
-    def _plain(self, model: Any, arguments: dict[str, Any]) -> Any:
-        """The result of plain generation, or None where it fails or its arguments cannot be copied."""
+    def _drafted(self, model: Any, arguments: dict[str, Any], compared: bool) -> tuple[Any, bool]:
+        """Generate with a draft. If it is refused for its states, and these can come from elsewhere, without them."""
         try:
-            copies = {name: copy.deepcopy(value) for name, value in arguments.items()}
-            if copies.get("cache_implementation") == FULL_CACHE:
-                del copies["cache_implementation"]
-            with torch.random.fork_rng(devices=[]):
-                return self._original(model, **copies)
-        except Exception:  # the test may expect it, and the call itself comes next
-            return None
-
-    def _drafted(self, model: Any, arguments: dict[str, Any], plain: Any) -> Any:
-        """Generate with a draft; states that it does not have are those of plain generation."""
-        try:
-            return self._original(model, **arguments)
+            return self._original(model, **arguments), False
         except ValueError as error:
-            if plain is None or not str(error).startswith("output_attentions and output_hidden_states"):
+            if not compared or not str(error).startswith("output_attentions and output_hidden_states"):
                 raise
-        states = {f"output_{name}": False for name in STATES}
-        output = self._original(model, **arguments | states)
-        for name in STATES:
-            setattr(output, name, getattr(plain, name))
-        self.calls.without_states += 1
-        return output
+        return self._original(model, **arguments | {f"output_{name}": False for name in STATES}), True
+
+    def _compare(self, model: Any, arguments: dict[str, Any], generator: Tensor, output: Any, trimmed: bool) -> None:
+        """Generate plainly with the same random numbers, and compare.
+
+        Raises:
+            AssertionError: the results differ.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator)
+            plain = self._original(model, **arguments)
+        self.calls.compared += 1
+        if trimmed:
+            self.calls.without_states += 1
+            for name in STATES:
+                setattr(output, name, getattr(plain, name))
+        if difference := difference_of(plain, output, same_draws=not draws_for_several(model, arguments, output)):
+            self.calls.faults.append(difference)
+            raise AssertionError(difference)
 
     def _draft_for(self, model: Any, assistant: Any) -> Draft:
         """The draft of a target, the same in all calls, so that later turns of a text find it again."""
@@ -169,6 +166,17 @@ def asks_for_assistant(model: Any, arguments: dict[str, Any]) -> bool:
     configs = (arguments.get("generation_config"), model.generation_config)
     given = [arguments.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")]
     return any(x is not None for x in (*given, *(getattr(c, "prompt_lookup_num_tokens", None) for c in configs)))
+
+
+def copies_of(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Copies of arguments for a plain call, or None if one cannot be copied, as a streamer."""
+    try:
+        copies = {name: copy.deepcopy(value) for name, value in arguments.items()}
+    except (TypeError, RuntimeError):
+        return None
+    if copies.get("cache_implementation") == FULL_CACHE:
+        del copies["cache_implementation"]
+    return copies
 
 
 def without_assistant(arguments: dict[str, Any]) -> dict[str, Any]:
