@@ -6,6 +6,7 @@
 # make bench         the bundled pair and the inflated pair, into benchmarks/results/
 # make test-families every model family of transformers, tiny, with drafts (docs/models.md); CI runs a part of it
 # make models-page   the same, into tests/model_table/table.json and docs/models.md
+# make test-upstream CHECKOUT=DIR   transformers' own tests of `generate` with drafts, from a clone of transformers
 # make ci            everything that CI runs
 # make nightly       all tests of all environments, the long ones too, into benchmarks/results/nightly.json
 #
@@ -37,7 +38,7 @@ COVERED = --cov-report=term:skip-covered
 
 TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm
 
-.PHONY: setup environments demo $(TESTS) test-families models-page nightly lint bench ci clean
+.PHONY: setup environments demo $(TESTS) test-families models-page test-upstream nightly lint bench ci clean
 
 # --- environments --------------------------------------------------------------------------------
 
@@ -129,6 +130,15 @@ test-families: setup
 models-page: export OMP_NUM_THREADS = 1
 models-page: setup
 	PYTHONPATH=tests .venv/bin/python -m model_table --write --workers $(WORKERS)
+
+# Outside CI. The clone should have the version of transformers in the environment. Tests with another version work as
+# far as that version has what they import.
+UPSTREAM ?= .venv-openvino
+test-upstream: $(UPSTREAM)/installed
+	@test -n "$(CHECKOUT)" || { echo "Pass CHECKOUT=DIR, a clone of transformers." >&2; exit 2; }
+	$(UPSTREAM)/bin/$(INSTALL) --target build/upstream/$(UPSTREAM) parameterized httpx
+	PYTHONPATH="$(CURDIR)/tests:$(CURDIR)/build/upstream/$(UPSTREAM)" $(UPSTREAM)/bin/python -m upstream \
+	  "$(CHECKOUT)" --out tests/upstream/outcomes.json
 
 nightly:
 	PYTHON=$(PYTHON) .ci/nightly $(TESTS)

@@ -388,6 +388,17 @@ def layers_for(config: PretrainedConfig) -> list[DynamicLayer]:
     return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
 
 
+def layers_in(cache: Cache, config: PretrainedConfig) -> list[DynamicLayer]:
+    """Return the empty layers that transformers makes in a cache for a (text) config.
+
+    A `DynamicCache()` that was made without a config keeps all rows, in layers with a window too.
+    """
+    layers, copied = layers_for(config), getattr(cache, "layer_class_to_replicate", None)
+    if copied == DynamicLayer:
+        return [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in layers]
+    return layers
+
+
 def stock_layer(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
     """Return transformers' own layer over these keys and values (1, heads, n, head_dim), without a copy."""
     return _filled(DynamicLayer(), keys, values)

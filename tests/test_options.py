@@ -191,6 +191,28 @@ def test_cache_reuse_over_turns(model_type, whole_text, with_config):
             text, wanted = torch.cat([text, more], dim=1), torch.cat([wanted, more], dim=1)
 
 
+@pytest.mark.torch_only("transformers' cache classes")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("with_config", [True, False, None], ids=["windowed cache", "full cache", "no cache"])
+def test_the_cache_holds_the_rows_of_plain_generation(with_config, batch):
+    """A cache without a config keeps all rows, also where the model sees a window; it can be cropped later."""
+    target = tiny_target("mistral", sliding_window=24)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+
+    def rows(**how):
+        given = {None: None, True: DynamicCache(config=target.config), False: DynamicCache()}[with_config]
+        out = target.generate(prompt().repeat(batch, 1), past_key_values=given, **options, **how)
+        assert given is None or out.past_key_values is given
+        return out.past_key_values.layers
+
+    drafted = rows(assistant_model=DovetailDraft.for_target(target))
+    for own, plain in zip(drafted, rows(), strict=True):
+        assert type(own) is type(plain)
+        assert own.get_seq_length() == plain.get_seq_length() == 36
+        torch.testing.assert_close(own.keys, plain.keys)
+        torch.testing.assert_close(own.values, plain.values)
+
+
 def test_draft_remembers_earlier_turns(llama):
     """With a reused cache the draft has the whole context: rounds equal those with the full text as one prompt."""
     torch.manual_seed(5)

@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 NOT_FOR_FORWARD = ("inputs_tensor", "tokenizer", "assistant_tokenizer")
 """Arguments that `generate` hands on although it has used them itself. All others go to the model's passes."""
 
+FULL_CACHE = "dynamic_full"
+"""Before 5.24, `generate` makes a cache of this kind for every assistant: with all rows of layers that have a window,
+because transformers' own loop could not take rows back. A caller cannot name it together with a cache."""
+
 
 def check_request(model: Any, draft: Draft, config: GenerationConfig) -> None:
     """Check everything that does not depend on the prompt.
@@ -101,7 +105,7 @@ def check_options(config: GenerationConfig) -> None:
             "assistant_ensemble_weight mixes the assistant's probabilities into the target's. Drafting gives the text "
             "of the target alone. Leave it out.",
         )
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+    if config.cache_implementation not in (None, "dynamic", FULL_CACHE):
         raise CannotDraft(
             "cache_implementation",
             f"drafting brings its own preallocated cache. Leave out cache_implementation="
@@ -223,7 +227,10 @@ def _run(
 ) -> tuple[Any, GenerationReport]:
     """Generate one text. Return its cache and the report."""
     engine = engine_of(model)
-    cache = engine.cache(compat.take_cache(model_kwargs))
+    given = compat.take_cache(model_kwargs)
+    if config.cache_implementation == FULL_CACHE:
+        given = None
+    cache = engine.cache(given)
     attention_mask = model_kwargs.get("attention_mask")
     request = Request(
         text,

@@ -74,7 +74,7 @@ class TorchSession:
         self._kwargs = dict(model_kwargs or {})
         self._reader = FeatureReader(model, feature_layers)
         config = model.config.get_text_config(decoder=True)
-        self._template = compat.layers_for(config)
+        self._template = compat.layers_in(cache, config)
         self.max_length = min(filter(None, (table_length(model), dynamic_from(config))), default=None)
         self._boundary = long_from(config)
         self._mode = torch.inference_mode if support.inference_mode else torch.no_grad

@@ -6,16 +6,15 @@ prompt lookup is judged as well: where it is right, a refusal is a failure, too.
 """
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from support.refusals import is_refusal, passes_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import dovetail_plugin
 from dovetail_plugin import DovetailDraft, Draft, PromptLookupDraft, TreeBudget
 
 from .build import build
@@ -35,7 +34,6 @@ TIE = 1e-4
 ENCODER_DECODER = "encoder-decoder"
 NOT_REPEATED = "plain `generate` gives another text the second time, so there is none to compare with"
 """Rotary embeddings with dynamic NTK before transformers 5.24 keep the frequencies of the longest text so far."""
-FOLDER = dovetail_plugin.__path__[0]
 
 
 @dataclass
@@ -195,24 +193,8 @@ def attempt(model: PreTrainedModel, run: Callable[[], str]) -> str:
     with passes_of(model) as passes:
         try:
             return run()
-        except ValueError as error:
-            tried = "cannot be a target" in str(error)  # the passes were those that found it out
-            if (tried or not passes) and traceback.extract_tb(error.__traceback__)[-1].filename.startswith(FOLDER):
-                return f"refused: {error}"
-            return f"error: {described(error)}"
         except Exception as error:
-            return f"error: {described(error)}"
-
-
-@contextmanager
-def passes_of(model: PreTrainedModel) -> Iterator[list[int]]:
-    """A list that gets an entry for every pass of the model in the block."""
-    passes: list[int] = []
-    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
-    try:
-        yield passes
-    finally:
-        handle.remove()
+            return f"refused: {error}" if is_refusal(error, passes) else f"error: {described(error)}"
 
 
 def described(error: BaseException) -> str:

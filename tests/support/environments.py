@@ -34,6 +34,7 @@ ONE_ENVIRONMENT = {
     "test_report*": "arithmetic on seconds, and printing",
     "test_support*": "tests of the tests' own helpers",
     "test_tree*": "arithmetic on trees",
+    "test_upstream*": "judges what became of transformers' own tests",
     "test_verify*": "arithmetic on trees",
     "test_wording*": "reads source files and documentation",
 }
