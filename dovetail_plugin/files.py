@@ -39,12 +39,13 @@ REASONS = {
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield the path of a new, empty file; when the block ends, it takes the place of `file`.
 
-    The path has the suffix of `file`. If the block raises, the new file is deleted.
+    The path has the suffix of `file`. If the block raises, the new file is deleted. A link in place of `file` is
+    replaced, not followed.
 
     Raises:
         WriteError: the file cannot be written.
     """
-    final = Path(os.path.realpath(file))
+    final = Path(os.path.realpath(file.parent)) / file.name
     part = beside(final)
     with _explained(file, final, part):
         try:
