@@ -74,7 +74,7 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def whole_directory(
-    directory: Path, *, last: str = "config.json", replaces: Callable[[str], bool] = lambda name: False
+    directory: Path, *, last: str = "config.json", replaces: Callable[[str], bool] = lambda _: False
 ) -> Iterator[Path]:
     """Yield an empty directory; when the block ends, what it holds takes its place in `directory`.
 
