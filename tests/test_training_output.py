@@ -1,9 +1,7 @@
 """What training finds in its output directory, what it writes there, and what it never touches."""
 
 import errno
-import functools
 import json
-import operator
 import os
 import pickle
 import shutil
@@ -66,18 +64,10 @@ def content(directory):
 def arguments(config, *more):
     """Arguments of `dovetail` for a config."""
     names = ("steps", "batch_size", "max_length", "warmup_steps", "rollout", "held_out", "eval_every", "save_every")
-    pairs = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in (*names, "save_dtype")]
-    data = ("--data", *map(str, config.data))
-    return [
-        "train",
-        "--target",
-        config.target,
-        *data,
-        "--out",
-        str(config.out),
-        *functools.reduce(operator.iadd, map(list, pairs), []),
-        *more,
-    ]
+    options = ["--target", config.target, "--data", *map(str, config.data), "--out", str(config.out)]
+    for name in (*names, "save_dtype"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return ["train", *options, *more]
 
 
 # --- what is written ---------------------------------------------------------------------------------
@@ -180,7 +170,7 @@ def test_resume_refuses_other_data(source, out, tmp_path):
     lines = (source / "chats.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(lines[::-1]))
     config = config_for(source, out("unfinished"))
-    with pytest.raises(InputError, match="cannot resume from .*sequences was"):
+    with pytest.raises(InputError, match=r"cannot resume from .*sequences was"):
         train(type(config)(**(vars(config) | {"data": (tmp_path / "other.jsonl",)})), resume=True)
 
 
