@@ -174,6 +174,10 @@ def _explained(path: Path, final: Path, part: Path) -> Iterator[None]:
     """Turn errors of writing `part` or renaming it to `final` into a `WriteError` that names `path`; others pass."""
     try:
         yield
+    except WriteError as error:  # of something that was to be a part of this
+        if str(part) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(part), str(path))) from error
     except DovetailError:
         raise
     except (OSError, SafetensorError) as error:
