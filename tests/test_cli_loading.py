@@ -178,7 +178,7 @@ def test_vram_refuses(here, capsys, monkeypatch, options, message):
     ("options", "message"),
     [
         (["--target", "draft", "--out", "new"], "--target draft is a draft"),
-        (["--target", "target", "--out", "target"], "target contains a checkpoint that is no Dovetail draft"),
+        (["--target", "target", "--out", "target"], "target contains a checkpoint that is not a Dovetail draft"),
         (["--target", "target", "--out", "taken"], "--out taken is a file. Name a directory"),
     ],
 )

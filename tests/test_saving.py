@@ -138,7 +138,7 @@ def test_a_draft_replaces_a_draft_and_nothing_else(source, draft, llama, tmp_pat
     DovetailDraft.from_pretrained(source)
     llama.config.save_pretrained(tmp_path / "target")
     before = digests(tmp_path / "target")
-    with pytest.raises(OccupiedError, match=r"contains a checkpoint that is no Dovetail draft .model_type 'llama'"):
+    with pytest.raises(OccupiedError, match=r"contains a checkpoint that is not a Dovetail draft .model_type 'llama'"):
         draft.save_pretrained(tmp_path / "target")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OccupiedError, match="is a file"):

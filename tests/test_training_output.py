@@ -1,5 +1,7 @@
 """What training finds in its output directory, what it writes there, and what it never touches."""
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -171,7 +173,7 @@ def test_resume_refuses_other_data(source, out, tmp_path):
     (tmp_path / "other.jsonl").write_text("".join(lines[::-1]))
     config = config_for(source, out("unfinished"))
     with pytest.raises(InputError, match=r"cannot resume from .*sequences was"):
-        train(type(config)(**(vars(config) | {"data": (tmp_path / "other.jsonl",)})), resume=True)
+        train(dataclasses.replace(config, data=(tmp_path / "other.jsonl",)), resume=True)
 
 
 def test_a_run_of_an_earlier_version(source, out):
@@ -246,9 +248,26 @@ def test_foreign_files_in_its_own_folder_stay(source, out):
 def test_another_checkpoint_is_refused(source, options):
     target = source / "target"
     before = content(target)
-    with pytest.raises(OccupiedError, match="contains a checkpoint that is no Dovetail draft"):
+    with pytest.raises(OccupiedError, match="contains a checkpoint that is not a Dovetail draft"):
         train(config_for(source, target), **options)
     assert content(target) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"{", "line 1: not valid JSON"), (None, "there is no such file"), ("folder", "is a directory"), (b"", "no rows")],
+)
+def test_wrong_data_is_refused_before_anything_is_loaded(source, tmp_path, capsys, monkeypatch, data, message):
+    file = tmp_path / "rows.jsonl"
+    if data == "folder":
+        file.mkdir()
+    elif data is not None:
+        file.write_bytes(data)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    config = dataclasses.replace(config_for(source, tmp_path / "new"), data=(file,))
+    line = refusal(capsys, *arguments(config))
+    assert str(file) in line and message in line
+    assert not (tmp_path / "new").exists()
 
 
 # --- full disks and kills ----------------------------------------------------------------------------
@@ -322,6 +341,27 @@ def test_a_killed_run_resumes(source, out, module, name):
 
 
 # --- hostile and damaged states ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
+def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monkeypatch, part):
+    """And nobody is asked on standard input."""
+    target = shutil.copytree(source / "target", tmp_path / "target")
+    file, name = ("config.json", "code.Config") if part == "AutoConfig" else ("tokenizer_config.json", ["code.T", None])
+    stored = json.loads((target / file).read_text()) | {"auto_map": {part: name}}
+    if part == "AutoConfig":
+        stored["model_type"] = "unknown-to-transformers"
+    else:
+        stored["tokenizer_class"] = "UnknownToTransformers"
+    (target / file).write_text(json.dumps(stored))
+    (target / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
+    with contextlib.suppress(ValueError):  # transformers may take a tokenizer of its own instead
+        train(config)
+    if part == "AutoConfig":
+        assert "trust_remote_code" in refusal(capsys, *arguments(config))
+    assert not (tmp_path / "ran").exists()
 
 
 class Hostile:

@@ -265,7 +265,7 @@ class DovetailDraft(DraftNetwork, Draft):
         `save_pretrained`.
 
         Raises:
-            OccupiedError: the directory is a file, or holds a checkpoint that is no draft of this project.
+            OccupiedError: the directory is a file, or holds the checkpoint of another model.
             WriteError: the files cannot be written, for example because the disk is full. Nothing has changed.
         """
         directory = Path(save_directory)

@@ -1,4 +1,4 @@
-"""What a directory with a draft holds, and writing it whole or not at all.
+"""Writes a directory with a draft, whole or not at all, and knows what such a directory holds.
 
 A draft brings the order of its tokens (`token_order.npy`) with it. Its tokenizer is the target's; `copy_tokenizer`
 copies the files that a checkpoint has. No code comes with a draft, and none is run or copied.
@@ -58,7 +58,7 @@ def refuse_other_checkpoint(directory: Path) -> None:
         kind = None
     if kind != DovetailConfig.model_type:
         raise OccupiedError(
-            f"{directory} contains a checkpoint that is no Dovetail draft (model_type {shown(kind)}). Choose another "
+            f"{directory} contains a checkpoint that is not a Dovetail draft (model_type {shown(kind)}). Choose another "
             "directory."
         )
 
@@ -109,7 +109,7 @@ def copy_tokenizer(source: str, directory: Path, **hub_kwargs: Any) -> list[str]
 
 
 def _is_inside(file: Path) -> bool:
-    """Return whether a file is a regular one of its own directory, or of the repository in the hub's cache."""
+    """Return whether a file is a regular one of its directory, or of the repository in the hub's cache."""
     root = Path(os.path.realpath(file.parent))
     if root.parent.name == "snapshots":  # its files are links to those of ../../blobs
         root = root.parent.parent

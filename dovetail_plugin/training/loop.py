@@ -28,7 +28,7 @@ from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl
 from .features import FeatureCache, digest, fingerprint, target_features
 from .losses import Losses, count_rows, draft_losses, expected_acceptance_length
-from .output import RECORD, Before, check_key, describe_data, look, save, settings_key
+from .output import NO_REMOTE_CODE, RECORD, Before, check_key, describe_data, look, save, settings_key
 from .state import History, Progress, load_state, remove_state, save_state
 
 
@@ -66,11 +66,12 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir:
     if before.is_finished(config.steps):
         return DovetailDraft.from_pretrained(config.out)
     accelerator = _accelerator(config)
-    torch.manual_seed(config.seed)
-    data = describe_data(config)
-    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype).eval().to(accelerator.device)
-    target.requires_grad_(False)
     sequences, pad_id = _load_sequences(config)
+    data = describe_data(config)
+    torch.manual_seed(config.seed)
+    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype, **NO_REMOTE_CODE)
+    target = target.eval().to(accelerator.device)
+    target.requires_grad_(False)
     finished = before.progress is not None and before.state is None
     draft = _first_draft(config, target, str(config.out) if finished else config.init_from)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -145,8 +146,8 @@ def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
     Raises:
         ValueError: there are too few of them.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
-    rows = read_jsonl(config.data)
+    rows = read_jsonl(config.data)  # before anything is loaded, so that mistakes come at once
+    tokenizer = AutoTokenizer.from_pretrained(config.target, **NO_REMOTE_CODE)
     sequences = [encode(row, tokenizer, config.max_length) for row in tqdm(rows, desc="tokenizing", unit="row")]
     sequences = [s for s in sequences if len(s) >= config.rollout + 3 and bool(s.written.any())]
     if len(sequences) < config.held_out + config.batch_size:

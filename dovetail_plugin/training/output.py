@@ -26,10 +26,13 @@ from .state import History, Progress, own_state, read_progress
 RECORD = "training.json"
 """File with config, history, data and versions; it is there when a run is finished."""
 
+NO_REMOTE_CODE = {"trust_remote_code": False}
+"""Arguments of `from_pretrained`: without them transformers asks on standard input whether code may run, and waits."""
+
 
 @dataclass(frozen=True)
 class Before:
-    """What an output directory holds before a run.
+    """Content of an output directory before a run.
 
     Attributes:
         progress: of the run that is continued, None for a new one.
@@ -161,7 +164,7 @@ def save(config: TrainingConfig, draft: DovetailDraft, progress: Progress, data:
     }
     with whole_directory(config.out, last=RECORD, replaces=is_part_of_draft) as part:
         draft.save_pretrained(part)
-        AutoTokenizer.from_pretrained(config.target).save_pretrained(part)
+        AutoTokenizer.from_pretrained(config.target, **NO_REMOTE_CODE).save_pretrained(part)
         (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         plot_history(progress.history, part / "loss.png")
 

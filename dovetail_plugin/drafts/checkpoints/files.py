@@ -63,10 +63,12 @@ def read_json(file: str, what: str, most_bytes: int = MOST_JSON_BYTES) -> dict[s
         most_bytes: size of the largest file that is read.
 
     Raises:
-        InputError: it is too large, not UTF-8, not JSON, not an object, or nested too deeply.
+        InputError: it is not a regular file, too large, not UTF-8, not JSON, not an object, or nested too deeply.
     """
     again = "Download it again."
     size = os.path.getsize(file)
+    if not os.path.isfile(file):  # a pipe would be waited for
+        raise InputError(f"{what} is not a file. {again}")
     if size > most_bytes:
         raise InputError(f"{what} has {size} bytes, and at most {most_bytes} are read. Is it the right file?")
     try:
