@@ -58,8 +58,8 @@ def refuse_other_checkpoint(directory: Path) -> None:
         kind = None
     if kind != DovetailConfig.model_type:
         raise OccupiedError(
-            f"{directory} contains a checkpoint that is not a Dovetail draft (model_type {shown(kind)}). Choose another "
-            "directory."
+            f"{directory} contains a checkpoint that is not a Dovetail draft (model_type {shown(kind)}). Choose "
+            "another directory."
         )
 
 
