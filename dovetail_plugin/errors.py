@@ -14,3 +14,11 @@ class InputError(DovetailError, ValueError):
 
 class MissingFileError(DovetailError, OSError):
     """A checkpoint lacks a file, or there is no such checkpoint."""
+
+
+class WriteError(DovetailError, OSError):
+    """A file or directory cannot be written. The message names it and says what to do. Nothing there has changed."""
+
+
+class OccupiedError(WriteError, FileExistsError):
+    """A file or directory to be written exists, and what it holds is not replaced."""

@@ -42,8 +42,8 @@ def test_aliases(written):
 
 def test_training_options_are_the_fields_of_the_config():
     args = parse(train, "--target", "t", "--data", "a.jsonl", "b.jsonl", "--out", "o")
-    data = tuple(args.data)
-    values = {name: value for name, value in vars(args).items() if name not in ("command", "run", "resume")}
+    data, others = tuple(args.data), ("command", "run", "resume", "overwrite_output_dir")
+    values = {name: value for name, value in vars(args).items() if name not in others}
     assert TrainingConfig(**(values | {"data": data})) == TrainingConfig("t", data, args.out)
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainingConfig))
 
@@ -101,11 +101,11 @@ def test_export_passes_options_on(here, capsys, monkeypatch):
         returncode = 0
 
     monkeypatch.setattr(export, "_is_there", lambda module: True)
-    monkeypatch.setattr(export.subprocess, "run", lambda command, check: started.append(command) or Done())
+    monkeypatch.setattr(export.subprocess, "run", lambda command, **_: started.append(command) or Done())
     command = ["export", "-m", "target", "--to", "openvino", "-o", "ir", "--", "--group-size", "64", "--sym"]
     assert main(command) == 0
     (started,) = started
-    assert started[-4:] == ["--group-size", "64", "--sym", "ir"]
+    assert started[-4:-1] == ["--group-size", "64", "--sym"]
     assert started[started.index("--weight-format") + 1] == "int8"
 
 
@@ -178,6 +178,7 @@ def test_vram_refuses(here, capsys, monkeypatch, options, message):
     ("options", "message"),
     [
         (["--target", "draft", "--out", "new"], "--target draft is a draft"),
+        (["--target", "target", "--out", "target"], "target contains a checkpoint that is not a Dovetail draft"),
         (["--target", "target", "--out", "taken"], "--out taken is a file. Name a directory"),
     ],
 )

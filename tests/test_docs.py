@@ -33,7 +33,9 @@ from dovetail_plugin.training.config import TrainingConfig
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(str(page.relative_to(ROOT)) for page in [ROOT / "README.md", *DOCS.rglob("*.md")])
-OTHER_PAGES = sorted(str(page.relative_to(ROOT)) for page in [*ROOT.glob("[CR]*.md"), *ROOT.glob("benchmarks/**/*.md")])
+OTHER_PAGES = sorted(
+    str(page.relative_to(ROOT)) for page in [*ROOT.glob("[CRS]*.md"), *ROOT.glob("benchmarks/**/*.md")]
+)
 LLAMA_8B, LLAMA_70B = "llama-3.1-8b-shape", "llama-3.1-70b-shape"
 SHAPE_OF = {
     "meta-llama/Llama-3.1-8B-Instruct": SHAPES[LLAMA_8B],

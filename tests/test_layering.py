@@ -84,7 +84,7 @@ def test_architecture_lists_the_folders_in_their_order():
     named = [line.split("`")[1].rstrip("/") for line in lines if line.startswith("| `") and "/`" in line.split("|")[1]]
     assert named == FOLDERS[1:]
     ground = next(line for line in lines if line.startswith("| ground"))
-    assert {file.stem for file in PACKAGE.glob("*.py")} - FACE - {"_version"} == {
+    assert {file.stem for file in PACKAGE.glob("*.py")} - FACE == {
         name.removesuffix(".py") for name in ground.split("|")[2].split("`")[1::2] if name.endswith(".py")
     }
 

@@ -82,7 +82,7 @@ def test_what_a_format_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="unknown format 'gguf'"):
         write_draft(draft, tmp_path / "a", "gguf")
     write_draft(draft, tmp_path / "a", "dovetail")
-    with pytest.raises(FileExistsError, match="contains a checkpoint already"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         write_draft(draft, tmp_path / "a", "dovetail")
 
 

@@ -5,10 +5,9 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import ROOT, byte_target, byte_tokenizer, chat, run_python, write_jsonl
-from safetensors.torch import load_file
+from helpers import ROOT, run_python
+from support.training import SIZES, assert_same, config_for, history, interrupted_after, weights, write_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import DovetailDraft
@@ -17,50 +16,25 @@ from dovetail_plugin.training import loop as loop_module
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
 
-SIZES = dict(steps=6, batch_size=4, max_length=48, warmup_steps=2, rollout=2, held_out=3, eval_every=3, save_every=2)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A directory with a target and its tokenizer, and 16 chats."""
-    directory = tmp_path_factory.mktemp("training")
-    byte_target().save_pretrained(directory / "target")
-    byte_tokenizer().save_pretrained(directory / "target")
-    write_jsonl(directory / "chats.jsonl", [{"messages": chat(n)} for n in range(16)])
-    return directory
+    return write_files(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture
 def config(files, tmp_path):
     """A function that builds a config with changed fields; its output goes to the directory of the test."""
-
-    def build(out="draft", **changes):
-        sizes = SIZES | {"save_dtype": "float32"} | changes
-        return TrainingConfig(str(files / "target"), (files / "chats.jsonl",), tmp_path / out, **sizes)
-
-    return build
+    return lambda out="draft", **changes: config_for(files, tmp_path / out, **changes)
 
 
 @pytest.fixture(scope="module")
 def reference(files, tmp_path_factory):
     """Weights and history of an uninterrupted run of 6 steps in one process."""
     out = tmp_path_factory.mktemp("reference")
-    train(TrainingConfig(str(files / "target"), (files / "chats.jsonl",), out, **SIZES, save_dtype="float32"))
+    train(config_for(files, out))
     return weights(out), history(out)
-
-
-def weights(directory):
-    return load_file(directory / "model.safetensors")
-
-
-def history(directory):
-    return json.loads((directory / "training.json").read_text())["history"]
-
-
-def assert_same(got, wanted, **tolerance):
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_output_loads_and_records_its_settings(config, files):
@@ -112,23 +86,14 @@ def test_seed_decides_the_weights(config, reference):
 
 
 @pytest.mark.parametrize("done", [3, 5])
-def test_resume(config, reference, monkeypatch, done):
+def test_resume(config, reference, done):
     """A run that is interrupted after 3 or 5 steps resumes from step 2 or 4 and ends with the same weights."""
-    steps, step = [], loop_module._Run._step
-
-    def interrupted(run, number):
-        if len(steps) == done:
-            raise KeyboardInterrupt
-        steps.append(number)
-        return step(run, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_module._Run, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(config())
-    monkeypatch.setattr(loop_module._Run, "_step", lambda run, number: steps.append(number) or step(run, number))
-    train(config(), resume=True)
-    assert steps == [*range(done), *range(done - 1, 6)]
+    with interrupted_after(done) as first:
+        train(config())
+    assert first.steps == [*range(done)]
+    with interrupted_after(None) as rest:
+        train(config(), resume=True)
+    assert rest.steps == [*range(done - 1, 6)]
     assert_same(weights(config().out), reference[0], atol=1e-6, rtol=1e-6)
     assert history(config().out)["steps"] == [1, 2, 3, 4, 5, 6]
     assert history(config().out)["losses"] == pytest.approx(reference[1]["losses"], abs=1e-5)
@@ -138,32 +103,6 @@ def test_resume(config, reference, monkeypatch, done):
 def test_resume_without_a_state_starts_anew(config, reference):
     train(config(), resume=True)
     assert_same(weights(config().out), reference[0], atol=0, rtol=0)
-
-
-def test_interrupted_save_leaves_the_last_state(config, reference, monkeypatch):
-    """A run that is killed while it writes its second state resumes from the first one."""
-    saves, save = [], Accelerator.save_state
-
-    def killed(self, directory):
-        save(self, directory)
-        saves.append(directory)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(config())
-    train(config(), resume=True)
-    assert_same(weights(config().out), reference[0], atol=1e-6, rtol=1e-6)
-    assert history(config().out)["steps"] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(("field", "value"), [("lr", 5e-4), ("blocks", 2), ("steps", 8), ("held_out", 4)])
-def test_resume_refuses_other_settings(config, field, value):
-    train(config())
-    with pytest.raises(ValueError, match=f"cannot resume.*{field} was .* and is {value}"):
-        train(config(**{field: value}), resume=True)
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"accumulate": 4}], ids=str)

@@ -10,23 +10,28 @@ from typing import Any
 
 from .. import machine
 
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
+PACKAGES = ("dovetail-plugin", "torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
 """Packages whose versions are stored with results, if they are installed."""
 
 
 def provenance() -> dict[str, Any]:
     """Command line (without directories of the program), git revision, package versions and machine."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     program = Path(sys.argv[0]).name.replace("__main__.py", "python -m dovetail_plugin")
     return {
         "command": " ".join([program, *_without_token(sys.argv[1:])]),
         "git": _git_revision(),
-        "versions": versions,
+        "versions": versions(),
         "machine": machine.describe(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of each of `PACKAGES` that is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _without_token(arguments: list[str]) -> list[str]:

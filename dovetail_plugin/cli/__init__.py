@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .._version import __version__
+from .. import __version__
 from .common import HelpFormatter, Parser
 
 COMMANDS = {

@@ -1,6 +1,7 @@
 """`dovetail convert`: a draft from one format to another."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from .common import FLOAT_DTYPES, HelpFormatter, add_hub_arguments, hub_options, model_name
@@ -43,8 +44,20 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..drafts.convert import write_draft
     from ..drafts.model import DovetailDraft
+    from ..drafts.saving import copy_tokenizer
+    from ..files import refuse_occupied
 
-    draft = DovetailDraft.from_pretrained(args.source, dtype=args.dtype, **hub_options(args, args.revision))
-    write_draft(draft, args.destination, args.to)
+    refuse_occupied(args.destination)
+    hub = hub_options(args, args.revision)
+    draft = DovetailDraft.from_pretrained(args.source, dtype=args.dtype, **hub)
+    left_out: list[str] = []
+    write_draft(
+        draft,
+        args.destination,
+        args.to,
+        tokenizer=lambda directory: left_out.extend(copy_tokenizer(args.source, directory, **hub)),
+    )
+    if left_out:
+        print(f"not copied: {', '.join(left_out)}, which lead out of {args.source}", file=sys.stderr)
     print(f"{args.source} ({draft.config.fusion}) written to {args.destination} as {args.to}")
     return 0

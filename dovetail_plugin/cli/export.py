@@ -1,9 +1,13 @@
 """`dovetail export`: a target for OpenVINO or ONNX Runtime, made by optimum's own exporter."""
 
 import argparse
-import importlib.util
+import contextlib
+import importlib.machinery
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 from .common import HelpFormatter, add_target_argument
 
@@ -48,31 +52,74 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: there is no such model, or the format does not store such weights.
         ImportError: the exporter is not installed.
+        OccupiedError: --out is a file or not empty.
+        WriteError: --out cannot be written.
     """
     weights = args.weights or DEFAULT_WEIGHTS[args.to]
     if weights not in WEIGHTS[args.to]:
         raise ValueError(f"--weights {weights} does not go with --to {args.to}; use {', '.join(WEIGHTS[args.to])}.")
     from ..drafts.checkpoints.read import read_config
+    from ..files import refuse_occupied, whole_directory
     from .loading import check_model
 
     check_model("--target", args.target, read_config)  # optimum reads the rest, by the options that it is given
     module, package = NEEDS[args.to]
     if not _is_there(module):
         raise ImportError(f"--to {args.to} needs {package}, which is not installed; see docs/adapters.md.")
-    return subprocess.run(optimum_command(args, weights), check=False).returncode
+    out = Path(args.out)
+    refuse_occupied(out)
+    with contextlib.suppress(_Failed), whole_directory(out) as part:
+        status = subprocess.run(optimum_command(args, weights, part), check=False, env=_environment()).returncode
+        if status != 0:
+            raise _Failed
+    return status
 
 
-def optimum_command(args: argparse.Namespace, weights: str) -> list[str]:
-    """The command line of optimum for an export."""
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", args.to, "--model", args.target]
+class _Failed(Exception):
+    """The exporter has failed and has said why."""
+
+
+SAFE_START = """
+import os, sys
+here = os.path.realpath(os.getcwd())
+sys.path[:] = [p for p in sys.path if os.path.isabs(p) and os.path.realpath(p) != here]
+import runpy
+runpy.run_module("optimum.commands.optimum_cli", run_name="__main__", alter_sys=True)
+"""
+"""Starts optimum without the current directory among the places that modules come from: it may be a downloaded one."""
+
+
+def optimum_command(args: argparse.Namespace, weights: str, out: Path) -> list[str]:
+    """The command line of optimum for an export to the directory `out`."""
+    command = [sys.executable, "-c", SAFE_START, "export", args.to, "--model", args.target]
     command += ["--task", TASK]
     if args.to == "openvino":
         command += ["--weight-format", weights]
-    return [*command, *args.passed_on, args.out]
+    return [*command, *args.passed_on, str(out)]
+
+
+def _environment() -> dict[str, str]:
+    """This environment; Python processes that optimum starts leave out the current directory as well."""
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 
 def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        return False
+    """Return whether a module is installed. None is imported, and the current directory does not count."""
+    here = os.path.realpath(os.getcwd())
+    path: Any = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        spec = _find(".".join(parts[:end]), path)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return True
+
+
+def _find(name: str, path: Any) -> "importlib.machinery.ModuleSpec | None":
+    for finder in sys.meta_path:
+        top_level = "." not in name and finder is not importlib.machinery.PathFinder
+        spec = finder.find_spec(name, None if top_level else path)
+        if spec is not None:
+            return spec
+    return None

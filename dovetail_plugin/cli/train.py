@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..training.config import TrainingConfig
-from .common import HelpFormatter, add_target_argument, number, whole_number
+from .common import HelpFormatter, add_target_argument, model_name, number, whole_number
 
 EPILOG = """\
 examples:
@@ -22,7 +22,7 @@ held_out_acceptance in the progress bar estimates the tokens that one verificati
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subcommand; every option but --resume is a field of `TrainingConfig`."""
+    """Declare the subcommand; other options than --resume and --overwrite-output-dir are fields of `TrainingConfig`."""
     parser = commands.add_parser(
         "train",
         usage="dovetail train --target DIR_OR_ID --data FILE.jsonl [FILE.jsonl ...] --out DIR [options]",
@@ -34,7 +34,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_target_argument(parser, required=True, help=helps["target"])
     parser.add_argument("--data", required=True, type=Path, nargs="+", metavar="FILE.jsonl", help=helps["data"])
     parser.add_argument("--out", "-o", required=True, type=Path, metavar="DIR", help=helps["out"])
-    parser.add_argument("--resume", action="store_true", help="continue from the last state in --out")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its last state, or from its draft if it is finished and --steps is larger",
+    )
+    parser.add_argument(
+        "--overwrite-output-dir", action="store_true", help="start again although --out holds a run, and replace it"
+    )
     hints = get_type_hints(TrainingConfig)
     for field in dataclasses.fields(TrainingConfig):
         if field.default is dataclasses.MISSING:
@@ -54,6 +61,8 @@ def _how_to_read(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
         return {"type": whole_number(0), "metavar": "N"}
     if hint is float:
         return {"type": number(0), "metavar": "X"}
+    if hint == str | None:
+        return {"type": model_name, "metavar": "DIR_OR_ID"}
     return {"type": Path, "metavar": "DIR"}
 
 
@@ -67,13 +76,17 @@ def run(args: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(args).items() if name in names}
     config = TrainingConfig(**(values | {"data": tuple(args.data)}))
 
-    from ..training.loop import train
+    from ..training.output import look
     from .loading import check_model, is_draft
 
-    if is_draft(check_model("--target", args.target)):
+    before = look(config, resume=args.resume, overwrite=args.overwrite_output_dir)
+    if before.progress is not None and before.is_finished(config.steps):
+        print(f"{config.out} is finished: {before.progress.step} steps are done. Nothing to do.")
+        return 0
+    if is_draft(check_model("--target", args.target, trust_remote_code=False)):
         raise ValueError(f"--target {args.target} is a draft. Name the target that the new draft is for.")
-    if config.out.exists() and not config.out.is_dir():
-        raise ValueError(f"--out {config.out} is a file. Name a directory.")
-    train(config, resume=args.resume)
+    from ..training.loop import train
+
+    train(config, resume=args.resume, overwrite_output_dir=args.overwrite_output_dir)
     print(f"draft saved to {config.out}")
     return 0

@@ -11,6 +11,7 @@ Formats of other projects cannot represent every draft; `write_draft` refuses th
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import refuse_occupied
 from .config import DovetailConfig
 from .model import DovetailDraft
+from .saving import draft_directory
 
 FORMATS = ("dovetail", "eagle3", "speculators", "vllm")
 
@@ -27,37 +30,51 @@ SPECULATORS_VERSION = "0.3.0"
 """Version of the speculators config layout that is written."""
 
 
-def write_draft(draft: DovetailDraft, directory: Path, to: str) -> None:
-    """Write a draft to a directory.
+def write_draft(
+    draft: DovetailDraft, directory: Path, to: str, *, tokenizer: Callable[[Path], Any] | None = None
+) -> None:
+    """Write a draft to a directory, whole or not at all.
 
     Args:
         draft: the draft to write.
         directory: is created if it does not exist.
         to: one of `FORMATS`.
+        tokenizer: is called with a directory, to write the files of the draft's tokenizer there.
 
     Raises:
         ValueError: the format is unknown, or cannot represent this draft.
-        FileExistsError: the directory contains a checkpoint already.
+        OccupiedError: the directory is a file or not empty. It is a `FileExistsError`.
+        WriteError: the files cannot be written; nothing has changed. It is an `OSError`.
+    """
+    check_format(draft, to)
+    refuse_occupied(directory)
+    with draft_directory(directory, draft.token_order) as part:
+        if tokenizer is not None:
+            tokenizer(part)
+        if to == "dovetail" or (to == "vllm" and draft.config.fusion != "eagle3"):
+            draft.save_pretrained(part)
+            return
+        if to == "speculators":
+            config, block = _speculators_config(draft.config), "layers.0."
+        else:
+            config, block = _eagle3_config(draft.config), "midlayer."
+        save_file(_eagle3_tensors(draft, block), part / "model.safetensors", metadata={"format": "pt"})
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_format(draft: DovetailDraft, to: str) -> None:
+    """Refuse a format that cannot represent a draft.
+
+    Raises:
+        ValueError: says which formats can.
     """
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}. Use one of {', '.join(FORMATS)}.")
-    if (directory / "config.json").exists():
-        raise FileExistsError(f"{directory} contains a checkpoint already. Choose another directory.")
-    if to == "dovetail" or (to == "vllm" and draft.config.fusion != "eagle3"):
-        draft.save_pretrained(directory)
-        return
-    if draft.config.fusion != "eagle3":
+    if to in ("eagle3", "speculators") and draft.config.fusion != "eagle3":
         kind = {"dgf": "Dynamic Gating Fusion", "concat": "EAGLE-1 or EAGLE-2"}[draft.config.fusion]
         raise ValueError(
             f"the format {to} is for EAGLE-3 drafts only, and this draft is a {kind} draft. Write it as dovetail."
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    if to == "speculators":
-        config, block = _speculators_config(draft.config), "layers.0."
-    else:
-        config, block = _eagle3_config(draft.config), "midlayer."
-    save_file(_eagle3_tensors(draft, block), directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _eagle3_tensors(draft: DovetailDraft, block: str) -> dict[str, Tensor]:

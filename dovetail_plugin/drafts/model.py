@@ -5,12 +5,14 @@ The network is in `network.py`, trees grow in `feature_drafter.py`, and `runners
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..errors import OccupiedError
 from ..report import PhaseClock
 from ..targets.base import Engine, Tables, TargetModel
 from ..targets.engine import engine_of
@@ -30,6 +32,7 @@ from .feature_drafter import FeatureDrafter
 from .identity import config_identity
 from .network import DraftNetwork
 from .runners import runner_for
+from .saving import draft_directory
 
 
 def _check_embedding_device(_draft: Any, value: Any) -> str | None:
@@ -258,3 +261,28 @@ class DovetailDraft(DraftNetwork, Draft):
         for setting, value in settings.items():
             setattr(draft, setting, value)
         return (draft, info) if wants_info else draft
+
+    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
+        """Save the draft with its order of tokens, whole or not at all.
+
+        A directory that does not exist appears when the draft is complete. In one with an older draft, its files are
+        replaced when the new ones are complete; other files stay. Accepts the arguments of transformers'
+        `save_pretrained`.
+
+        Raises:
+            OccupiedError: the directory is a file, or holds the checkpoint of another model.
+            WriteError: the files cannot be written, for example because the disk is full. Nothing has changed.
+        """
+        directory = Path(save_directory)
+        if directory.exists() and not directory.is_dir():
+            raise OccupiedError(f"{directory} is a file. Choose another name for the draft's directory.")
+        hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
+        with draft_directory(directory, self.token_order) as part:
+            super().save_pretrained(part, *args, **kwargs)
+        if push_to_hub:
+            options = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(hub.pop("repo_id", directory.name), **hub, **options)
+
+
+HUB_ONLY = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+"""Arguments of `save_pretrained` that only say how a draft is uploaded."""

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import stat
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from .. import machine
+from ..files import write_text
 from .measurements import Measurements
 
 logger = logging.getLogger(__name__)
@@ -71,15 +71,7 @@ def store(key: str, measured: Measurements, directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Another process may read or write the file at the same time, so it is replaced as a whole.
-        part = tempfile.NamedTemporaryFile("w", dir=directory, prefix=".part-", delete=False, encoding="utf-8")  # noqa: SIM115
-        try:
-            with part:
-                json.dump({"key": key, "measurements": measured.as_dict()}, part)
-            os.replace(part.name, _file(key, directory))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part.name)
-            raise
+        write_text(_file(key, directory), json.dumps({"key": key, "measurements": measured.as_dict()}))
     except OSError as error:
         with _lock:
             known = any(place == directory for place, _ in _unsaved)

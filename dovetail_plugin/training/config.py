@@ -53,6 +53,9 @@ class TrainingConfig:
     dtype: str = _setting("dtype of the target during training; auto: as stored", "auto", ("auto", *DTYPES))
     save_dtype: str = _setting("dtype of the stored draft", "bfloat16", DTYPES)
     mixed_precision: Literal["no", "bf16"] = _setting("mixed precision of the draft's passes", "no", PRECISIONS)
+    init_from: str | None = field(
+        default=None, metadata={"help": "directory or hub id of a draft whose weights training starts from"}
+    )
     cache_features: Path | None = field(
         default=None, metadata={"help": "directory that keeps target features, so that they are computed only once"}
     )

@@ -8,14 +8,18 @@ The mask marks the tokens that the target itself would write: assistant turns, c
 This module does not use models.
 """
 
+import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import InputError, MissingFileError
+from .chats import encode_unmarked
 
 
 @dataclass(frozen=True)
@@ -50,29 +54,66 @@ class Batch:
 
 
 def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Read all rows of the files, in order. Blank lines are skipped.
+    """Read all rows of the files, in order. Blank lines, and a byte order mark at the start, are skipped.
 
     Raises:
-        ValueError: a line is not a JSON object with known fields of the right type (the message names file and line),
-            or the files have no rows.
+        InputError: a line is not UTF-8, or not a JSON object with known fields of the right type (the message names
+            file and line), or the files have no rows.
+        MissingFileError: there is no such file.
     """
-    rows = []
+    files, rows = tuple(files), []
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number}: not valid JSON ({error}).") from error
-                problem = _problem(row)
-                if problem:
-                    raise ValueError(f"{file}, line {number}: {problem}.")
-                rows.append(row)
+        for number, line in enumerate(_lines(file), 1):
+            text = _decoded(line, f"{file}, line {number}")
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except RecursionError as error:
+                raise InputError(f"{file}, line {number}: its JSON is nested too deeply.") from error
+            except ValueError as error:  # also a number of thousands of digits
+                raise InputError(f"{file}, line {number}: not valid JSON ({error}).") from error
+            problem = _problem(row)
+            if problem:
+                raise InputError(f"{file}, line {number}: {problem}.")
+            rows.append(row)
     if not rows:
-        raise ValueError(f"no rows in {', '.join(str(f) for f in files)}. Add at least one line.")
+        raise InputError(f"no rows in {', '.join(str(f) for f in files)}. Add at least one line.")
     return rows
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """Lines of a file, without a byte order mark of UTF-8.
+
+    Raises:
+        InputError: it is a directory, or UTF-16.
+        MissingFileError: it does not exist.
+    """
+    if file.is_dir():
+        raise InputError(f"{file} is a directory. Name its files.")
+    if not file.exists():
+        raise MissingFileError(f"{file}: there is no such file.")
+    with open(file, "rb") as opened:
+        for number, line in enumerate(opened):
+            if number == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError(f"{file}, line 1: the file is UTF-16. Save it as UTF-8.")
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+
+
+def _decoded(line: bytes, place: str) -> str:
+    """A line as text.
+
+    Raises:
+        InputError: it is not UTF-8, or has zero bytes.
+    """
+    if 0 in line:
+        raise InputError(f"{place}: there are zero bytes, as in UTF-16. Save the file as UTF-8.")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{place}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8. Save the file as UTF-8."
+        ) from error
 
 
 def _problem(row: Any) -> str | None:
@@ -84,24 +125,34 @@ def _problem(row: Any) -> str | None:
             for m in messages
         )
         if good and any(m["role"] == "assistant" for m in messages):
-            return None
+            return _half_characters(text for m in messages for text in (m["role"], m["content"]))
         return '"messages" must be a list of {"role": text, "content": text} with at least one message of the assistant'
     for fields in (("text",), ("prompt", "completion")):
         if isinstance(row, dict) and row.keys() >= set(fields):
             wrong = [f'"{name}" must be text' for name in fields if not isinstance(row[name], str)]
-            return " and ".join(wrong) or None
-    found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+            return " and ".join(wrong) or _half_characters(row[name] for name in fields)
+    found = ", ".join(sorted(row))[:200] if isinstance(row, dict) else type(row).__name__
     return f'expected "messages", "prompt" and "completion", or "text", got {found or "an empty object"}'
+
+
+def _half_characters(texts: Iterable[str]) -> str | None:
+    """Describe the first escape such as \\ud83d without its other half, which no tokenizer takes; None without any."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"{text[error.start]!a} is half of a character. Write both halves, or the character itself"
+    return None
 
 
 def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
     """Tokenize one row and cut it to `max_length` tokens.
 
     Raises:
-        ValueError: the row has messages and the tokenizer does not have a chat template.
+        InputError: the row has messages and the tokenizer does not have a chat template, or one that refuses them.
     """
     if "messages" in row:
-        ids, written = _encode_chat(row["messages"], tokenizer)
+        ids, written = _encode_chat(row["messages"], tokenizer, max_length)
     elif "text" in row:
         ids = tokenizer(row["text"])["input_ids"]
         written = [1] * len(ids)
@@ -114,39 +165,23 @@ def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
     return Sequence(torch.tensor(ids[:max_length]), torch.tensor(written[:max_length], dtype=torch.bool))
 
 
-def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids and mask of a chat.
+def _encode_chat(messages: list[dict[str, str]], tokenizer: Any, max_length: int) -> tuple[list[int], list[int]]:
+    """Ids and mask of a chat, whose first `max_length` tokens count.
 
-    A template with generation marks gives the mask itself. Otherwise growing prefixes of the chat are encoded, and the
-    tokens that an assistant's message adds are marked.
+    A template with generation marks gives the mask itself. Otherwise `chats.py` finds what the assistant's messages add
+    to the text.
     """
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise InputError(
             "rows with messages need a chat template, and the tokenizer has none. Use prompt and completion instead."
         )
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return list(out["input_ids"]), list(out["assistant_masks"])
-    ids: list[int] = []
-    written: list[int] = []
-    for end, message in enumerate(messages, 1):
-        opens = message["role"] == "assistant"
-        if opens:
-            opened = tokenizer.apply_chat_template(messages[: end - 1], return_dict=False, add_generation_prompt=True)
-            ids, written = _extended(ids, written, opened, 0)
-        until = tokenizer.apply_chat_template(messages[:end], return_dict=False)
-        ids, written = _extended(ids, written, until, int(opens))
-    return ids, written
-
-
-def _extended(ids: list[int], written: list[int], longer: list[int], mark: int) -> tuple[list[int], list[int]]:
-    """Extend the mask of `ids` to `longer`: the old mask as far as the two agree, and `mark` after that.
-
-    They can diverge before the end of `ids`, if tokens merge across the boundary or if the template renders earlier
-    turns differently later on (for example without their reasoning).
-    """
-    same = next((i for i, (a, b) in enumerate(zip(ids, longer, strict=False)) if a != b), min(len(ids), len(longer)))
-    return list(longer), written[:same] + [mark] * (len(longer) - same)
+    try:
+        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+            out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            return list(out["input_ids"]), list(out["assistant_masks"])
+        return encode_unmarked(messages, tokenizer, max_length)
+    except Exception as error:  # a template is a program, which can raise anything
+        raise InputError(f"the chat template refuses a chat of {len(messages)} messages ({error}).") from error
 
 
 def collate(sequences: list[Sequence], pad_id: int) -> Batch:

@@ -5,15 +5,19 @@ Takes token ids and returns the last hidden state after the final norm, (B, T, H
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..drafts.checkpoints.files import read_json
+from ..errors import InputError, OccupiedError
+from ..files import whole_directory, whole_file, write_text
 from .data import Batch, Sequence, collate
 
 SHARD_SEQUENCES = 512
@@ -36,6 +40,9 @@ def target_features(target: PreTrainedModel, batch: Batch) -> Tensor:
 class FeatureCache:
     """Target features of numbered sequences, stored in safetensors shards on first use.
 
+    Each shard holds checksums of its features, and for which target and sequences they are. `index.json` is written
+    when all shards are complete; without it they are written again.
+
     Args:
         directory: holds `features-*.safetensors` and `index.json`. It belongs to one target and one set of sequences.
         target: computes the features if the directory has none yet.
@@ -43,29 +50,37 @@ class FeatureCache:
         pad_id: token id for padding.
 
     Raises:
-        ValueError: the directory was written for other sequences or another target.
+        InputError: the directory was written for other sequences or another target, or its index is damaged.
+        WriteError: a file cannot be written, for example because the disk is full.
     """
 
     def __init__(self, directory: Path, target: PreTrainedModel, sequences: list[Sequence], pad_id: int) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        self._lengths = [len(sequence) for sequence in sequences]
+        self._key = {"target": fingerprint(target), "sequences": digest(sequences)}
+        if directory.exists() and not directory.is_dir():
+            raise OccupiedError(f"{directory} is a file. Name a directory for target features.")
         index = directory / "index.json"
-        key = {"target": fingerprint(target), "sequences": digest(sequences)}
         if not index.exists():
             self._write(target, sequences, pad_id)
-            index.write_text(json.dumps(key))
-        elif json.loads(index.read_text()) != key:
-            raise ValueError(
+            write_text(index, json.dumps(self._key))
+        elif read_json(str(index), str(index)) != self._key:
+            raise InputError(
                 f"{directory} holds features of another target, other data or another max_length. "
                 "Delete it or use another directory."
             )
 
     def _write(self, target: PreTrainedModel, sequences: list[Sequence], pad_id: int) -> None:
+        if not self.directory.is_dir():
+            with whole_directory(self.directory):
+                pass
         for start in tqdm(range(0, len(sequences), SHARD_SEQUENCES), desc="target features", unit="shard"):
             tensors = {}
             for number in range(start, min(start + SHARD_SEQUENCES, len(sequences))):
                 tensors[str(number)] = target_features(target, collate([sequences[number]], pad_id))[0].cpu()
-            save_file(tensors, self._shard(start))
+            checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+            with whole_file(self._shard(start)) as part:
+                save_file(tensors, part, metadata=self._key | checksums)
 
     def _shard(self, number: int) -> Path:
         return self.directory / f"features-{number // SHARD_SEQUENCES:05d}.safetensors"
@@ -75,12 +90,32 @@ class FeatureCache:
 
         Returns:
             (B, T, H) float, in the target's dtype, on the CPU, padded with zeros on the right.
+
+        Raises:
+            InputError: a shard is damaged, or not of this cache.
         """
-        rows = []
-        for number in numbers:
-            with safe_open(self._shard(number), framework="pt") as shard:
-                rows.append(shard.get_tensor(str(number)))
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence([self._load(number) for number in numbers], batch_first=True)
+
+    def _load(self, number: int) -> Tensor:
+        file, name = self._shard(number), str(number)
+        remedy = f"Delete {self.directory} to have the features computed again."
+        try:
+            with safe_open(file, framework="pt") as shard:
+                features, written = shard.get_tensor(name), shard.metadata() or {}
+        except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+            raise InputError(f"{file} is damaged or missing ({error}). {remedy}") from error
+        if {key: written.get(key) for key in self._key} != self._key:
+            raise InputError(f"{file} holds features of another target, other data or another max_length. {remedy}")
+        whole = features.ndim == 2 and len(features) == self._lengths[number] and features.is_floating_point()
+        if not whole or _checksum(features) != written.get(name):
+            raise InputError(f"{file} is damaged: the features of sequence {name} have changed. {remedy}")
+        return features
+
+
+def _checksum(features: Tensor) -> str:
+    """Checksum of dtype, shape and bytes, for damage by accident, as 8 hex digits."""
+    about = f"{features.dtype} {tuple(features.shape)}".encode()
+    return f"{zlib.crc32(features.contiguous().view(torch.uint8).numpy().tobytes(), zlib.crc32(about)):08x}"
 
 
 def fingerprint(target: PreTrainedModel) -> str:

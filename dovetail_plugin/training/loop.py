@@ -5,13 +5,10 @@ Takes a `TrainingConfig` and writes a draft checkpoint that `DovetailDraft.from_
 same weights as a run without interruption, because order and noise depend only on the seed and the step.
 """
 
-import json
-import shutil
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -24,36 +21,15 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from ..drafts.checkpoints.load import TOKEN_ORDER
 from ..drafts.model import DovetailDraft
+from ..errors import InputError
 from .calibration import Calibration
 from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl
 from .features import FeatureCache, digest, fingerprint, target_features
 from .losses import Losses, count_rows, draft_losses, expected_acceptance_length
-
-STATE = "resume"
-"""Directory in the output directory that holds the state to resume from."""
-
-MAY_CHANGE = ("target", "data", "out", "eval_every", "save_every", "save_dtype", "cache_features")
-"""Config fields that may differ in a resumed run. Data and target are compared by content instead."""
-
-
-@dataclass
-class History:
-    """Losses and estimates of a run. They are stored with the checkpoint and plotted.
-
-    Attributes:
-        steps: numbers of the steps, from 1.
-        losses: training loss of each step.
-        eval_steps: steps after which acceptance was estimated.
-        acceptance: estimated acceptance length of each of these steps.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    eval_steps: list[int] = field(default_factory=list)
-    acceptance: list[float] = field(default_factory=list)
+from .output import NO_REMOTE_CODE, RECORD, Before, check_key, describe_data, look, save, settings_key
+from .state import History, Progress, load_state, remove_state, save_state
 
 
 class DraftWithLosses(nn.Module):
@@ -67,18 +43,59 @@ class DraftWithLosses(nn.Module):
         return draft_losses(self.draft, features, batch, **options)
 
 
-def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
+def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir: bool = False) -> DovetailDraft:
     """Train a draft and save it to `config.out`.
 
     Args:
         config: settings of the run.
-        resume: continue from the state in `config.out` if there is one.
+        resume: continue the run in `config.out` if there is one. A finished run continues if `config.steps` is larger
+            than the number of steps that it has done, with its draft and a new optimizer; otherwise nothing is done.
+        overwrite_output_dir: start again although `config.out` holds a run, and replace its files. Files that training
+            does not write stay.
 
     Returns:
         The trained draft, in `config.save_dtype`.
 
     Raises:
-        ValueError: the data, the target or the saved state do not fit the config.
+        OccupiedError: `config.out` holds a run and neither of the two arguments is given, or something of somebody
+            else.
+        ValueError: the data, the target, `init_from` or the saved state do not fit the config.
+        WriteError: a state or the draft cannot be written. The last state is unchanged.
+    """
+    before = look(config, resume=resume, overwrite=overwrite_output_dir)
+    if before.is_finished(config.steps):
+        return DovetailDraft.from_pretrained(config.out)
+    accelerator = _accelerator(config)
+    sequences, pad_id = _load_sequences(config)
+    data = describe_data(config)
+    torch.manual_seed(config.seed)
+    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype, **NO_REMOTE_CODE)
+    target = target.eval().to(accelerator.device)
+    target.requires_grad_(False)
+    finished = before.progress is not None and before.state is None
+    draft = _first_draft(config, target, str(config.out) if finished else config.init_from)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = _schedule(optimizer, config, 0)
+    model, optimizer = accelerator.prepare(DraftWithLosses(draft), optimizer)
+    run = _Run(config, accelerator, target, model, draft, optimizer, schedule, sequences, pad_id)
+    run.go_on(before)
+    if overwrite_output_dir and accelerator.is_main_process:
+        remove_state(config.out)  # otherwise an interrupted run would be resumed with it
+    run.train(len(run.history.steps))
+    if accelerator.is_main_process:
+        draft.config.calibration = run.calibration()
+        draft.token_order = token_order(sequences, draft.config.vocab_size)
+        save(config, draft, run.progress(), data)
+        remove_state(config.out)
+    accelerator.wait_for_everyone()
+    return draft
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    """Return what knows devices, precision and processes.
+
+    Raises:
+        ValueError: the batch cannot be divided over the processes.
     """
     # The buffers are the target's embedding and head. They never change, so they need not be broadcast.
     constant_buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -93,23 +110,32 @@ def train(config: TrainingConfig, *, resume: bool = False) -> DovetailDraft:
             f"batch_size ({config.batch_size}) must be a multiple of accumulate times the number of processes "
             f"({config.accumulate} x {accelerator.num_processes})."
         )
-    torch.manual_seed(config.seed)
-    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype).eval().to(accelerator.device)
-    target.requires_grad_(False)
-    sequences, pad_id = _load_sequences(config)
-    draft = DovetailDraft.for_target(target, blocks=config.blocks, fusion=config.fusion).to(torch.float32)
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    model, optimizer = accelerator.prepare(DraftWithLosses(draft), optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    run = _Run(config, accelerator, target, model, draft, optimizer, schedule, sequences, pad_id)
-    first = run.load_state() if resume else 0
-    run.train(first)
-    if accelerator.is_main_process:
-        draft.config.calibration = run.calibration()
-        _save(config, draft, run.history, token_order(sequences, draft.config.vocab_size))
-    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def _first_draft(config: TrainingConfig, target: PreTrainedModel, source: str | None) -> DovetailDraft:
+    """Return the draft that training starts from, in float32: a new one, or that of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint does not fit the target or the settings, or is an EAGLE-3 draft.
+    """
+    if source is None:
+        return DovetailDraft.for_target(target, blocks=config.blocks, fusion=config.fusion).to(torch.float32)
+    draft = DovetailDraft.from_pretrained(source, dtype=torch.float32)
+    if draft.config.fusion == "eagle3":
+        raise InputError(f"{source} is an EAGLE-3 draft, which has its own head. Training is for the other kinds.")
+    for name, own in (("blocks", draft.config.num_hidden_layers), ("fusion", draft.config.fusion)):
+        asked, default = getattr(config, name), TrainingConfig.__dataclass_fields__[name].default
+        if asked not in (own, default):
+            raise InputError(f"{name} is {asked}, and the draft {source} has {own}. Leave {name} out.")
+    draft.to(target.device)
+    draft.attach(target)
     return draft
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, done: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of the learning rate after `done` steps."""
+    return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps, last_epoch=done - 1)
 
 
 def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
@@ -120,8 +146,8 @@ def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
     Raises:
         ValueError: there are too few of them.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
-    rows = read_jsonl(config.data)
+    rows = read_jsonl(config.data)  # before anything is loaded, so that mistakes come at once
+    tokenizer = AutoTokenizer.from_pretrained(config.target, **NO_REMOTE_CODE)
     sequences = [encode(row, tokenizer, config.max_length) for row in tqdm(rows, desc="tokenizing", unit="row")]
     sequences = [s for s in sequences if len(s) >= config.rollout + 3 and bool(s.written.any())]
     if len(sequences) < config.held_out + config.batch_size:
@@ -146,6 +172,8 @@ class _Run:
     sequences: list[Sequence]
     pad_id: int
     history: History = field(default_factory=History)
+    seconds_before: float = 0.0
+    started_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         directory = self.config.cache_features
@@ -177,7 +205,7 @@ class _Run:
             shown = self.history.acceptance[-1:] or [float("nan")]
             progress.set_postfix(loss=f"{loss:.3f}", held_out_acceptance=f"{shown[0]:.2f}")
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                self.save_state(step + 1)
+                self.save_state()
 
     def _step(self, step: int) -> float:
         """Run one optimizer step; returns its loss."""
@@ -259,83 +287,41 @@ class _Run:
             calibration.add(self.draft, features, batch, passes=self.config.rollout)
         return calibration.rates()
 
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """Values that must be equal in a resumed run, so that it ends like an uninterrupted one."""
-        numbers = {k: v for k, v in asdict(self.config).items() if k not in MAY_CHANGE}
-        trained_on = self.sequences[: self.train_count]
-        return numbers | {"target": fingerprint(self.target), "sequences": digest(trained_on)}
+        made = {"blocks": self.draft.config.num_hidden_layers, "fusion": self.draft.config.fusion}
+        trained_on = {"target": fingerprint(self.target), "sequences": digest(self.sequences[: self.train_count])}
+        return settings_key(self.config) | made | trained_on
 
-    def save_state(self, step: int) -> None:
-        """Save the state after `step` steps. It replaces the previous state once it is complete."""
-        directory, unfinished = self.config.out / STATE, self.config.out / f"{STATE}.unfinished"
-        self.accelerator.save_state(str(unfinished))
+    def progress(self) -> Progress:
+        """How far the run is."""
+        seconds = self.seconds_before + time.monotonic() - self.started_s
+        return Progress(len(self.history.steps), self.key(), self.history, seconds)
+
+    def save_state(self) -> None:
+        """Save the state after the steps that are done. It replaces the previous state once it is complete."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            progress = {"step": step, "key": self._key(), "history": asdict(self.history)}
-            (unfinished / "progress.json").write_text(json.dumps(progress))
-            shutil.rmtree(directory, ignore_errors=True)
-            unfinished.rename(directory)
+            save_state(self.config.out, self.progress(), self.draft, self.optimizer)
 
-    def load_state(self) -> int:
-        """Restore the last saved state.
-
-        Returns:
-            The number of steps that are done, 0 if there is no state.
+    def go_on(self, before: Before) -> None:
+        """Continue an earlier run: restore its state, or only its history if it was finished.
 
         Raises:
-            ValueError: the state belongs to a run with other settings, other data or another target.
+            InputError: it belongs to a run with other settings, other data or another target, or is damaged.
         """
-        directory = self.config.out / STATE
-        if not directory.exists():
-            return 0
-        progress = json.loads((directory / "progress.json").read_text())
-        saved, key = progress["key"], self._key()
-        changed = [f"{k} was {saved.get(k)} and is {key[k]}" for k in key if saved.get(k) != key[k]]
-        if changed:
-            raise ValueError(
-                f"cannot resume from {directory}: {', '.join(changed)}. Use the same values, or start again "
-                "without --resume."
-            )
-        self.accelerator.load_state(str(directory))
-        self.history = History(**progress["history"])
-        return progress["step"]
+        if before.progress is None:
+            return
+        check_key(self.key(), before.progress, before.state or self.config.out / RECORD)
+        if before.state is not None:
+            load_state(before.state, self.draft, self.optimizer)
+        self.history, self.seconds_before = before.progress.history, before.progress.seconds
+        self.schedule = _schedule(self.schedule.optimizer, self.config, before.progress.step)
 
 
-def token_order(sequences: list[Sequence], vocab_size: int) -> np.ndarray:
+def token_order(sequences: list[Sequence], vocab_size: int) -> Tensor:
     """Token ids by descending frequency in these sequences, for drafts with a reduced head: (V,) int32."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for sequence in sequences:
         counts += torch.bincount(sequence.input_ids, minlength=vocab_size)
-    return counts.argsort(descending=True, stable=True).to(torch.int32).numpy()
-
-
-def _save(config: TrainingConfig, draft: DovetailDraft, history: History, order: np.ndarray) -> None:
-    """Write the draft, its token order, the tokenizer, config, history and loss plot to `config.out`."""
-    dtype = getattr(torch, config.save_dtype)
-    draft.to(dtype).save_pretrained(config.out)
-    np.save(config.out / TOKEN_ORDER, order, allow_pickle=False)
-    AutoTokenizer.from_pretrained(config.target).save_pretrained(config.out)
-    numbers = {k: v for k, v in asdict(config).items() if not isinstance(v, (Path, tuple))}
-    numbers["target"] = draft.config.target_name_or_path
-    (config.out / "training.json").write_text(json.dumps({"config": numbers, "history": asdict(history)}, indent=1))
-    plot_history(history, config.out / "loss.png")
-
-
-def plot_history(history: History, file: Path) -> None:
-    """Plot loss and held-out acceptance over steps as a PNG. Without matplotlib only a note is printed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        tqdm.write("The loss plot was skipped. To get one, run: pip install '.[train]' in a checkout.")
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    window = max(len(history.losses) // 100, 1)
-    losses = torch.tensor(history.losses)[: len(history.losses) // window * window].view(-1, window).mean(1)
-    axes.plot(history.steps[window - 1 :: window][: len(losses)], losses.tolist(), color="tab:blue")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss", color="tab:blue")
-    right = axes.twinx()
-    right.plot(history.eval_steps, history.acceptance, color="tab:orange", marker="o", markersize=3)
-    right.set_ylabel("held-out acceptance length (greedy chain)", color="tab:orange")
-    figure.savefig(file, dpi=120)
+    return counts.argsort(descending=True, stable=True).to(torch.int32)

@@ -54,20 +54,23 @@ DTYPES = {
 # --- JSON ---------------------------------------------------------------------------------------------
 
 
-def read_json(file: str, what: str) -> dict[str, Any]:
+def read_json(file: str, what: str, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         file: path.
         what: name of the file for messages, for example "some/draft: config.json".
+        most_bytes: size of the largest file that is read.
 
     Raises:
-        InputError: it is too large, not UTF-8, not JSON, not an object, or nested too deeply.
+        InputError: it is not a regular file, too large, not UTF-8, not JSON, not an object, or nested too deeply.
     """
     again = "Download it again."
     size = os.path.getsize(file)
-    if size > MOST_JSON_BYTES:
-        raise InputError(f"{what} has {size} bytes, and at most {MOST_JSON_BYTES} are read. Is it the right file?")
+    if not os.path.isfile(file):  # a pipe would be waited for
+        raise InputError(f"{what} is not a file. {again}")
+    if size > most_bytes:
+        raise InputError(f"{what} has {size} bytes, and at most {most_bytes} are read. Is it the right file?")
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deep nesting
@@ -113,7 +116,7 @@ class Weights:
         self.bytes = sum(os.path.getsize(file) for file in self.files)
         self.stand_ins: dict[str, Tensor] = {}
         for file in self.files:
-            found = _look_into_safetensors(file) if file.endswith(".safetensors") else _look_into_pickle(file)
+            found = look_into_safetensors(file) if file.endswith(".safetensors") else _look_into_pickle(file)
             if twice := sorted(found.keys() & self.stand_ins.keys()):
                 raise InputError(f"{name}: {shown(twice[0])} is in two weight files. Download the checkpoint again.")
             self.stand_ins |= found
@@ -122,7 +125,7 @@ class Weights:
         """Read all tensors, on the CPU."""
         tensors: dict[str, Tensor] = {}
         for file in self.files:
-            tensors |= _read_safetensors(file) if file.endswith(".safetensors") else _read_pickle(file)
+            tensors |= read_safetensors(file) if file.endswith(".safetensors") else _read_pickle(file)
         return tensors
 
 
@@ -169,7 +172,7 @@ def _shards(file: str, what: str, suffix: str) -> list[str]:
     return shards
 
 
-def _look_into_safetensors(file: str) -> dict[str, Tensor]:
+def look_into_safetensors(file: str) -> dict[str, Tensor]:
     """Return stand-ins for the tensors of a safetensors file, from its header, which is compared with its size."""
     stand_ins = {}
     try:
@@ -187,7 +190,8 @@ def _look_into_safetensors(file: str) -> dict[str, Tensor]:
     return stand_ins
 
 
-def _read_safetensors(file: str) -> dict[str, Tensor]:
+def read_safetensors(file: str) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, on the CPU."""
     with safe_open(file, framework="pt") as stored:
         return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - it is not a dict
 

@@ -1,0 +1,117 @@
+"""Writes a directory with a draft, whole or not at all, and knows what such a directory holds.
+
+A draft brings the order of its tokens (`token_order.npy`) with it. Its tokenizer is the target's; `copy_tokenizer`
+copies the files that a checkpoint has. No code comes with a draft, and none is run or copied.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..compat import find_file
+from ..errors import InputError, OccupiedError
+from ..files import whole_directory
+from .checkpoints.files import WEIGHT_FILES, read_json
+from .checkpoints.load import TOKEN_ORDER
+from .config import DovetailConfig
+from .fields import shown
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files of a tokenizer. Those of a checkpoint are copied when it is converted."""
+
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+
+
+def is_part_of_draft(name: str) -> bool:
+    """Return whether a file of this name in a draft's directory belongs to the draft, so that a new one replaces it."""
+    return name in (*WEIGHT_FILES, TOKEN_ORDER) or _SHARD.fullmatch(name) is not None
+
+
+def refuse_other_checkpoint(directory: Path) -> None:
+    """Refuse a directory with the checkpoint of something that is not a draft of this project.
+
+    Raises:
+        OccupiedError: it has one; saving a draft there would destroy it.
+    """
+    file = directory / "config.json"
+    if not os.path.lexists(file):
+        return
+    try:
+        kind = read_json(str(file), str(file)).get("model_type")
+    except (InputError, OSError):
+        kind = None
+    if kind != DovetailConfig.model_type:
+        raise OccupiedError(
+            f"{directory} contains a checkpoint that is not a Dovetail draft (model_type {shown(kind)}). Choose "
+            "another directory."
+        )
+
+
+@contextmanager
+def draft_directory(directory: Path, order: Tensor | None) -> Iterator[Path]:
+    """Yield an empty directory for the files of a draft, which take their place in `directory` at the end.
+
+    Args:
+        directory: may hold an older draft, which is replaced.
+        order: (V,) ids of all tokens, the most frequent first; None if the draft has no such order.
+
+    Raises:
+        OccupiedError: see `refuse_other_checkpoint`.
+        WriteError: the files cannot be written; nothing has changed.
+    """
+    refuse_other_checkpoint(directory)
+    with whole_directory(directory, replaces=is_part_of_draft) as part:
+        yield part
+        if order is not None:
+            np.save(part / TOKEN_ORDER, order.to("cpu").int().numpy(), allow_pickle=False)
+
+
+def copy_tokenizer(source: str, directory: Path, **hub_kwargs: Any) -> list[str]:
+    """Copy the tokenizer files of a checkpoint.
+
+    Args:
+        source: directory or hub id.
+        directory: of the copies.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+
+    Returns:
+        Names of files that were left out because they are links to something outside of the checkpoint.
+    """
+    left_out = []
+    for name in TOKENIZER_FILES:
+        try:
+            file = find_file(source, name, **hub_kwargs)
+        except OSError:  # the hub cannot be reached, and whether it has this optional file is unknown
+            file = None
+        if file is None:
+            continue
+        if not _is_inside(Path(file)):
+            left_out.append(name)
+            continue
+        shutil.copyfile(file, directory / name)
+    return left_out
+
+
+def _is_inside(file: Path) -> bool:
+    """Return whether a file is a regular one of its directory, or of the repository in the hub's cache."""
+    root = Path(os.path.realpath(file.parent))
+    if root.parent.name == "snapshots":  # its files are links to those of ../../blobs
+        root = root.parent.parent
+    real = Path(os.path.realpath(file))
+    return real.is_relative_to(root) and real.is_file()

@@ -1,0 +1,69 @@
+"""Short training runs of a byte-level target, for tests of training and of what it writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import byte_target, byte_tokenizer, chat, write_jsonl
+from safetensors.torch import load_file
+
+from dovetail_plugin.training import TrainingConfig
+from dovetail_plugin.training import loop as loop_module
+
+SIZES = dict(steps=6, batch_size=4, max_length=48, warmup_steps=2, rollout=2, held_out=3, eval_every=3, save_every=2)
+
+
+def write_files(directory: Path) -> Path:
+    """Write a target with its tokenizer, and 16 chats."""
+    byte_target().save_pretrained(directory / "target")
+    byte_tokenizer().save_pretrained(directory / "target")
+    write_jsonl(directory / "chats.jsonl", [{"messages": chat(n)} for n in range(16)])
+    return directory
+
+
+def config_for(files: Path, out: Path, **changes: Any) -> TrainingConfig:
+    """A run of 6 steps on these files, with changed fields."""
+    sizes = SIZES | {"save_dtype": "float32"} | changes
+    return TrainingConfig(str(files / "target"), (files / "chats.jsonl",), out, **sizes)
+
+
+class interrupted_after:
+    """Within, training is interrupted when this many steps are done. `steps` are the numbers of those that ran."""
+
+    def __init__(self, done: int | None) -> None:
+        self.done, self.steps = done, []
+
+    def __enter__(self) -> "interrupted_after":
+        self._step = step = loop_module._Run._step
+
+        def counted(run, number):
+            if self.done is not None and len(self.steps) == self.done:
+                raise KeyboardInterrupt
+            self.steps.append(number)
+            return step(run, number)
+
+        loop_module._Run._step = counted
+        return self
+
+    def __exit__(self, kind, *_: Any) -> bool:
+        loop_module._Run._step = self._step
+        return kind is KeyboardInterrupt
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def record(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "training.json").read_text())
+
+
+def history(directory: Path) -> dict[str, Any]:
+    return record(directory)["history"]
+
+
+def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,0 +1,430 @@
+"""What training finds in its output directory, what it writes there, and what it never touches."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import refusal, run_python
+from safetensors.torch import save_file
+from support.training import (
+    assert_same,
+    config_for,
+    history,
+    interrupted_after,
+    record,
+    weights,
+    write_files,
+)
+
+from dovetail_plugin import DovetailDraft, files
+from dovetail_plugin.cli import main
+from dovetail_plugin.errors import InputError, MissingFileError, OccupiedError, WriteError
+from dovetail_plugin.training import state, train
+
+pytestmark = pytest.mark.usefixtures("fixed_budget")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A directory with a target and its tokenizer, and 16 chats."""
+    return write_files(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def runs(source, tmp_path_factory):
+    """A finished run of 4 steps in `finished`, and one of 6 steps that was interrupted after 3 in `unfinished`."""
+    directory = tmp_path_factory.mktemp("runs")
+    train(config_for(source, directory / "finished", steps=4))
+    with interrupted_after(3):
+        train(config_for(source, directory / "unfinished"))
+    return directory
+
+
+@pytest.fixture
+def out(runs, tmp_path):
+    """A function that copies one of the runs; returns its directory."""
+
+    def copied(name):
+        return shutil.copytree(runs / name, tmp_path / name)
+
+    return copied
+
+
+def content(directory):
+    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
+
+
+def arguments(config, *more):
+    """Arguments of `dovetail` for a config."""
+    names = ("steps", "batch_size", "max_length", "warmup_steps", "rollout", "held_out", "eval_every", "save_every")
+    options = ["--target", config.target, "--data", *map(str, config.data), "--out", str(config.out)]
+    for name in (*names, "save_dtype"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return ["train", *options, *more]
+
+
+# --- what is written ---------------------------------------------------------------------------------
+
+
+def test_the_state_goes_when_the_run_is_finished(source, out, tmp_path):
+    directory = out("unfinished")
+    assert sorted(content(directory)) == [
+        "resume/README.txt",
+        "resume/progress.json",
+        "resume/state-00000002.safetensors",
+    ]
+    train(config_for(source, directory), resume=True)
+    assert not (directory / "resume").exists()
+    assert not [name for name in content(tmp_path) if files.PART in name]
+
+
+def test_the_record_of_a_run(source, runs):
+    found = record(runs / "finished")
+    assert found["data"] == [{"file": "chats.jsonl", "bytes": (source / "chats.jsonl").stat().st_size}]
+    assert found["versions"]["torch"] == torch.__version__ and {"python", "transformers"} <= found["versions"].keys()
+    assert found["date"].startswith("20") and found["date"].endswith("+00:00") and 0 < found["seconds"] < 600
+    assert str(source) not in json.dumps(found)  # no paths of this machine
+
+
+def test_the_draft_keeps_its_token_order(runs, tmp_path):
+    """In a copy that `save_pretrained` makes, too."""
+    order = np.load(runs / "finished" / "token_order.npy")
+    draft = DovetailDraft.from_pretrained(runs / "finished")
+    assert draft.token_order.tolist() == order.tolist() and order.tolist() != list(range(len(order)))
+    draft.save_pretrained(tmp_path / "copy")
+    assert np.load(tmp_path / "copy" / "token_order.npy").tolist() == order.tolist()
+
+
+# --- an output directory that is used ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["finished", "unfinished"])
+def test_a_run_is_not_replaced_unasked(source, out, name):
+    directory = out(name)
+    before = content(directory)
+    with pytest.raises(OccupiedError, match=r"Use --resume to continue, --overwrite-output-dir to start again"):
+        train(config_for(source, directory))
+    assert content(directory) == before
+
+
+def test_a_run_is_replaced_if_asked(source, out, runs):
+    directory = out("unfinished")
+    (directory / "notes.txt").write_text("mine")
+    train(config_for(source, directory, steps=4), overwrite_output_dir=True)
+    assert_same(weights(directory), weights(runs / "finished"), atol=0, rtol=0)
+    assert (directory / "notes.txt").read_text() == "mine" and not (directory / "resume").exists()
+
+
+def test_an_overwriting_run_does_not_resume_the_old_one(source, out):
+    directory = out("unfinished")
+    with interrupted_after(1):
+        train(config_for(source, directory, seed=1), overwrite_output_dir=True)
+    with interrupted_after(None) as again:
+        train(config_for(source, directory, seed=1), resume=True)
+    assert again.steps == [*range(6)]
+
+
+def test_resume_of_a_finished_run_does_nothing(source, out, capsys):
+    directory = out("finished")
+    before = content(directory)
+    assert main(arguments(config_for(source, directory, steps=4), "--resume")) == 0
+    assert "is finished: 4 steps are done" in capsys.readouterr().out
+    draft = train(config_for(source, directory, steps=4), resume=True)
+    assert draft.num_parameters() and content(directory) == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(source, out):
+    directory = out("finished")
+    before = weights(directory)
+    with interrupted_after(None) as more:
+        train(config_for(source, directory, steps=7), resume=True)
+    assert more.steps == [4, 5, 6]
+    assert history(directory)["steps"] == [1, 2, 3, 4, 5, 6, 7] and len(history(directory)["losses"]) == 7
+    moved = max(float((before[name] - weights(directory)[name]).abs().max()) for name in before)
+    assert 0 < moved < 0.02  # it started from those weights, and the rate is 0.001
+
+
+def test_an_unfinished_run_goes_on_to_more_steps(source, out):
+    directory = out("unfinished")
+    with interrupted_after(None) as more:
+        train(config_for(source, directory, steps=7), resume=True)
+    assert more.steps == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["finished", "unfinished"])
+@pytest.mark.parametrize(("field", "value"), [("lr", 5e-4), ("blocks", 2), ("held_out", 4)])
+def test_resume_refuses_other_settings(source, out, name, field, value):
+    directory = out(name)
+    with pytest.raises(InputError, match=f"cannot resume from .*{name}.*{field} was .* and is {value}"):
+        train(config_for(source, directory, **{field: value}), resume=True)
+
+
+def test_resume_refuses_other_data(source, out, tmp_path):
+    lines = (source / "chats.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[::-1]))
+    config = config_for(source, out("unfinished"))
+    with pytest.raises(InputError, match=r"cannot resume from .*sequences was"):
+        train(dataclasses.replace(config, data=(tmp_path / "other.jsonl",)), resume=True)
+
+
+def test_a_run_of_an_earlier_version(source, out):
+    directory = out("finished")
+    old = record(directory)
+    (directory / "training.json").write_text(json.dumps({name: old[name] for name in ("config", "history")}))
+    with pytest.raises(InputError, match=r"training\.json does not say .*--init-from"):
+        train(config_for(source, directory, steps=7), resume=True)
+
+
+# --- starting from a draft ---------------------------------------------------------------------------
+
+
+def test_training_starts_from_a_draft(source, runs, tmp_path):
+    config = config_for(source, tmp_path / "new", init_from=str(runs / "finished"), lr=1e-9, feature_noise=0.0)
+    train(config)
+    assert_same(weights(config.out), weights(runs / "finished"), atol=1e-6, rtol=0)
+    assert history(config.out)["steps"] == [1, 2, 3, 4, 5, 6]
+    assert record(config.out)["config"]["init_from"] == "finished"
+
+
+def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys):
+    taken = str(runs / "finished")
+    with pytest.raises(InputError, match=r"blocks is 3, and the draft .*finished has 1\. Leave blocks out"):
+        train(config_for(source, tmp_path / "new", init_from=taken, blocks=3))
+    config = config_for(source, tmp_path / "new")
+    assert "no/such" in refusal(capsys, *arguments(config, "--init-from", "no/such"))
+    assert not (tmp_path / "new").exists()
+
+
+# --- what is not its own -----------------------------------------------------------------------------
+
+
+def test_a_foreign_resume_folder_is_refused(source, tmp_path):
+    """And neither deleted nor read, with any of the options."""
+    directory = tmp_path / "project"
+    (directory / "resume").mkdir(parents=True)
+    (directory / "resume" / "cv.pdf").write_text("mine")
+    (directory / "resume" / "progress.json").write_text("{}")
+    before = content(directory)
+    for options in ({}, {"resume": True}, {"overwrite_output_dir": True}):
+        with pytest.raises(OccupiedError, match=r"project/resume is not a state that .*Move it, or use another --out"):
+            train(config_for(source, directory), **options)
+    assert content(directory) == before
+
+
+def test_a_resume_folder_that_appears_later_is_left_alone(source, tmp_path):
+    config = config_for(source, tmp_path / "new")
+
+    def put_there(*_):
+        (config.out / "resume").mkdir(parents=True)
+        (config.out / "resume" / "cv.pdf").write_text("mine")
+        return real(*_)
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = state.own_state
+        patch.setattr(state, "own_state", lambda out: put_there(out) if not out.exists() else real(out))
+        with pytest.raises(OccupiedError, match="resume is not a state"):
+            train(config)
+    assert list(content(config.out)) == ["resume/cv.pdf"]
+
+
+def test_foreign_files_in_its_own_folder_stay(source, out):
+    directory = out("unfinished")
+    (directory / "resume" / "notes.txt").write_text("mine")
+    train(config_for(source, directory), resume=True)
+    assert [f.name for f in (directory / "resume").iterdir()] == ["notes.txt"]
+    assert (directory / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite_output_dir": True}], ids=str)
+def test_another_checkpoint_is_refused(source, options):
+    target = source / "target"
+    before = content(target)
+    with pytest.raises(OccupiedError, match="contains a checkpoint that is not a Dovetail draft"):
+        train(config_for(source, target), **options)
+    assert content(target) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"{", "line 1: not valid JSON"), (None, "there is no such file"), ("folder", "is a directory"), (b"", "no rows")],
+)
+def test_wrong_data_is_refused_before_anything_is_loaded(source, tmp_path, capsys, monkeypatch, data, message):
+    file = tmp_path / "rows.jsonl"
+    if data == "folder":
+        file.mkdir()
+    elif data is not None:
+        file.write_bytes(data)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    config = dataclasses.replace(config_for(source, tmp_path / "new"), data=(file,))
+    line = refusal(capsys, *arguments(config))
+    assert str(file) in line and message in line
+    assert not (tmp_path / "new").exists()
+
+
+# --- full disks and kills ----------------------------------------------------------------------------
+
+
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("second", ["save_file", "replace"])
+def test_a_full_disk_leaves_the_last_state(source, runs, tmp_path, monkeypatch, second):
+    """The second state cannot be written; the run resumes from the first one."""
+    config, saves = config_for(source, tmp_path / "new", steps=4, save_every=1), []
+    owner = {"save_file": state, "replace": os}[second]
+    real = getattr(owner, second)
+
+    def filling_up(*arguments):
+        saves.append(1)
+        return (full if len(saves) > (1 if second == "save_file" else 3) else real)(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, second, filling_up)
+        with pytest.raises(WriteError, match=r"new/resume/.* cannot be written: the disk is full. Free some space"):
+            train(config)
+    assert not [name for name in content(config.out) if files.PART in name]
+    with interrupted_after(None) as rest:
+        train(config, resume=True)
+    assert rest.steps in ([1, 2, 3], [2, 3])
+    assert_same(weights(config.out), weights(runs / "finished"), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["new", "finished"])
+def test_a_full_disk_at_the_end_leaves_what_was_there(source, out, tmp_path, monkeypatch, name):
+    directory = out(name) if name == "finished" else tmp_path / name
+    before = content(directory)
+    steps, options = (6, {"resume": True}) if name == "finished" else (4, {})
+    with monkeypatch.context() as patch:
+        patch.setattr("dovetail_plugin.training.output.plot_history", full)
+        with pytest.raises(WriteError, match=f"{name} cannot be written: the disk is full"):
+            train(config_for(source, directory, steps=steps, save_every=99), **options)
+    assert content(directory) == before and directory.exists() == (name == "finished")
+    train(config_for(source, directory, steps=steps, save_every=99), **options)
+    assert len(history(directory)["steps"]) == steps
+
+
+KILL = """
+import os, signal
+from dovetail_plugin.training import output, state
+real = {module}.{name}
+def kill(*arguments, **options):
+    real(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+{module}.{name} = kill
+from dovetail_plugin.cli import main
+main({arguments!r})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize(("module", "name"), [("state", "save_file"), ("output", "plot_history")])
+def test_a_killed_run_resumes(source, out, module, name):
+    """Killed while it writes its second state, or the finished draft."""
+    directory = out("unfinished")
+    code = KILL.format(module=module, name=name, arguments=arguments(config_for(source, directory), "--resume"))
+    done = run_python("-c", code, cwd=directory)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (directory / "config.json").exists()
+    train(config_for(source, directory), resume=True)
+    assert history(directory)["steps"] == [1, 2, 3, 4, 5, 6]
+    assert not (directory / "resume").exists()
+
+
+# --- hostile and damaged states ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
+def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monkeypatch, part):
+    """And nobody is asked on standard input."""
+    target = shutil.copytree(source / "target", tmp_path / "target")
+    file, name = ("config.json", "code.Config") if part == "AutoConfig" else ("tokenizer_config.json", ["code.T", None])
+    stored = json.loads((target / file).read_text()) | {"auto_map": {part: name}}
+    if part == "AutoConfig":
+        stored["model_type"] = "unknown-to-transformers"
+    else:
+        stored["tokenizer_class"] = "UnknownToTransformers"
+    (target / file).write_text(json.dumps(stored))
+    (target / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
+    with contextlib.suppress(ValueError):  # transformers may take a tokenizer of its own instead
+        train(config)
+    if part == "AutoConfig":
+        assert "trust_remote_code" in refusal(capsys, *arguments(config))
+    assert not (tmp_path / "ran").exists()
+
+
+class Hostile:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return (open, (self.file, "w"))
+
+
+ACCELERATE = (
+    *("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "sampler.bin", "scaler.pt"),
+    *("model.safetensors", "pytorch_model.bin", "dl_state_dict.bin"),
+)
+"""Files that accelerate's `load_state` reads, pickles among them."""
+
+
+def test_no_pickle_in_a_state_is_run(source, out, tmp_path):
+    """Neither in files that accelerate would read, nor in place of those of the state."""
+    directory, ran = out("unfinished"), tmp_path / "ran"
+    pickle.loads(pickle.dumps(Hostile(ran))).close()
+    ran.unlink()  # it works where it is run
+    for name in ACCELERATE:
+        (directory / "resume" / name).write_bytes(pickle.dumps(Hostile(ran)))
+    with interrupted_after(4):
+        train(config_for(source, directory), resume=True)
+    assert not ran.exists()
+    for name in ("state-00000004.safetensors", "progress.json", "README.txt"):
+        copied = shutil.copytree(directory, tmp_path / f"with {name}")
+        for hostile in (pickle.dumps(Hostile(ran)), torch_pickle(Hostile(ran), tmp_path)):
+            (copied / "resume" / name).write_bytes(hostile)
+            with pytest.raises((InputError, OccupiedError), match="resume"):
+                train(config_for(source, copied), resume=True)
+    assert not ran.exists()
+
+
+def torch_pickle(value, tmp_path):
+    torch.save(value, tmp_path / "pickle")
+    return (tmp_path / "pickle").read_bytes()
+
+
+def test_a_state_that_does_not_fit(source, out):
+    """With right checksums, but other tensors or none."""
+    directory = out("unfinished") / "resume"
+    file = directory / "state-00000002.safetensors"
+    progress = json.loads((directory / "progress.json").read_text())
+
+    def sign():
+        progress["progress"]["sha256"] = state._checksum(file)
+        progress["sha256"] = state._digest(progress["progress"])
+        (directory / "progress.json").write_text(json.dumps(progress))
+
+    save_file({"draft.norm": torch.zeros(3)}, file)
+    sign()
+    with pytest.raises(InputError, match=r"state-00000002\.safetensors does not fit the draft of this run: draft\."):
+        train(config_for(source, directory.parent), resume=True)
+    file.unlink()
+    with pytest.raises(MissingFileError, match=r"state-00000002\.safetensors is missing"):
+        train(config_for(source, directory.parent), resume=True)
+    progress["progress"]["file"] = "../../secret.safetensors"
+    progress["sha256"] = state._digest(progress["progress"])
+    (directory / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(InputError, match="does not describe the state of a run"):
+        train(config_for(source, directory.parent), resume=True)
