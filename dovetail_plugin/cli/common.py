@@ -15,6 +15,9 @@ MOST_THREADS = 1024
 MOST_NEW_TOKENS = 10_000_000
 """More than the context of any model; memory for the text is reserved when generation starts."""
 
+MOST_BLOCKS = 6
+"""Decoder blocks of the largest drafts that the method describes."""
+
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 """Options of `generate` that have no effect on greedy decoding."""
@@ -170,8 +173,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of CPU threads; default: torch's choice",
     )
-    group = add_hub_arguments(parser, revisions={"--revision": "target", "--draft-revision": "draft"})
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    add_trust_argument(add_hub_arguments(parser, revisions={"--revision": "target", "--draft-revision": "draft"}))
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser, revisions: dict[str, str]) -> Any:
@@ -187,7 +189,15 @@ def add_hub_arguments(parser: argparse.ArgumentParser, revisions: dict[str, str]
         "--token", metavar="TOKEN", help="access token; prefer the environment variable HF_TOKEN, which `ps` hides"
     )
     group.add_argument("--cache-dir", metavar="DIR", help="directory for downloads; default: the hub's own cache")
+    group.add_argument("--local-files-only", action="store_true", help="take files from that directory, download none")
     return group
+
+
+def add_trust_argument(group: Any) -> None:
+    """Declare --trust-remote-code."""
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with a model; read it first"
+    )
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +272,7 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
 def hub_options(args: argparse.Namespace, revision: str | None) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained` that say how a model is fetched: those that were given."""
     options = {"revision": revision, "token": args.token, "cache_dir": args.cache_dir}
+    options["local_files_only"] = args.local_files_only or None
     return {name: value for name, value in options.items() if value is not None}
 
 
