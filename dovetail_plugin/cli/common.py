@@ -110,6 +110,13 @@ def model_name(text: str) -> str:
     return text
 
 
+def given(text: str) -> str:
+    """Any text; refuses an empty one, which is what an unset shell variable gives."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; leave the option out for its default")
+    return text
+
+
 def size(text: str) -> str:
     """An amount of memory, left as it is for `parse_bytes`, which names the remedy; 0 stands for no GPU."""
     if not text.strip():
@@ -184,11 +191,17 @@ def add_hub_arguments(parser: argparse.ArgumentParser, revisions: dict[str, str]
     """
     group = parser.add_argument_group("hub")
     for option, model in revisions.items():
-        group.add_argument(option, metavar="REV", help=f"branch, tag or commit of the {model}; default: main")
+        text = f"branch, tag or commit of the {model}; default: main"
+        group.add_argument(option, type=given, metavar="REV", help=text)
     group.add_argument(
-        "--token", metavar="TOKEN", help="access token; prefer the environment variable HF_TOKEN, which `ps` hides"
+        "--token",
+        type=given,
+        metavar="TOKEN",
+        help="access token; prefer the environment variable HF_TOKEN, which `ps` hides",
     )
-    group.add_argument("--cache-dir", metavar="DIR", help="directory for downloads; default: the hub's own cache")
+    group.add_argument(
+        "--cache-dir", type=given, metavar="DIR", help="directory for downloads; default: the hub's own cache"
+    )
     group.add_argument("--local-files-only", action="store_true", help="take files from that directory, download none")
     return group
 
@@ -245,7 +258,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--do-sample", action="store_true", help="sample instead of taking the most likely token")
     positive = number(0, excluding_least=True)
-    add("--temperature", "--temp", type=positive, metavar="T", help="divides the logits before sampling")
+    add("--temperature", "--temp", type=number(1e-5, 1e5), metavar="T", help="divides the logits before sampling")
     add("--top-k", type=whole_number(0), metavar="N", help="sample from the N most likely tokens; 0 turns this off")
     add("--top-p", type=number(0, 1), metavar="P", help="sample from the most likely tokens that add up to P")
     add("--min-p", type=number(0, 1), metavar="P", help="drop tokens below P times the best token's probability")

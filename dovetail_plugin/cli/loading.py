@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ..drafts import known_pairs
 from ..drafts.base import Draft
-from ..drafts.checkpoints.claims import check_claims, model_config
+from ..drafts.checkpoints.claims import check_claims, is_causal, model_config
 from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
 from ..drafts.known_pairs import LOOKUP, draft_name_for
@@ -90,6 +90,8 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
     config = check_model(option, name, **_target_source(args))
     if is_draft(config):
         raise ValueError(f"{option} {name} is a draft, not a target. Check that {option} and --draft are not swapped.")
+    if args.target and not is_causal(config):
+        raise ValueError(f"{option} {name} is a {config.model_type} model, and targets are decoder-only models.")
     return config
 
 
@@ -106,13 +108,21 @@ def is_draft(config: PretrainedConfig) -> bool:
 
 
 def load_target(args: argparse.Namespace) -> Any:
-    """Load the target, in torch or exported."""
+    """Load the target, in torch or exported.
+
+    Raises:
+        ValueError: a file of it cannot be used.
+    """
     if args.target_ir:
         from dovetail_plugin.adapters import load_exported
 
         return load_exported(args.target_ir, threads=args.threads, **_target_source(args))
     check_claims(args.target, source := _target_source(args))
-    return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, **source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, **source)
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # values of files that nobody checks
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--target {args.target}: one of its files cannot be used ({reason}).") from error
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:
@@ -164,10 +174,11 @@ def check_device(args: argparse.Namespace) -> None:
         raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
     if args.draft_device != "auto":
         try:
-            torch.device(args.draft_device)
-        except RuntimeError as error:
+            if torch.empty(1, device=args.draft_device).is_meta:
+                raise RuntimeError("a meta device holds no numbers")
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise ValueError(
-                f"--draft-device {args.draft_device!r} is not a device; give cuda, cuda:1, cpu or auto."
+                f"--draft-device {args.draft_device!r} is not a device here; give cuda, cuda:1, cpu or auto."
             ) from error
 
 

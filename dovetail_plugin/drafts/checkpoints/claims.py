@@ -61,7 +61,7 @@ def check_claims(name: str, arguments: dict[str, Any]) -> None:
         arguments: of `from_pretrained`.
 
     Raises:
-        InputError: names what does not fit.
+        InputError: names what does not fit, or the config belongs to another kind of model.
         MissingFileError: there is no such model.
         ValueError: the model comes with code, and `trust_remote_code` is not set.
     """
@@ -80,8 +80,17 @@ def check_claims(name: str, arguments: dict[str, Any]) -> None:
     if not given:
         trusted = bool(arguments.get("trust_remote_code"))
         config = model_config(name, trust_remote_code=trusted, **hub, **replaced)
+    assert config is not None, "given, or read"
+    if not is_causal(config):
+        raise InputError(f"{name} is a {config.model_type} model, not a decoder-only language model.")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         _check_weights(name, config, sum(map(os.path.getsize, files)))
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Return whether `AutoModelForCausalLM` loads models with this config."""
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _check_numbers(name: str, config: dict[str, Any], tensors: int, within: str = "") -> None:
