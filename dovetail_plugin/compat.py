@@ -21,6 +21,9 @@ import transformers
 OLDEST, NEWEST = (5, 5), (5, 24)
 """First and last minor version that the tests run with."""
 
+OLDEST_TORCH = (2, 10)
+"""First torch whose restricted unpickling is safe with hostile files (CVE-2026-24747)."""
+
 
 def version_of(text: str) -> tuple[int, int]:
     """Return major and minor number of a version such as "5.24.0.dev0"."""
@@ -28,16 +31,16 @@ def version_of(text: str) -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
 
 
-def refuse_old(installed: str) -> None:
-    """Refuse a transformers that is older than `OLDEST`.
+def refuse_old(package: str, installed: str, oldest: tuple[int, int]) -> None:
+    """Refuse a package that is older than `oldest`.
 
     Raises:
         ImportError: names both versions.
     """
-    if version_of(installed) < OLDEST:
+    if version_of(installed) < oldest:
         raise ImportError(
-            f"Dovetail needs transformers {dotted(OLDEST)} or later, and {installed} is installed. "
-            "Upgrade it with `pip install -U transformers`."
+            f"Dovetail needs {package} {dotted(oldest)} or later, and {installed} is installed. "
+            f"Upgrade it with `pip install -U {package}`."
         )
 
 
@@ -46,9 +49,11 @@ def dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-refuse_old(transformers.__version__)
-
 import torch
+
+refuse_old("torch", torch.__version__, OLDEST_TORCH)
+refuse_old("transformers", transformers.__version__, OLDEST)
+
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
@@ -426,6 +431,11 @@ def hands_features_to_generators() -> bool:
 def mark_initialized(parameter: nn.Parameter) -> None:
     """Have `initialize_weights` leave this parameter as it is."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def commit_of(config: PretrainedConfig) -> str | None:
+    """Return the commit of the hub repository that a config was read from; None if it is unknown, as since 5.24."""
+    return getattr(config, "_commit_hash", None)
 
 
 def find_file(name: str, file: str, **hub_kwargs: Any) -> str | None:

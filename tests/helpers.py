@@ -1,5 +1,6 @@
 """A byte-level tokenizer, chats, saved pairs and subprocesses for tests of data, training and commands."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.cli import main
+from dovetail_plugin.cli.common import Parser
 
 PAIR = ("--target", "target", "--draft", "draft")
 SHORT = ("--max-new-tokens", "12", "--draft-device", "cpu")
@@ -90,6 +92,13 @@ def refusal(capsys, *arguments: object) -> str:
     assert status == 2
     assert printed.out == ""
     return printed.err.strip().splitlines()[-1]
+
+
+def parse_command(module: Any, *arguments: str) -> argparse.Namespace:
+    """The options of one subcommand, whose module is given."""
+    parser = Parser(prog="dovetail")
+    module.add_parser(parser.add_subparsers(dest="command"))
+    return parser.parse_args([module.__name__.rpartition(".")[2], *arguments])
 
 
 def run_python(*arguments: object, cwd: Path, input: str = "") -> subprocess.CompletedProcess:

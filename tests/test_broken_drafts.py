@@ -426,6 +426,14 @@ def test_pickles_that_unpack_to_more(tmp_path):
     refused(tmp_path, "more bytes than the weight files")
 
 
+def test_pickles_need_a_torch_that_reads_them_safely(tmp_path, monkeypatch):
+    made = paper()
+    made.write(tmp_path)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the pickle was read"))
+    assert "torch 2.10 or later only" in refused(tmp_path, r"is a pickle.*CVE-2026-24747.*safetensors")
+
+
 @pytest.mark.parametrize("content", [[1], {"W_1": 3}, {3: torch.zeros(1)}, torch.zeros(3)])
 def test_pickles_of_other_things(content, tmp_path):
     made = paper()

@@ -1,6 +1,7 @@
 """The `dovetail` command as a new user meets it: help, `generate`, and mistakes in any option."""
 
 import io
+import shutil
 import subprocess
 import sys
 
@@ -202,7 +203,7 @@ MISTAKES = {
     "--seed: must be at least 0, got -1": [*PROMPT, "--seed", "-1"],
     "--top-p: must be between 0 and 1, got 2": [*PROMPT, "--do-sample", "--top-p", "2"],
     "--top-p: must be between 0 and 1, got nan": [*PROMPT, "--do-sample", "--top-p", "nan"],
-    "--temp: must be above 0, got inf": [*PROMPT, "--do-sample", "--temperature", "inf"],
+    "--temp: must be between 1e-05 and 100000, got inf": [*PROMPT, "--do-sample", "--temperature", "inf"],
     "--min-p: 'low' is not a number": [*PROMPT, "--do-sample", "--min-p", "low"],
     "--repetition-penalty: must be above 0, got 0": [*PROMPT, "--repetition-penalty", "0"],
     "--temperature has an effect on sampling only; add --do-sample": [*PROMPT, "--temperature", "0.5"],
@@ -210,11 +211,64 @@ MISTAKES = {
     "there is no option --temprature; did you mean --temperature?": [*PROMPT, "--temprature", "1"],
     "there is no use for the argument 'you'": [*GENERATE, "--prompt", "hello", "you"],
     "--vram plans where the draft goes": [*PROMPT, "--vram", "0"],
+    "--temp: must be between 1e-05 and 100000, got 1e-320": [*PROMPT, "--do-sample", "--temperature", "1e-320"],
+    "--revision: is empty; leave the option out": [*PROMPT, "--revision", ""],
+    "--token: is empty; leave the option out": [*PROMPT, "--token", " "],
+    "--draft-device 'meta' is not a device here": ["generate", *PAIR, "-p", "x", "--draft-device", "meta"],
+    "--draft-device 'mps' is not a device here": ["generate", *PAIR, "-p", "x", "--draft-device", "mps"],
+    "--count: must be at most 100000": ["bench", *PAIR, "--count", "1000000000000"],
+    "--blocks: must be at most 6": ["bench", "-m", "target", "--synthetic-acceptance", "0.5", "--blocks", "10000"],
+    "--context: must be at most 1073741824": ["plan", "-m", "target", "--context", "1000000000000"],
+    "is not a valid size": ["plan", "-m", "target", "--vram", "9" * 5000 + "GiB"],
+    "--target caf\\udce9: no such directory": ["generate", "-m", "caf\udce9", "-p", "x"],
     "chats.jsonl": ["train", "--target", "target", "--data", "chats.jsonl", "--out", "new"],
     "--target no/such: no such directory": ["train", "--target", "no/such", "--data", "chats.jsonl", "--out", "new"],
     "steps must be at least 1": ["train", "--target", "target", "--data", "x", "--out", "new", "--steps", "0"],
     "--lr: must be at least 0, got nan": ["train", "--target", "target", "--data", "x", "--out", "new", "--lr", "nan"],
 }
+
+
+def broken(directory, file, content):
+    """A copy of the target with other content in one of its files; None deletes it."""
+    shutil.copytree("target", directory)
+    (directory / file).unlink(missing_ok=True)
+    if content is not None:
+        (directory / file).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"\xff\xfe", "the config is not JSON"),
+        ("config.json", b'{"model_type": "t5"}', "is a t5 model, and targets are decoder-only models"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}', "config.json cannot be used"),
+        ("model.safetensors", b"\x10" * 500, "model.safetensors is truncated or not safetensors"),
+        ("tokenizer.json", b"{", "its tokenizer cannot be read"),
+        ("tokenizer.json", None, "its tokenizer cannot be read"),
+        ("generation_config.json", b"[1]", "one of its files cannot be used"),
+        ("chat_template.jinja", b"{% for %}", "the tokenizer cannot encode the chat (TemplateSyntaxError"),
+    ],
+)
+def test_broken_targets(file, content, message, here, capsys):
+    broken(here / "copy", file, content)
+    assert message in refusal(capsys, "generate", "-m", "copy", "-md", "draft", "-p", "x", "--draft-device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "prompts.jsonl, line 1: 'utf-8' codec can't decode"),
+        (b'{"prompt": "x"}\n' + b"[" * 100_000, "prompts.jsonl, line 2: "),
+        (b'{"messages": "x"}', '"messages" must be a list of objects'),
+        (b'{"messages": ["x"]}', '"messages" must be a list of objects'),
+        (b'{"messages": {"role": "user"}}', '"messages" must be a list of objects'),
+        (b'{"turns": 3}', 'expected text under "prompt"'),
+        (b"", "no prompts in prompts.jsonl"),
+    ],
+)
+def test_prompts_that_cannot_be_read(content, message, here, capsys):
+    (here / "prompts.jsonl").write_bytes(content)
+    assert message in refusal(capsys, "bench", *PAIR, "--draft-device", "cpu", "--prompts", "prompts.jsonl")
 
 
 @pytest.mark.usefixtures("here")

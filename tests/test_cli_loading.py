@@ -1,26 +1,18 @@
 """What the command line loads: by which revision, with whose permission, and where `--vram` puts it."""
 
-import argparse
 import dataclasses
 import functools
 
 import pytest
 import torch
-from helpers import PAIR, chat, refusal, write_jsonl
+from helpers import PAIR, chat, parse_command, refusal, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.cli import bench, export, generate, loading, main, train
-from dovetail_plugin.cli.common import Parser
 from dovetail_plugin.training.config import TrainingConfig
 
-HUB = ("--revision", "r1", "--draft-revision", "r2", "--token", "secret", "--cache-dir", "cache")
-
-
-def parse(module, *arguments) -> argparse.Namespace:
-    parser = Parser(prog="dovetail")
-    module.add_parser(parser.add_subparsers(dest="command"))
-    return parser.parse_args([module.__name__.rpartition(".")[2], *arguments])
+HUB = ("--revision", "r1", "--draft-revision", "r2", "--token", "secret", "--cache-dir", "cache", "--local-files-only")
 
 
 # --- options -----------------------------------------------------------------------------------------
@@ -35,13 +27,13 @@ def parse(module, *arguments) -> argparse.Namespace:
     ],
 )
 def test_aliases(written):
-    args = parse(bench, *written)
+    args = parse_command(bench, *written)
     assert (args.target, args.draft, args.max_new_tokens, args.threads) == ("t", "d", 7, 2)
     assert (args.tree_nodes, args.tree_depth, args.tree_top_k, args.top_k) == (9, 3, None, None)
 
 
 def test_training_options_are_the_fields_of_the_config():
-    args = parse(train, "--target", "t", "--data", "a.jsonl", "b.jsonl", "--out", "o")
+    args = parse_command(train, "--target", "t", "--data", "a.jsonl", "b.jsonl", "--out", "o")
     data, others = tuple(args.data), ("command", "run", "resume", "overwrite_output_dir")
     values = {name: value for name, value in vars(args).items() if name not in others}
     assert TrainingConfig(**(values | {"data": data})) == TrainingConfig("t", data, args.out)
@@ -62,11 +54,12 @@ def test_hub_options_reach_model_tokenizer_and_draft(monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", functools.partial(record, calls, "tokenizer"))
     monkeypatch.setattr(loading.AutoDraft, "from_pretrained", functools.partial(record, calls, "draft"))
     monkeypatch.setattr(loading, "read_config", functools.partial(record, calls, "draft config"))
-    args = parse(generate, "--target", "t", "--draft", "d", *HUB, "--trust-remote-code")
+    monkeypatch.setattr(loading, "check_claims", lambda *_: None)
+    args = parse_command(generate, "--target", "t", "--draft", "d", *HUB, "--trust-remote-code")
     loading.load_target(args)
     loading.load_tokenizer(args)
     loading.load_draft(args, None)
-    source = {"token": "secret", "cache_dir": "cache"}
+    source = {"token": "secret", "cache_dir": "cache", "local_files_only": True}
     trusted = source | {"trust_remote_code": True}
     assert calls == [
         ("target", "t", trusted | {"revision": "r1", "dtype": "auto"}),
@@ -91,7 +84,10 @@ def test_code_of_a_model_is_not_run_unasked(here, capsys):
     )
     (here / "custom" / "configuration_custom.py").write_text("raise SystemExit('was run')")
     line = refusal(capsys, "generate", "--target", "custom", "--draft", "draft", "-p", "x")
-    assert "--target custom: " in line and "trust_remote_code" in line
+    assert "--target custom comes with Python code, which runs only with --trust-remote-code" in line
+    for command in (["plan"], ["bench", "--draft", "draft"], ["train", "--data", "x", "--out", "new"]):
+        line = refusal(capsys, *command, "--target", "custom")
+        assert "comes with Python code" in line and "was run" not in line
 
 
 def test_export_passes_options_on(here, capsys, monkeypatch):
@@ -149,7 +145,7 @@ def test_vram_places_target_and_draft_by_the_plan(here, capsys, monkeypatch):
     monkeypatch.setattr(loading, "apply_plan", apply)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    args = parse(generate, *PAIR, "--vram", "4GiB")
+    args = parse_command(generate, *PAIR, "--vram", "4GiB")
     target = loading.load_target(args)
     draft = loading.AutoDraft.from_pretrained("draft", device_map="cpu")
     loading.place_by_plan(args, target, draft)

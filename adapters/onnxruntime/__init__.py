@@ -18,10 +18,12 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from dovetail_plugin.compat import find_file, require_file
+from dovetail_plugin.drafts.checkpoints.claims import model_config
+from dovetail_plugin.drafts.checkpoints.files import is_inside
 from dovetail_plugin.targets.base import Tables
 
 from ..stored_graph import missing_package
@@ -183,6 +185,8 @@ def _stored(name: str, file_name: str, hub_kwargs: dict[str, Any]) -> weights.St
     file = Path(require_file(name, file_name, **hub_kwargs))
     model = onnx.load(file, load_external_data=False)
     for beside in weights.external_files(model):
+        if not is_inside(beside):
+            raise ValueError(f"{name}: {file_name} has weights in {beside!r}, outside the model's directory.")
         require_file(name, str(Path(file_name).parent / beside), **hub_kwargs)
     return weights.point_to_files(model, file)
 
@@ -204,6 +208,7 @@ class OnnxRuntimeTarget(StoredTarget):
         exact: bool = False,
         threads: int | None = None,
         options: dict[str, str] | None = None,
+        trust_remote_code: bool = False,
         **hub_kwargs: Any,
     ) -> "OnnxRuntimeTarget":
         """Load a model that `optimum-cli export onnx --task text-generation-with-past` wrote.
@@ -225,6 +230,7 @@ class OnnxRuntimeTarget(StoredTarget):
             threads: CPU threads of the engine; None leaves the choice to ONNX Runtime.
             options: further entries of the runtime's session configuration, such as
                 {"session.intra_op.allow_spinning": "0"}.
+            trust_remote_code: whether code that comes with the model's config may run; nobody is asked.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
         Raises:
@@ -236,7 +242,7 @@ class OnnxRuntimeTarget(StoredTarget):
         name = str(pretrained_model_name_or_path)
         if find_file(name, CONFIG_NAME, **hub_kwargs) is None:
             raise OSError(f"{name} has no {CONFIG_NAME}. Copy it from the model that was exported.")
-        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        config = model_config(name, trust_remote_code=trust_remote_code, **hub_kwargs)
         try:
             stored = _stored(name, file_name, hub_kwargs)
             prepared = graph.prepare(stored.model)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from dovetail_plugin.compat import require_file
+from dovetail_plugin.drafts.checkpoints.claims import model_config
 from dovetail_plugin.drafts.network import DraftNetwork
 from dovetail_plugin.targets.base import Tables
 
@@ -234,6 +235,7 @@ class OpenVINOTarget(StoredTarget):
         exact: bool = False,
         draft_weights: str | None = None,
         ov_config: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
         **hub_kwargs: Any,
     ) -> "OpenVINOTarget":
         """Load a stateful IR and its config.json, as `dovetail export --to openvino` or optimum-cli writes them.
@@ -250,6 +252,7 @@ class OpenVINOTarget(StoredTarget):
                 None takes "int4" on CPUs with VNNI or AMX and "int8" elsewhere. This changes how many drafted tokens
                 are accepted, never the text.
             ov_config: further properties of the CPU plugin.
+            trust_remote_code: whether code that comes with the model's config may run; nobody is asked.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
         Raises:
@@ -259,7 +262,7 @@ class OpenVINOTarget(StoredTarget):
         if draft_weights not in (None, *DRAFT_WEIGHTS):
             raise ValueError(f"{draft_weights!r} is not a valid draft_weights. Use one of {', '.join(DRAFT_WEIGHTS)}.")
         name = str(pretrained_model_name_or_path)
-        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        config = model_config(name, trust_remote_code=trust_remote_code, **hub_kwargs)
         file = require_file(name, MODEL_FILE, **hub_kwargs)
         require_file(name, MODEL_FILE.replace(".xml", ".bin"), **hub_kwargs)  # a hub's snapshot keeps them together
         core = ov.Core()

@@ -22,20 +22,20 @@ def load_prompts(file: Path | None, tokenizer: Any, count: int) -> list[Tensor]:
         The first `count` prompts, each (1, T) int64.
 
     Raises:
-        ValueError: a line is not JSON or has none of these fields (the message names file and line), or the file is
-            empty.
+        ValueError: a line is not JSON in UTF-8 or has none of these fields (the message names file and line), the
+            file is empty, or the chat template fails.
     """
     file = file or Path(__file__).parent.parent / "prompts" / "gsm8k-test.jsonl"
     prompts: list[Tensor] = []
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if len(prompts) == count:
                 break
             if not line.strip():
                 continue
             try:
-                messages = _messages(json.loads(line))
-            except ValueError as error:
+                messages = _messages(json.loads(line.decode("utf-8-sig")))
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply, or without a prompt
                 raise ValueError(f"{file}, line {number}: {error}.") from error
             prompts.append(encode_prompt(messages, tokenizer))
     if not prompts:
@@ -67,12 +67,15 @@ def _messages(row: Any) -> list[dict[str, str]]:
     row = row if isinstance(row, dict) else {}
     if row.get("messages"):
         chat = row["messages"]
+        if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
+            raise ValueError('"messages" must be a list of objects with "role" and "content"')
         if chat[-1].get("role") == "assistant":
             chat = list(itertools.takewhile(lambda message: message.get("role") != "assistant", chat))
         if not chat:
             raise ValueError("the chat starts with the assistant's turn, so there is no prompt")
         return chat
-    text = row.get("prompt") or row.get("question") or (row.get("turns") or [None])[0]
+    turns = row.get("turns")
+    text = row.get("prompt") or row.get("question") or (turns[0] if isinstance(turns, list) and turns else None)
     if not isinstance(text, str):
         raise ValueError('expected text under "prompt", "question", "turns" or "messages"')
     return [{"role": "user", "content": text}]
@@ -87,8 +90,17 @@ def encode_prompt(messages: list[dict[str, str]], tokenizer: Any) -> Tensor:
 
     Returns:
         (1, T) int64.
+
+    Raises:
+        ValueError: the chat template fails.
     """
-    if tokenizer.chat_template is None:
-        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    try:
+        if tokenizer.chat_template is None:
+            return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template is a program, which may raise anything
+        raise ValueError(
+            f"the tokenizer cannot encode the chat ({type(error).__name__}: {error}). Check its chat template and "
+            "the roles of the messages."
+        ) from error
     return torch.tensor([ids])

@@ -110,5 +110,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _fail(argv: list[str], message: str) -> int:
     """Report an error on one line of stderr."""
-    print(f"dovetail {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
+    line = f"dovetail {argv[0]}: {' '.join(message.split())}"
+    print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr)  # arguments may be no text
     return 2

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from .common import (
+    MOST_BLOCKS,
     HelpFormatter,
     add_budget_arguments,
     add_generation_arguments,
@@ -13,6 +14,8 @@ from .common import (
     number,
     whole_number,
 )
+
+MOST_PROMPTS = 100_000
 
 DESCRIPTION = """\
 Generate with and without the draft on the same prompts, alternating, and compare. Standard output gets the table, or
@@ -48,7 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="JSON lines with prompt, question, turns or messages; the assistant's answers in them are left out; "
         "default: GSM8K test questions",
     )
-    add("--count", type=whole_number(1), default=20, metavar="N", help="number of prompts to run")
+    add("--count", type=whole_number(1, MOST_PROMPTS), default=20, metavar="N", help="number of prompts to run")
     add("--json", action="store_true", help="print the result as one line of JSON instead of the table")
     add("--out", "-o", type=Path, metavar="FILE.jsonl", help="append the line of JSON to this file")
     add(
@@ -79,7 +82,10 @@ def _add_synthetic_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often the draft's first choice is right; trained drafts reach 0.6 to 0.85",
     )
     group.add_argument(
-        "--blocks", type=whole_number(1), metavar="N", help="decoder blocks of the untrained draft; default: 1"
+        "--blocks",
+        type=whole_number(1, MOST_BLOCKS),
+        metavar="N",
+        help=f"decoder blocks of the untrained draft, 1 to {MOST_BLOCKS}; default: 1",
     )
 
 

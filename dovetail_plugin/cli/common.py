@@ -15,6 +15,9 @@ MOST_THREADS = 1024
 MOST_NEW_TOKENS = 10_000_000
 """More than the context of any model; memory for the text is reserved when generation starts."""
 
+MOST_BLOCKS = 6
+"""Decoder blocks of the largest drafts that the method describes."""
+
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 """Options of `generate` that have no effect on greedy decoding."""
@@ -107,6 +110,13 @@ def model_name(text: str) -> str:
     return text
 
 
+def given(text: str) -> str:
+    """Any text; refuses an empty one, which is what an unset shell variable gives."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; leave the option out for its default")
+    return text
+
+
 def size(text: str) -> str:
     """An amount of memory, left as it is for `parse_bytes`, which names the remedy; 0 stands for no GPU."""
     if not text.strip():
@@ -170,8 +180,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of CPU threads; default: torch's choice",
     )
-    group = add_hub_arguments(parser, revisions={"--revision": "target", "--draft-revision": "draft"})
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model")
+    add_trust_argument(add_hub_arguments(parser, revisions={"--revision": "target", "--draft-revision": "draft"}))
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser, revisions: dict[str, str]) -> Any:
@@ -182,12 +191,26 @@ def add_hub_arguments(parser: argparse.ArgumentParser, revisions: dict[str, str]
     """
     group = parser.add_argument_group("hub")
     for option, model in revisions.items():
-        group.add_argument(option, metavar="REV", help=f"branch, tag or commit of the {model}; default: main")
+        text = f"branch, tag or commit of the {model}; default: main"
+        group.add_argument(option, type=given, metavar="REV", help=text)
     group.add_argument(
-        "--token", metavar="TOKEN", help="access token; prefer the environment variable HF_TOKEN, which `ps` hides"
+        "--token",
+        type=given,
+        metavar="TOKEN",
+        help="access token; prefer the environment variable HF_TOKEN, which `ps` hides",
     )
-    group.add_argument("--cache-dir", metavar="DIR", help="directory for downloads; default: the hub's own cache")
+    group.add_argument(
+        "--cache-dir", type=given, metavar="DIR", help="directory for downloads; default: the hub's own cache"
+    )
+    group.add_argument("--local-files-only", action="store_true", help="take files from that directory, download none")
     return group
+
+
+def add_trust_argument(group: Any) -> None:
+    """Declare --trust-remote-code."""
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with a model; read it first"
+    )
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,7 +258,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--do-sample", action="store_true", help="sample instead of taking the most likely token")
     positive = number(0, excluding_least=True)
-    add("--temperature", "--temp", type=positive, metavar="T", help="divides the logits before sampling")
+    add("--temperature", "--temp", type=number(1e-5, 1e5), metavar="T", help="divides the logits before sampling")
     add("--top-k", type=whole_number(0), metavar="N", help="sample from the N most likely tokens; 0 turns this off")
     add("--top-p", type=number(0, 1), metavar="P", help="sample from the most likely tokens that add up to P")
     add("--min-p", type=number(0, 1), metavar="P", help="drop tokens below P times the best token's probability")
@@ -262,6 +285,7 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
 def hub_options(args: argparse.Namespace, revision: str | None) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained` that say how a model is fetched: those that were given."""
     options = {"revision": revision, "token": args.token, "cache_dir": args.cache_dir}
+    options["local_files_only"] = args.local_files_only or None
     return {name: value for name, value in options.items() if value is not None}
 
 

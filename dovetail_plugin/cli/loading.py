@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ..drafts.auto import AutoDraft
 from ..drafts.base import Draft
+from ..drafts.checkpoints.claims import check_claims, is_causal, model_config
 from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
 from ..drafts.known_pairs import LOOKUP, draft_name_for
 from ..drafts.model import DovetailDraft
+from ..drafts.small_model import SmallModelDraft
 from ..hf import register
 from ..planning.apply import apply_plan
 from ..planning.device_plan import parse_bytes
@@ -44,12 +46,14 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     config = check_target(args)
     check_vram(args)
     draft = load_draft(args, config)
-    target = load_target(args)
+    tokenizer, target = load_tokenizer(args), load_target(args)
+    if isinstance(draft, SmallModelDraft):
+        draft.target_vocabulary = tokenizer.get_vocab()
     prepare_draft(args, target, draft)
-    return LoadedPair(target, load_tokenizer(args), draft)
+    return LoadedPair(target, tokenizer, draft)
 
 
-def check_model(option: str, name: str, read: Callable[..., Any] = AutoConfig.from_pretrained, **options: Any) -> Any:
+def check_model(option: str, name: str, read: Callable[..., Any] = model_config, **options: Any) -> Any:
     """Read the config of a model that is about to be loaded.
 
     Args:
@@ -69,6 +73,10 @@ def check_model(option: str, name: str, read: Callable[..., Any] = AutoConfig.fr
             raise ValueError(f"{option} {name}: {error}") from error
         raise ValueError(f"{option} {name}: no such directory, and no hub model of that name within reach.") from error
     except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{option} {name} comes with Python code, which runs only with --trust-remote-code. Read it first."
+            ) from error
         raise ValueError(f"{option} {name}: {error}") from error
 
 
@@ -82,6 +90,8 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
     config = check_model(option, name, **_target_source(args))
     if is_draft(config):
         raise ValueError(f"{option} {name} is a draft, not a target. Check that {option} and --draft are not swapped.")
+    if args.target and not is_causal(config):
+        raise ValueError(f"{option} {name} is a {config.model_type} model, and targets are decoder-only models.")
     return config
 
 
@@ -98,17 +108,34 @@ def is_draft(config: PretrainedConfig) -> bool:
 
 
 def load_target(args: argparse.Namespace) -> Any:
-    """Load the target, in torch or exported."""
+    """Load the target, in torch or exported.
+
+    Raises:
+        ValueError: a file of it cannot be used.
+    """
     if args.target_ir:
         from dovetail_plugin.adapters import load_exported
 
-        return load_exported(args.target_ir, threads=args.threads, **hub_options(args, args.revision))
-    return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, **_target_source(args))
+        return load_exported(args.target_ir, threads=args.threads, **_target_source(args))
+    check_claims(args.target, source := _target_source(args))
+    try:
+        return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, **source)
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # values of files that nobody checks
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--target {args.target}: one of its files cannot be used ({reason}).") from error
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:
-    """Load the target's tokenizer, from the same revision."""
-    return AutoTokenizer.from_pretrained(args.target or args.target_ir, **_target_source(args))
+    """Load the target's tokenizer, from the same revision.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    name = args.target or args.target_ir
+    try:
+        return AutoTokenizer.from_pretrained(name, **_target_source(args))
+    except Exception as error:  # the tokenizers library raises `Exception` itself for a file that it cannot read
+        raise ValueError(f"{name}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def load_draft(args: argparse.Namespace, target_config: PretrainedConfig) -> Draft:
@@ -147,10 +174,11 @@ def check_device(args: argparse.Namespace) -> None:
         raise ValueError(f"--draft-device {args.draft_device}: torch finds no CUDA device; give cpu or auto.")
     if args.draft_device != "auto":
         try:
-            torch.device(args.draft_device)
-        except RuntimeError as error:
+            if torch.empty(1, device=args.draft_device).is_meta:
+                raise RuntimeError("a meta device holds no numbers")
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise ValueError(
-                f"--draft-device {args.draft_device!r} is not a device; give cuda, cuda:1, cpu or auto."
+                f"--draft-device {args.draft_device!r} is not a device here; give cuda, cuda:1, cpu or auto."
             ) from error
 
 

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 from ..planning.device_plan import format_bytes
 from ..planning.known_shapes import SHAPES
-from .common import FLOAT_DTYPES, HelpFormatter, add_target_argument, model_name, size, whole_number
+from .common import (
+    FLOAT_DTYPES,
+    MOST_BLOCKS,
+    HelpFormatter,
+    add_hub_arguments,
+    add_target_argument,
+    hub_options,
+    model_name,
+    size,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -15,8 +25,8 @@ if TYPE_CHECKING:
 
 EXPORTED_DTYPES = ("int8", "int4")
 
-MOST_BLOCKS = 6
-"""Decoder blocks of the largest drafts that the method describes."""
+MOST_ROWS = 2**30
+"""More tokens than the context of any model."""
 
 DESCRIPTION = """\
 Show where every part of a target and its draft goes and how many bytes it takes. Only configs are read: nothing is
@@ -85,14 +95,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add(
         "--context",
-        type=whole_number(1),
+        type=whole_number(1, MOST_ROWS),
         default=4096,
         metavar="N",
         help="tokens of prompt and answer to make room for",
     )
     add(
         "--prefill-rows",
-        type=whole_number(1),
+        type=whole_number(1, MOST_ROWS),
         metavar="N",
         help="prompt tokens per pass (`prefill_chunk_size` of generate); default: the whole prompt",
     )
@@ -103,6 +113,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "machine is asked, and with --vram bfloat16 is assumed to work",
     )
     add("--json", action="store_true", help="print the plan as JSON")
+    add_hub_arguments(parser, revisions={"--revision": "target", "--draft-revision": "draft"})
     parser.set_defaults(run=run)
 
 
@@ -123,12 +134,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--blocks describes the untrained draft that is planned for without --draft; use one of the two."
         )
-    target = load_config(args.target)
+    target = load_config(args.target, **hub_options(args, args.revision))
     draft: PretrainedConfig | str = LOOKUP
     if args.draft is None:
         draft = DovetailConfig.for_target(target, blocks=args.blocks or 1)
     elif args.draft != LOOKUP:
-        draft = load_draft_config(args.draft)
+        draft = load_draft_config(args.draft, **hub_options(args, args.draft_revision))
     options = {"gpu_supports_bf16": False} if args.no_bf16 else {}
     if args.vram is not None and not args.no_bf16:
         options["gpu_supports_bf16"] = True  # the plan may be for another GPU than the one on this machine

@@ -11,8 +11,9 @@ The model runs in a session like a target's, so whatever model can be a target c
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from ..targets.base import Engine, TargetModel, TargetSession
 from ..targets.engine import engine_of
 from ..tree import DraftTree, TreeBudget
 from .base import Draft, Drafter, DraftError, Judge
+from .checkpoints.claims import check_claims
 from .checkpoints.load import hub_arguments
 from .feature_drafter import FeatureDrafter
 from .identity import config_identity
 from .shared_tokens import SharedTokens, Vocabulary, shared_tokens, vocabulary_of
+from .target_tokenizer import vocabulary_of_target
 
 SHORT_TEXT = 64
 """Rows of new text that are run like a tree, in one pass with the root. More are run like a prompt."""
@@ -211,25 +214,34 @@ class SmallModelDraft(Draft):
     lacks are never drafted, and read as another token.
 
     Tokenizers are compared when a target is met. That of the target is read from where its config says that it was
-    loaded from. Where one of the two cannot be found, as for a model that was built in memory, only the number of
-    embedding rows is compared: up to 2 % of difference is taken for padding, and equal ids for equal tokens.
+    loaded from (see `vocabulary_of_target`), or set as `target_vocabulary`. Where one of the two cannot be found, as
+    for a model that was built in memory, only the number of embedding rows is compared: up to 2 % of difference is
+    taken for padding, and equal ids for equal tokens.
 
     Args:
         model: decoder-only, on any device. Three short passes at once show whether it can draft.
         vocabulary: token -> id of its tokenizer, to compare with the target's; None compares the number of rows.
+        cache_dirs: hub caches, besides the default one, in which the target's tokenizer is looked for.
 
     Raises:
         ValueError: the model cannot draft, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: Vocabulary | None = None, cache_dirs: Sequence[str | Path] = ()
+    ) -> None:
         self.model, self.vocabulary, self.config = model.eval(), vocabulary, model.config
+        self._cache_dirs = tuple(cache_dirs)
+        self._target_vocabulary: Vocabulary | None = None
         self._substitute = _known_token(self.config)
         _try_out(model, self._substitute)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "SmallModelDraft":
         """Load a model and its tokenizer, both from the same source. Without a tokenizer there is a warning.
+
+        Code that comes with the model runs only with `trust_remote_code=True`; nobody is asked. The sizes in its
+        config are compared with the weight files before memory is taken.
 
         Args:
             pretrained_model_name_or_path: directory or hub id.
@@ -238,16 +250,29 @@ class SmallModelDraft(Draft):
 
         Raises:
             OSError: there is no such model.
-            ValueError: the model cannot draft.
+            ValueError: the model cannot draft, comes with code that may not run, or has a config that describes more
+                than its weight files can hold.
         """
         kwargs.setdefault("dtype", "auto")
-        source = hub_arguments(kwargs)
-        if "trust_remote_code" in kwargs:
-            source["trust_remote_code"] = kwargs["trust_remote_code"]
+        kwargs.setdefault("trust_remote_code", False)
+        source, caches = hub_arguments(kwargs), [kwargs["cache_dir"]] if kwargs.get("cache_dir") else []
+        check_claims(pretrained_model_name_or_path, kwargs)
         model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        draft = cls(model, vocabulary_of(pretrained_model_name_or_path, **source))
+        trusted = kwargs["trust_remote_code"]
+        vocabulary = vocabulary_of(pretrained_model_name_or_path, trust_remote_code=trusted, **source)
+        draft = cls(model, vocabulary, caches)
         draft.layout = "language model"
         return draft
+
+    @property
+    def target_vocabulary(self) -> Vocabulary | None:
+        """Token -> id of the tokenizer of the targets that are met next; None finds that of each target."""
+        return self._target_vocabulary
+
+    @target_vocabulary.setter
+    def target_vocabulary(self, vocabulary: Vocabulary | None) -> None:
+        self._target_vocabulary = vocabulary
+        self.__dict__.pop("_known", None)
 
     @property
     def device(self) -> torch.device:
@@ -291,10 +316,12 @@ class SmallModelDraft(Draft):
         )
         shared = known.get(engine)
         if shared is None:
-            name = engine.config.name_or_path
+            target = self._target_vocabulary
+            if target is None and self.vocabulary is not None:
+                target = vocabulary_of_target(engine.config, self._cache_dirs)
             shared = known[engine] = shared_tokens(
                 self.vocabulary,
-                vocabulary_of(name, local_files_only=True) if name and self.vocabulary is not None else None,
+                target,
                 own_rows=_vocab_size(self.config),
                 target_rows=_vocab_size(engine.config),
                 substitute=self._substitute,

@@ -29,7 +29,7 @@ def parse_bytes(value: str | int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     text = value.strip() if isinstance(value, str) else ""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.lower())
+    found = re.fullmatch(r"(\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})\s*([a-z]*)", text.lower())
     if found is not None:
         number, unit = Fraction(found.group(1)), found.group(2)
         if unit in UNITS or (not unit and not number):

@@ -3,7 +3,7 @@
 `load_draft_config` takes a name and returns a `DovetailConfig`. Formats are usually detected by tensor names (see
 `drafts/checkpoints/read.py`). The config.json alone is enough except in two cases: drafts of the Dovetail paper look
 like those of EAGLE, whose fusion is smaller by two matrices of the hidden size, and an EAGLE-3 config does not say
-whether the draft has its own embedding table. If the weights are in the same directory, they are read as well.
+whether the draft has its own embedding table. If the weights are there too, their names and shapes are read as well.
 """
 
 from pathlib import Path
@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 
-from ..compat import find_file
-from ..drafts.checkpoints.read import WEIGHT_FILES, UnknownFormat, load_checkpoint, read_config, translate
+from ..drafts.checkpoints.files import Weights
+from ..drafts.checkpoints.read import UnknownFormat, own_names, read_config, translate
 from ..drafts.config import DovetailConfig
+from ..errors import MissingFileError
 from .known_shapes import SHAPES
 
 
-def load_draft_config(name: str) -> DovetailConfig:
+def load_draft_config(name: str, **hub: Any) -> DovetailConfig:
     """Read the config of a draft of any known format from a directory, a config.json or a hub id.
+
+    Args:
+        name: of the directory, file or repository.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
     Raises:
         OSError: there is no draft with that name.
@@ -26,11 +31,15 @@ def load_draft_config(name: str) -> DovetailConfig:
     """
     if name in SHAPES:
         return config_alone(name, SHAPES[name])
-    stored = read_config(name)
+    stored = read_config(name, **hub)
     if stored.get("model_type") == DovetailConfig.model_type:
-        return DovetailConfig.from_pretrained(name)
-    if not Path(name).is_file() and any(find_file(name, file, local_files_only=True) for file in WEIGHT_FILES):
-        return load_checkpoint(name, stored, local_files_only=True).config
+        return DovetailConfig.from_dict(stored, name_or_path=name)
+    if not Path(name).is_file():
+        try:
+            weights = Weights(name, **hub | {"local_files_only": True})
+            return translate(name, stored, own_names(weights.stand_ins)).config
+        except MissingFileError:  # a plan before the download
+            pass
     return config_alone(name, stored)
 
 
@@ -51,7 +60,11 @@ def config_alone(name: str, config: dict[str, Any]) -> DovetailConfig:
     if layout is not config or size or eagle3:
         size = size or layout.get("vocab_size", 1)
         head = torch.empty(size, 1, device="meta")
-        tensors = {"midlayer.input_layernorm.weight": one, "lm_head.weight": head, "d2t": torch.zeros(size)}
+        tensors = {
+            "midlayer.input_layernorm.weight": one,
+            "lm_head.weight": head,
+            "d2t": torch.empty(size, device="meta"),
+        }
         return translate(name, config, tensors).config
     if layout.get("num_hidden_layers") == 1:
         bias = {"fc.bias": one} if config.get("bias", True) else {}

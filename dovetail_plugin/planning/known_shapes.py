@@ -145,8 +145,12 @@ def shape_config(name: str) -> "PretrainedConfig":
     return config
 
 
-def load_config(name: str | Path) -> "PretrainedConfig":
+def load_config(name: str | Path, **options: Any) -> "PretrainedConfig":
     """Read the config of a shape, a config.json file, a model directory or a hub id.
+
+    Args:
+        name: of the shape, file, directory or repository.
+        options: `revision`, `token`, `cache_dir`, ...; see `model_config`. Code that comes with a model is not run.
 
     Raises:
         ValueError: there is no model with that name, transformers does not know its config, or the hub cannot be
@@ -156,11 +160,11 @@ def load_config(name: str | Path) -> "PretrainedConfig":
         return shape_config(str(name))
     if not Path(name).exists() and "/" not in str(name) and close_shapes(str(name)):
         raise ValueError(_unknown(str(name)))
-    from transformers import AutoConfig
+    from ..drafts.checkpoints.claims import model_config
 
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return model_config(name, **options)
+    except OSError as error:
         reason = " ".join(str(error).split())
         if Path(name).exists():
             raise ValueError(f"{name} does not contain a config that can be read: {reason}") from error
@@ -168,6 +172,13 @@ def load_config(name: str | Path) -> "PretrainedConfig":
             f"{name}: no such file or directory, and a hub model of that name cannot be reached. Give the directory or "
             f"config.json of a local copy, or plan for a well-known shape: {', '.join(SHAPES)}."
         ) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name} comes with Python code, which is not run for a plan. Plan for a model of transformers."
+            ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} does not contain a config that can be read: {reason}") from error
 
 
 def close_shapes(name: str) -> list[str]:

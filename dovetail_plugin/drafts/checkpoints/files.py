@@ -3,8 +3,8 @@
 `read_json` bounds size and depth. `Weights` looks at names, shapes and dtypes first, from the header of a safetensors
 file or the index of a pickled one, without memory for the tensors; what these claim is compared with the size of the
 file. `read_token_order` compares the header of a NumPy file with its size before it reads on. Pickled weights are read
-with `weights_only=True`, which runs no code. Every fault is an `InputError` that names the file. This module does not
-know configs or models.
+with `weights_only=True`, which runs no code from torch 2.10 on; with an older torch they are refused. Every fault is an
+`InputError` that names the file. This module does not know configs or models.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...compat import find_file
+from ...compat import OLDEST_TORCH, dotted, find_file, version_of
 from ...errors import InputError, MissingFileError
 from ..fields import shown
 
@@ -111,8 +111,7 @@ class Weights:
     def __init__(
         self, name: str, *, variant: str | None = None, use_safetensors: bool | None = None, **hub_kwargs: Any
     ) -> None:
-        candidates = [file for file in WEIGHT_FILES if use_safetensors is not False or ".bin" in file]
-        self.files = _find(name, [_with_variant(file, variant) for file in candidates], hub_kwargs)
+        self.files = weight_files(name, variant=variant, use_safetensors=use_safetensors, **hub_kwargs)
         self.bytes = sum(os.path.getsize(file) for file in self.files)
         self.stand_ins: dict[str, Tensor] = {}
         for file in self.files:
@@ -129,8 +128,15 @@ class Weights:
         return tensors
 
 
-def _find(name: str, candidates: list[str], hub_kwargs: dict[str, Any]) -> list[str]:
-    """Return the paths of a checkpoint's weight files: the first candidate, or the files that it lists."""
+def weight_files(
+    name: str, *, variant: str | None = None, use_safetensors: bool | None = None, **hub_kwargs: Any
+) -> list[str]:
+    """Return the paths of a checkpoint's weight files: the first of `WEIGHT_FILES`, or the files that it lists.
+
+    Args and errors: see `Weights`.
+    """
+    names = [file for file in WEIGHT_FILES if use_safetensors is not False or ".bin" in file]
+    candidates = [_with_variant(file, variant) for file in names]
     for candidate in candidates:
         file = find_file(name, candidate, **hub_kwargs)
         if file is None:
@@ -162,14 +168,37 @@ def _shards(file: str, what: str, suffix: str) -> list[str]:
         raise InputError(f"{what} has no weight_map from tensors to files. Download it again.")
     shards = sorted(set(table.values()))
     for shard in shards:
-        path = PurePosixPath(shard)
-        inside = not path.is_absolute() and ".." not in path.parts and not set(shard) & set("\\:\0")
-        if not inside or not shard.endswith(suffix):
+        if not is_inside(shard) or not shard.endswith(suffix):
             raise InputError(
                 f"{what} names the file {shown(shard)}, and only {suffix} files of the checkpoint itself are read. "
                 "Download it again, or ask its author."
             )
     return shards
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a file name that stands in a checkpoint stays within the checkpoint's directory."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\:\0")
+
+
+def tensor_names(file: str) -> list[str] | None:
+    """Return the names of the tensors in a safetensors file, from its header; None for files of another format.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not file.endswith(".safetensors"):
+        return None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return list(stored.keys())
+    except (SafetensorError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: str, error: Exception) -> InputError:
+    return InputError(f"{file} is truncated or not safetensors ({error}). Copy or download it again.")
 
 
 def look_into_safetensors(file: str) -> dict[str, Tensor]:
@@ -186,7 +215,7 @@ def look_into_safetensors(file: str) -> dict[str, Tensor]:
     except InputError:
         raise
     except (SafetensorError, RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"{file} is truncated or not safetensors ({error}). Copy or download it again.") from error
+        raise _damaged(file, error) from error
     return stand_ins
 
 
@@ -198,6 +227,12 @@ def read_safetensors(file: str) -> dict[str, Tensor]:
 
 def _look_into_pickle(file: str) -> dict[str, Tensor]:
     """Return stand-ins for the tensors of a file of `torch.save`; its tensors are mapped, not read."""
+    if version_of(torch.__version__) < OLDEST_TORCH:
+        raise InputError(
+            f"{file} is a pickle. Reading it with torch {torch.__version__} can run code in it (CVE-2026-24747), so it "
+            f"is read with torch {dotted(OLDEST_TORCH)} or later only. Upgrade torch, or ask its author for "
+            "safetensors."
+        )
     size = os.path.getsize(file)
     if not size:
         raise InputError(f"{file} is empty: its download was interrupted. Download it again.")
