@@ -335,6 +335,8 @@ def processor_of_sequence(processor: Any, index: int) -> Any:
         processor.encoder_input_ids = processor.encoder_input_ids[index : index + 1]
     elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         processor.generated_ngrams, processor.batch_size = [processor.generated_ngrams[index]], 1
+    elif isinstance(ignored := getattr(processor, "prompt_ignore_length", None), Tensor):  # padding, since 5.24
+        processor.prompt_ignore_length = ignored[index : index + 1]
     return processor
 
 

@@ -106,6 +106,15 @@ def test_processors_that_know_the_sequence(target, draft):
     assert torch.equal(target.generate(ids, assistant_model=draft, **options), plain)
 
 
+def test_a_penalty_that_ignores_padding(target, draft):
+    """Since transformers 5.24 the processor counts the padding of each sequence."""
+    ids, mask = batch(9, 30, 17)
+    options = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    plain = target.generate(ids, repetition_penalty=1.8, **options)
+    assert not torch.equal(plain, target.generate(ids, **options))
+    assert torch.equal(target.generate(ids, repetition_penalty=1.8, assistant_model=draft, **options), plain)
+
+
 def test_sequences_that_go_on_after_they_stopped_are_refused(target, draft):
     """Without an end token, plain generation goes on with a stopped sequence until all have stopped."""
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=PAD)

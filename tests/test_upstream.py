@@ -1,6 +1,7 @@
 """The runs of transformers' own tests with drafts: what is a difference, and what becomes of a call of `generate`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from families import prompt
 from transformers import DynamicCache, GenerationMixin, LlamaConfig
 from upstream import __main__ as command
 from upstream import drafting, judgement, runs, stand_ins, ways
-from upstream.differences import REFUSALS
+from upstream.differences import DIFFERENCES, REASONS, REFUSALS
 from upstream.judgement import Difference
 
 BEAMS = "drafting works with greedy search and sampling, not with num_beams=2."
@@ -72,10 +73,11 @@ def test_only_unexplained_differences_are_problems():
 def test_the_report_has_a_line_for_each_test():
     same = {ways.STOCK: "passed"} | dict.fromkeys(ways.WAYS, "passed")
     text = command.report({"t::a": same, "t::b": {ways.STOCK: "left out: slow"}}, 9, [])
-    assert '\n  "t::a": "passed"\n' in text
+    assert '\n  "t::a": {"assistant": "passed", "everywhere": "passed"}\n' in text
     assert json.loads(text)["not compared"] == {"t::b": "left out: slow"}
-    different = {ways.STOCK: "passed", "everywhere/lookup": "refused (beams)"}
-    assert json.loads(command.report({"t::a": different}, 9, []))["compared"] == {"t::a": different}
+    different = {"everywhere/dovetail": "passed", "everywhere/lookup": "refused (beams)"}
+    text = command.report({"t::a": {ways.STOCK: "passed"} | different}, 9, [])
+    assert json.loads(text)["compared"] == {"t::a": different}
 
 
 def test_a_way_runs_the_tests_that_it_is_about():
@@ -87,6 +89,15 @@ def test_a_way_runs_the_tests_that_it_is_about():
     }
     assert runs.selected(tests, "assistant/lookup") == ["asks"]
     assert runs.selected(tests, "everywhere/lookup") == ["asks", "plain"]
+
+
+def test_the_committed_outcomes_have_reasons():
+    compared = json.loads((Path(command.__file__).parent / "outcomes.json").read_text(encoding="utf-8"))["compared"]
+    tests = {name: {ways.STOCK: "passed"} | outcomes for name, outcomes in compared.items()}
+    assert judgement.problems(tests, DIFFERENCES) == []
+    found = {outcome for outcomes in compared.values() for outcome in outcomes.values()}
+    keys = {key for outcome in found if "(" in outcome for key in outcome.partition("(")[2].rstrip(")").split(", ")}
+    assert keys == set(REASONS) and set(REFUSALS) < set(REASONS)
 
 
 # --- calls of generate ------------------------------------------------------------------------------

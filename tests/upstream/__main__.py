@@ -72,10 +72,13 @@ def report(tests: dict[str, dict[str, str]], collected: int, stand_ins: list[str
     )
 
 
-def shortened(outcomes: dict[str, str]) -> dict[str, str] | str:
-    """Outcomes of a test by way, or the one that all have."""
-    found = {outcome for way, outcome in outcomes.items() if way != ways.STOCK}
-    return found.pop() if len(found) == 1 and len(outcomes) == len(ways.WAYS) + 1 else outcomes
+def shortened(outcomes: dict[str, str]) -> dict[str, str]:
+    """Outcomes of a test by way, or by scope where all kinds of drafts have the same."""
+    short = {}
+    for scope in ways.SCOPES:
+        found = {way: outcome for way, outcome in outcomes.items() if way.startswith(scope)}
+        short |= {scope: next(iter(found.values()))} if len(set(found.values())) == 1 else found
+    return short
 
 
 if __name__ == "__main__":

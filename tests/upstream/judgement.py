@@ -18,6 +18,9 @@ DOWNLOAD = re.compile(
 )
 """What errors of tests say that need a download."""
 
+STATES = "states of plain text"
+"""Key of outcomes where attentions or hidden states came from plain generation."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -66,7 +69,7 @@ def drafted(record: dict[str, Any], refusals: dict[str, str]) -> str:
         return f"skipped: {record['text'].removeprefix('Skipped: ')}"
     keys = sorted({key_of(message, refusals) for message in record["refused"]})
     if record["without_states"]:
-        keys.append("states of plain text")
+        keys.append(STATES)
     if not record["drafted"] and not keys:
         return "failed: no call was drafted"
     word = "passed" if not record["refused"] else "passed, refused" if record["drafted"] else "refused"
