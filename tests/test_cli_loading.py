@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from helpers import PAIR, chat, parse_command, refusal, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.cli import bench, export, generate, loading, main, train
@@ -50,11 +50,10 @@ def record(calls, kind, name, **options):
 
 def test_hub_options_reach_model_tokenizer_and_draft(monkeypatch):
     calls = []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", functools.partial(record, calls, "target"))
+    monkeypatch.setattr(loading, "load_language_model", functools.partial(record, calls, "target"))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", functools.partial(record, calls, "tokenizer"))
     monkeypatch.setattr(loading.AutoDraft, "from_pretrained", functools.partial(record, calls, "draft"))
     monkeypatch.setattr(loading, "read_config", functools.partial(record, calls, "draft config"))
-    monkeypatch.setattr(loading, "check_claims", lambda *_: None)
     args = parse_command(generate, "--target", "t", "--draft", "d", *HUB, "--trust-remote-code")
     loading.load_target(args)
     loading.load_tokenizer(args)

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 from families import VOCAB, prompt, tiny_target
+from helpers import byte_model, byte_tokenizer
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support import checkpoints
 from support.faults import Said, at_most, changed_configs, damage
+from transformers import AutoModelForCausalLM
 
 from dovetail_plugin import DovetailConfig, DovetailDraft, DovetailError, TreeBudget
 from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
+from dovetail_plugin.drafts.known_pairs import load_draft
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
 
-FORMATS = ("dovetail", "dovetail eagle3", "dovetail bin", "paper", "eagle", "eagle3", "speculators")
+FORMATS = ("dovetail", "dovetail eagle3", "dovetail bin", "dovetail shards", "paper", "eagle", "eagle3", "speculators")
 OTHERS = [
     *("to_dict", "from_dict", "attribute_map", "feature_size", "per_layer_config", "layer_types", "text_config"),
     *("quantization_config", "transformers_weights", "num_labels", "id2label", "dtype", "torch_dtype", "rope_theta"),
@@ -53,6 +56,14 @@ def make(name: str, directory: Path, target) -> None:
     draft.config.calibration = {"greedy": [0.5] * 18}
     draft.save_pretrained(directory)
     np.save(directory / TOKEN_ORDER, np.random.default_rng(0).permutation(VOCAB).astype(np.int32))
+    if name == "dovetail shards":
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        shards = {"one.safetensors": sorted(tensors)[::2], "two.safetensors": sorted(tensors)[1::2]}
+        for file, names in shards.items():
+            save_file({key: tensors[key] for key in names}, directory / file, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {key: file for file, names in shards.items() for key in names}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     if name == "dovetail bin":
         torch.save(draft.state_dict(), directory / "pytorch_model.bin")
         (directory / "model.safetensors").unlink()
@@ -112,19 +123,85 @@ def test_changed_config(name, valid, target, plain):
     check()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_damaged_file(name, valid, target, plain):
-    @settings(max_examples=15, **EXAMPLES)
-    @given(st.integers(0, 2**32))
-    def check(seed):
-        rng = random.Random(seed)
-        with tempfile.TemporaryDirectory() as directory:
-            copied = Path(shutil.copytree(valid[name], directory, dirs_exist_ok=True))
-            file = rng.choice(sorted(copied.iterdir()))
-            if rng.random() < 0.1:
-                file.unlink()
-            else:
-                damage(file, rng)
-            try_to_draft(copied, target, plain)
+FILES = [
+    *(("dovetail", file) for file in ("config.json", "model.safetensors", TOKEN_ORDER)),
+    *(("dovetail shards", file) for file in ("model.safetensors.index.json", "one.safetensors", "two.safetensors")),
+    *((name, "config.json") for name in FORMATS[1:]),
+    *((name, "pytorch_model.bin") for name in ("dovetail bin", "paper")),
+    *((name, "model.safetensors") for name in ("dovetail eagle3", "eagle", "eagle3", "speculators")),
+]
+SMALL_MODEL = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-    check()
+
+def damaged(directory: Path, file: str, seed: int):
+    """A copy of a directory with one of its files damaged, or missing."""
+    rng = random.Random(f"{directory.name[:5]} {file} {seed}")
+    copied = tempfile.TemporaryDirectory()
+    shutil.copytree(directory, copied.name, dirs_exist_ok=True)
+    if seed % 50 == 49:
+        (Path(copied.name) / file).unlink()
+    else:
+        damage(Path(copied.name) / file, rng)
+    return copied
+
+
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_damaged_file(name, file, valid, target, plain):
+    for seed in range(5):
+        with damaged(valid[name], file, seed) as directory:
+            try_to_draft(Path(directory), target, plain)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_file_damaged_in_200_ways(name, file, valid, target, plain):
+    outcomes = set()
+    for seed in range(200):
+        with damaged(valid[name], file, seed) as directory:
+            outcomes.add(try_to_draft(Path(directory), target, plain))
+    assert False in outcomes
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A directory with a small model, and a target with its tokenizer."""
+    directory = tmp_path_factory.mktemp("small")
+    byte_model().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    target = AutoModelForCausalLM.from_pretrained(shutil.copytree(directory, directory.parent / "byte-target"))
+    return directory, target
+
+
+def try_small_model(directory: Path, target) -> bool:
+    """Whether the small model loads and drafts the plain text. Any error that is not the caller's mistake fails."""
+    held = sum(file.stat().st_size for file in directory.iterdir())
+    ids = prompt()
+    with Said():
+        try:
+            with at_most(tensor_bytes=20 * held + 2**24, python_bytes=8 * held + 2**26):
+                draft = load_draft(str(directory))
+            draft.budget = TreeBudget(6, 2, 3)
+            text = target.generate(ids, max_new_tokens=4, do_sample=False, assistant_model=draft)
+        except (ValueError, OSError):
+            return False
+    assert torch.equal(text, target.generate(ids, max_new_tokens=4, do_sample=False))
+    return True
+
+
+def test_small_model_unchanged(small_model):
+    assert try_small_model(*small_model)
+
+
+@pytest.mark.parametrize("file", SMALL_MODEL)
+def test_damaged_small_model(file, small_model):
+    for seed in range(5):
+        with damaged(small_model[0], file, seed) as directory:
+            try_small_model(Path(directory), small_model[1])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("file", SMALL_MODEL)
+def test_small_model_damaged_in_200_ways(file, small_model):
+    for seed in range(200):
+        with damaged(small_model[0], file, seed) as directory:
+            try_small_model(Path(directory), small_model[1])

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from ..drafts.auto import AutoDraft
 from ..drafts.base import Draft
-from ..drafts.checkpoints.claims import check_claims, is_causal, model_config
+from ..drafts.checkpoints.claims import is_causal, load_language_model, model_config
 from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
 from ..drafts.known_pairs import LOOKUP, draft_name_for
@@ -117,12 +117,7 @@ def load_target(args: argparse.Namespace) -> Any:
         from dovetail_plugin.adapters import load_exported
 
         return load_exported(args.target_ir, threads=args.threads, **_target_source(args))
-    check_claims(args.target, source := _target_source(args))
-    try:
-        return AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype, **source)
-    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:  # values of files that nobody checks
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--target {args.target}: one of its files cannot be used ({reason}).") from error
+    return load_language_model(args.target, dtype=args.dtype, **_target_source(args))
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..report import PhaseClock
 from ..runner import Pass, Predicted
@@ -26,7 +26,7 @@ from ..targets.base import Engine, TargetModel, TargetSession
 from ..targets.engine import engine_of
 from ..tree import DraftTree, TreeBudget
 from .base import Draft, Drafter, DraftError, Judge
-from .checkpoints.claims import check_claims
+from .checkpoints.claims import load_language_model
 from .checkpoints.load import hub_arguments
 from .feature_drafter import FeatureDrafter
 from .identity import config_identity
@@ -256,8 +256,7 @@ class SmallModelDraft(Draft):
         kwargs.setdefault("dtype", "auto")
         kwargs.setdefault("trust_remote_code", False)
         source, caches = hub_arguments(kwargs), [kwargs["cache_dir"]] if kwargs.get("cache_dir") else []
-        check_claims(pretrained_model_name_or_path, kwargs)
-        model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = load_language_model(pretrained_model_name_or_path, **kwargs)
         trusted = kwargs["trust_remote_code"]
         vocabulary = vocabulary_of(pretrained_model_name_or_path, trust_remote_code=trusted, **source)
         draft = cls(model, vocabulary, caches)

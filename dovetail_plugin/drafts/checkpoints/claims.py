@@ -1,4 +1,4 @@
-"""Compares what the config of a language model claims with its weight files, before transformers builds it.
+"""Loads language models, after what their config claims is compared with their weight files.
 
 transformers takes memory for whatever a config describes and fills in what the files lack. So a few hundred bytes could
 ask for gigabytes. Here the numbers of layers are compared with the tensors in the files, then the model is built on the
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ...errors import InputError, MissingFileError
 from ..fields import MOST_BLOCKS, MOST_HEADS, shown
@@ -49,6 +55,30 @@ def model_config(name: str | Path, *, trust_remote_code: bool = False, **argumen
         raise
     except Exception as error:  # transformers lets through what the values of a file make it raise
         raise InputError(f"{name}: config.json cannot be used: {error} Correct it, or download it again.") from error
+
+
+def load_language_model(name: str, **arguments: Any) -> PreTrainedModel:
+    """Load a causal language model, after `check_claims`.
+
+    Args:
+        name: directory or hub id.
+        arguments: of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        InputError: see `check_claims`; or a file has values that transformers cannot use.
+        OSError, ValueError, ImportError: see `AutoModelForCausalLM.from_pretrained`.
+    """
+    check_claims(name, arguments)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    except (OSError, ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers lets through what the values of a file make it raise
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        raise InputError(
+            f"{name}: one of its files cannot be used ({type(error).__name__}: {error}). Download it again."
+        ) from error
 
 
 def check_claims(name: str, arguments: dict[str, Any]) -> None:
