@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import prompt, tiny_target
+from families import VOCAB, prompt, tiny_target
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget
 
@@ -142,3 +143,34 @@ def test_arguments_that_cannot_be_divided(target, draft):
     ids, mask = batch(9, 9)
     with pytest.raises(ValueError, match=r"position_ids of shape \(1, 9\) cannot be divided among the 2 sequences"):
         target.generate(ids, attention_mask=mask, position_ids=torch.arange(9)[None], assistant_model=draft)
+
+
+def gemma3():
+    """A tiny Gemma 3 whose images are two tokens."""
+    text = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8, sliding_window=16)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    vision |= dict(image_size=8, patch_size=4)
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=4, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.torch_only("a model that sees images")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_each_sequence_sees_its_image(copies):
+    model = gemma3()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    ids = torch.cat([torch.full((2, 4), 4), torch.cat([prompt(9, seed=1), prompt(9, seed=2)]) % 80 + 10], dim=1)
+    options = dict(pixel_values=torch.randn(2, 3, 8, 8), token_type_ids=(ids == 4).long(), max_new_tokens=20)
+    options |= dict(do_sample=False, eos_token_id=[VOCAB - 1], pad_token_id=PAD, bad_words_ids=[[4], [VOCAB - 1]])
+    ids, options["pixel_values"] = ids[: 3 - copies], options["pixel_values"][: 3 - copies]
+    options["token_type_ids"] = options["token_type_ids"][: 3 - copies]
+    draft = PromptLookupDraft(shortest=1)
+    draft.budget = TreeBudget(8, 3, 3)
+    sampled = dict(do_sample=True, num_return_sequences=2, top_k=1) if copies == 2 else {}
+    plain = model.generate(ids, **options | sampled)
+    assert torch.equal(model.generate(ids, assistant_model=draft, **options | sampled), plain)
+    assert len(plain) == 2 and draft.report.acceptance_length > 1

@@ -19,6 +19,9 @@ from ..report import GenerationReport
 from .refusal import CannotDraft
 from .text import Text
 
+OF_THE_ENCODER = ("last_hidden_state", "hidden_states", "attentions")
+"""Outputs of an encoder of images that no language model reads: it gets `pooler_output`."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,33 +49,43 @@ def rows_of(input_ids: Tensor, processors: LogitsProcessorList, model_kwargs: di
     Raises:
         CannotDraft: an argument cannot be divided among the sequences, for example the patches of several images.
     """
-    batch = input_ids.shape[0]
-    for name, value in model_kwargs.items():
-        if isinstance(value, Tensor) and _batch_dimension(name, value, batch) is None:
-            raise CannotDraft(
-                "batch",
-                f"{name} of shape {tuple(value.shape)} cannot be divided among the {batch} sequences of the batch. "
-                "Call generate once for each sequence, or leave out assistant_model.",
-            )
+    kwargs, batch = dict(model_kwargs), input_ids.shape[0]
+    cache = compat.take_cache(kwargs)
+    parts = {name: _parts(name, value, batch) for name, value in kwargs.items()}
     for index in range(batch):
-        kwargs = dict(model_kwargs)
-        cache = compat.take_cache(kwargs)
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor):
-                dimension = _batch_dimension(name, value, batch)
-                assert dimension is not None, "checked above"
-                kwargs[name] = value.narrow(dimension, index, 1) if value.dim() else value
-        kwargs[compat.CACHE] = None if cache is None else cache_of_sequence(cache, index)
-        yield Row(input_ids[index : index + 1], processors_of(processors, index), kwargs)
+        row = {name: of_sequence[index] for name, of_sequence in parts.items()}
+        row[compat.CACHE] = None if cache is None else cache_of_sequence(cache, index)
+        yield Row(input_ids[index : index + 1], processors_of(processors, index), row)
 
 
-def _batch_dimension(name: str, value: Tensor, batch: int) -> int | None:
-    """Return the dimension that counts sequences; None if there is none. Numbers belong to all sequences."""
-    if not value.dim() or value.shape[0] == batch:
-        return 0
-    if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
-        return 1
-    return None
+def _parts(name: str, value: Any, batch: int) -> list[Any]:
+    """Return what of an argument belongs to each sequence. Numbers, texts and None belong to all of them.
+
+    Raises:
+        CannotDraft: see `rows_of`.
+    """
+    if isinstance(value, Tensor) and value.dim():
+        dimension = 1 if name == "position_ids" and value.dim() == 3 else 0
+        if value.shape[dimension] != batch:
+            raise _indivisible(f"{name} of shape {tuple(value.shape)}", batch)
+        return list(value.split(1, dimension))
+    if isinstance(value, dict):  # such as the features of images, which `generate` computes before the prompt's pass
+        unread = OF_THE_ENCODER if value.get("pooler_output") is not None else ()
+        of_keys = {key: _parts(f"{name}[{key!r}]", v, batch) for key, v in value.items() if key not in unread}
+        return [type(value)(**{key: parts[index] for key, parts in of_keys.items()}) for index in range(batch)]
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (Tensor, dict, list, tuple)) for item in value):
+        if len(value) != batch:
+            raise _indivisible(f"{name} with {len(value)} items", batch)
+        return [value[index : index + 1] for index in range(batch)]
+    return [value] * batch
+
+
+def _indivisible(argument: str, batch: int) -> CannotDraft:
+    return CannotDraft(
+        "batch",
+        f"{argument} cannot be divided among the {batch} sequences of the batch. Call generate once for each sequence, "
+        "or leave out assistant_model.",
+    )
 
 
 def processors_of(processors: LogitsProcessorList, index: int) -> LogitsProcessorList:
