@@ -16,6 +16,7 @@
 # make test-openvino-runtime    tests over OpenVINO targets with openvino alone (newest transformers)
 # make test-onnxruntime         tests over ONNX Runtime targets, and a short suite in torch (transformers 5.23)
 # make test-vllm                drafts of this project in vLLM's CPU build (Python 3.11 or newer)
+# make test-clients             libraries that call generate for people: the programs of docs/clients.md
 # make environments             sets all of them up; with -j several at once
 #
 # WORKERS=2          processes that run tests (default: one for each core, at most 8)
@@ -36,7 +37,7 @@ PARALLEL = -n $(WORKERS) --dist worksteal
 ELSEWHERE = -m "not one_environment"
 COVERED = --cov-report=term:skip-covered
 
-TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm
+TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime test-vllm test-clients
 
 .PHONY: setup environments demo $(TESTS) test-families models-page test-upstream nightly lint bench ci clean
 
@@ -87,8 +88,21 @@ setup: .venv/installed
 	.venv-vllm/bin/$(INSTALL) -c constraints-vllm.txt -r .venv-vllm/requirements.txt
 	touch $@
 
+# LlamaIndex's package declares transformers below 5 and runs with 5; xgrammar requires triton, which is for GPUs; lm-eval
+# and llama-index-core require much that their parts used here do not import. These are installed without their
+# dependencies, and then with those that they import.
+.venv-clients/installed: pyproject.toml constraints-clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/$(INSTALL) -c constraints-clients.txt -e . pytest pytest-xdist \
+	  fastapi uvicorn httpx ipykernel nbclient langchain-huggingface smolagents outlines llguidance \
+	  aiosqlite banks dataclasses-json deprecated filetype griffe llama-index-workflows 'sqlalchemy[asyncio]' tinytag \
+	  typing-inspect wrapt datasets dill pytablewriter sacrebleu sqlitedict apache-tvm-ffi
+	.venv-clients/bin/$(INSTALL) --no-deps -c constraints-clients.txt \
+	  xgrammar lm-eval llama-index-core llama-index-llms-huggingface
+	touch $@
+
 environments: .venv/installed .venv-openvino/installed .venv-openvino-runtime/installed .venv-onnx-export/installed \
-  .venv-onnxruntime/installed .venv-vllm/installed .venv-docs/installed
+  .venv-onnxruntime/installed .venv-vllm/installed .venv-clients/installed .venv-docs/installed
 
 # --- tests ---------------------------------------------------------------------------------------
 
@@ -121,6 +135,10 @@ test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 # One process: the tests share an engine. vLLM runs the adapter in processes of its own, so lines are not counted.
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python $(PYTEST) tests/test_vllm.py
+
+# Most of the time of a program goes into imports, so the programs run beside each other.
+test-clients: .venv-clients/installed
+	.venv-clients/bin/python $(PYTEST) $(PARALLEL) tests/test_clients.py
 
 # The part that CI runs belongs to `make test`: a sixteenth, chosen by the commit.
 test-families: export OMP_NUM_THREADS = 1

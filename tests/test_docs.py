@@ -14,11 +14,11 @@ import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from support.pages import Block, blocks_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import DovetailDraft, TreeBudget
@@ -73,22 +73,13 @@ SMALL = {
 MOST_SKIPPED = 1 / 5
 """Share of the blocks that may say why they are not run."""
 LANGUAGES = {"python", "bash"}
-OTHER_LANGUAGES = {"text", "json"}
-FENCE = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```", re.M | re.S)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of code; `reason` says why it is not run, None if it is."""
-
-    language: str
-    code: str
-    reason: str | None
+OTHER_LANGUAGES = {"text", "json", "yaml"}
+OWN_ENVIRONMENT = {"docs/clients.md": "tests/test_clients.py"}
+"""Pages whose blocks need other libraries -> the test file that runs them."""
 
 
 def blocks(page: str) -> list[Block]:
-    found = FENCE.finditer((ROOT / page).read_text(encoding="utf-8"))
-    return [Block(match["language"], match["code"], match["reason"]) for match in found]
+    return blocks_of((ROOT / page).read_text(encoding="utf-8"))
 
 
 def documented() -> "dict[str, list[str]]":
@@ -181,7 +172,10 @@ def namespace(folder, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in LANGUAGES for b in blocks(page))])
+RUN_HERE = [p for p in PAGES if p not in OWN_ENVIRONMENT and any(b.language in LANGUAGES for b in blocks(p))]
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
 def test_code_blocks_run(page, namespace, capsys):
     for block in blocks(page):
         if block.reason is not None:
