@@ -88,9 +88,8 @@ setup: .venv/installed
 	.venv-vllm/bin/$(INSTALL) -c constraints-vllm.txt -r .venv-vllm/requirements.txt
 	touch $@
 
-# LlamaIndex's package declares transformers below 5 and runs with 5; xgrammar requires triton, which is for GPUs; lm-eval
-# and llama-index-core require much that their parts used here do not import. These are installed without their
-# dependencies, and then with those that they import.
+# xgrammar requires triton, which is for GPUs; lm-eval and LlamaIndex require much that their parts used here do not
+# import. These are installed without their dependencies, and then with those that they import.
 .venv-clients/installed: pyproject.toml constraints-clients.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/$(INSTALL) -c constraints-clients.txt -e . pytest pytest-xdist \
