@@ -126,12 +126,12 @@ def main() -> None:
     ids = prompts(args.count)
     file = args.progress or args.out.with_name(f"{args.out.stem}.{time.time_ns()}.progress")
     checked(target, draft, ids[0], args.new_tokens)  # measures the machine
+    (number, parts), was_empty = args.part, not finished(file)
     start_s = time.perf_counter()
-    number, parts = args.part
     run(target, draft, ids, args, file, range(number - 1, len(ids), parts))
     seconds = time.perf_counter() - start_s
     done = finished(file).values()
-    counts, revisions = (Counter(column) for column in zip(*done, strict=True))
+    counts, revisions = Counter(verdict for verdict, _ in done), Counter(revision for _, revision in done)
     result = {
         "name": "identity",
         "prompts": args.count,
@@ -141,7 +141,7 @@ def main() -> None:
         "verdicts": dict(counts),
         "prompts_of_revision": dict(revisions),
     }
-    if args.threads > 1:
+    if args.threads > 1 and was_empty and parts == 1:
         start_s = time.perf_counter()
         for one in ids[: args.count // args.threads]:
             checked(target, draft, one, args.new_tokens)

@@ -66,12 +66,14 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_masks_for_generate
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.pipelines import base as pipelines
 from transformers.utils import cached_file
 
 __all__ = [
     "CACHE",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "Cache",
     "CandidateGenerator",
     "DynamicCache",
@@ -104,8 +106,6 @@ NAMES: dict[str, tuple[str, ...]] = {
         "stopping_criteria",
         "generation_config",
     ),
-    "GenerationMixin.generate_batch": ("inputs",),
-    "pipelines.load_assistant_model": ("model", "assistant_model", "assistant_tokenizer"),
     "GenerationMixin._get_candidate_generator": ("generation_config", "logits_processor", "assistant_model"),
     # also overridden by `adapters.stored_target.StoredTarget`
     "GenerationMixin._sample": ("input_ids", "logits_processor", "stopping_criteria", "generation_config"),

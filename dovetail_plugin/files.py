@@ -79,7 +79,8 @@ def whole_directory(
     """Yield an empty directory; when the block ends, what it holds takes its place in `directory`.
 
     A directory that does not exist appears in one step. In one that exists, each file is replaced in one step when all
-    of them are on the disk; other content stays. If the block raises, nothing changes.
+    of them are on the disk; other content stays. If the block or a step raises, nothing changes. A kill between two of
+    these steps leaves some files new and others old.
 
     Args:
         directory: its parents are created as needed.
@@ -135,12 +136,36 @@ def _move_into(part: Path, final: Path, last: str, replaces: Callable[[str], boo
     for name in names:
         if (final / name).is_dir() or ((part / name).is_dir() and os.path.lexists(final / name)):
             raise OccupiedError(f"{final / name} is in the way. Move it, or choose another directory.")
-    for name in names:
-        os.replace(part / name, final / name)
-    for name in set(os.listdir(final)).difference(names):
-        if replaces(name) and not (final / name).is_dir():
+    gone = [n for n in set(os.listdir(final)).difference(names) if replaces(n) and not (final / n).is_dir()]
+    old = part / f"{PART}old"
+    old.mkdir()
+    for name in (*names, *gone):
+        if os.path.lexists(final / name):
+            _keep(final / name, old / name)
+    done: list[str] = []
+    try:
+        for name in names:
+            done.append(name)
+            os.replace(part / name, final / name)
+        for name in gone:
+            done.append(name)
             (final / name).unlink()
-    part.rmdir()
+    except BaseException:
+        for name in done:
+            if os.path.lexists(old / name):
+                os.replace(old / name, final / name)
+            elif not os.path.lexists(part / name):
+                (final / name).unlink()
+        raise
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _keep(file: Path, copy: Path) -> None:
+    """Have a file under another name too: as a second link to it, or as a copy where there are no such links."""
+    try:
+        os.link(file, copy, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(file, copy, follow_symlinks=False)
 
 
 def _flush_tree(directory: Path, mode: int) -> None:

@@ -27,7 +27,7 @@ from .drafts.config import DovetailConfig
 from .drafts.model import DovetailDraft
 from .drafts.small_model import SmallModelDraft
 from .generation import wrapping
-from .generation.assistants import draft_of, loaded
+from .generation.assistants import draft_of, forget, loaded
 from .generation.attached import LOOP, has_draft, note_plain, sample
 from .generation.generate import check_request, generate_with_draft
 from .generation.stock_loop import DovetailCandidateGenerator
@@ -171,14 +171,16 @@ def _assistant(original: Function) -> Function:
             return assistant, None  # where it is: neither moved nor compared like a language model
         if not isinstance(assistant, (str, os.PathLike)) or not _may_draft_for(model):
             return original(*args, **kwargs)
-        draft = loaded(model, assistant)
+        draft = None
         try:
+            draft = loaded(model, assistant)
             engine_of(model).check()
             draft.check_target(model)
         except ValueError as error:
-            if not isinstance(draft, SmallModelDraft):
+            if draft is not None and not isinstance(draft, SmallModelDraft):
                 raise
-            logger.warning("%s is used by transformers' own assisted generation: %s", assistant, error)
+            forget(model, assistant)
+            logger.warning("%s is left to transformers' own assisted generation: %s", assistant, error)
             return original(*args, **kwargs)
         return draft, None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import prompt, tiny_target
+from families import prompt, tiny_model, tiny_target
 from helpers import byte_model, byte_tokenizer, save_pair
 from support import checkpoints
 from tokenizers import Tokenizer, models
@@ -185,7 +185,7 @@ def test_what_only_transformers_can_use_goes_on_as_before(directory, target, tmp
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     model, assistant_tokenizer = pipelines.load_assistant_model(target, str(tmp_path), None)
     assert type(model).__name__ == "LlamaForCausalLM" and assistant_tokenizer is not None
-    assert "is used by transformers' own assisted generation" in caplog.text
+    assert "is left to transformers' own assisted generation" in caplog.text
     target.config.is_encoder_decoder = True
     assert type(pipelines.load_assistant_model(target, str(directory / "small"), None)[0]) is type(target)
 
@@ -199,3 +199,14 @@ def test_stock_assistants_of_pipelines_are_untouched(target):
 def test_a_name_can_be_attached(directory, target):
     draft = attach_draft(target, directory / "draft")
     assert draft.layout == "dovetail" and draft.is_attached
+
+
+def test_a_small_model_whose_class_has_another_name(target, tmp_path):
+    """As GPT2LMHeadModel."""
+    tiny_model("gpt2", num_key_value_heads=None, vocab_size=260).save_pretrained(tmp_path)
+    draft = AutoDraft.from_pretrained(tmp_path)
+    assert draft.layout == "language model"
+    assert torch.equal(
+        target.generate(prompt(), assistant_model=draft, max_new_tokens=8, do_sample=False),
+        target.generate(prompt(), max_new_tokens=8, do_sample=False),
+    )

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from safetensors.torch import save_file
 from support.faults import at_most
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dovetail_plugin import SmallModelDraft
+from dovetail_plugin import AutoDraft, SmallModelDraft
 from dovetail_plugin.drafts.checkpoints.claims import check_claims, model_config
-from dovetail_plugin.drafts.known_pairs import load_draft
 from dovetail_plugin.errors import InputError
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
@@ -46,16 +44,14 @@ def write(directory: Path, **fields) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("load", [SmallModelDraft.from_pretrained, load_draft])
+@pytest.mark.parametrize("load", [SmallModelDraft.from_pretrained, AutoDraft.from_pretrained])
 @pytest.mark.parametrize("what", CLAIMS)
 def test_claims(what, load, tmp_path):
     fields, match = CLAIMS[what]
     directory = write(tmp_path, **({"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000} | fields))
-    start = time.monotonic()
     with at_most(tensor_bytes=MIB, python_bytes=32 * MIB), pytest.raises(InputError, match=match) as raised:
         load(str(directory))
     assert str(directory) in str(raised.value)
-    assert time.monotonic() - start < 20
 
 
 LIMITED = """
@@ -113,7 +109,7 @@ def test_a_damaged_header_names_its_file(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    for load in (SmallModelDraft.from_pretrained, load_draft):
+    for load in (SmallModelDraft.from_pretrained, AutoDraft.from_pretrained):
         with pytest.raises(InputError, match=r"model\.safetensors is truncated or not safetensors"):
             load(str(tmp_path))
 

@@ -17,9 +17,8 @@ from support import checkpoints
 from support.faults import Said, at_most, changed_configs, damage
 from transformers import AutoModelForCausalLM
 
-from dovetail_plugin import DovetailConfig, DovetailDraft, DovetailError, TreeBudget
+from dovetail_plugin import AutoDraft, DovetailConfig, DovetailDraft, DovetailError, TreeBudget
 from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
-from dovetail_plugin.drafts.known_pairs import load_draft
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
 
@@ -179,7 +178,7 @@ def try_small_model(directory: Path, target) -> bool:
     with Said():
         try:
             with at_most(tensor_bytes=20 * held + 2**24, python_bytes=8 * held + 2**26):
-                draft = load_draft(str(directory))
+                draft = AutoDraft.from_pretrained(str(directory))
             draft.budget = TreeBudget(6, 2, 3)
             text = target.generate(ids, max_new_tokens=4, do_sample=False, assistant_model=draft)
         except (ValueError, OSError):

@@ -15,11 +15,10 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 from transformers import dynamic_module_utils as remote_code
 
-from dovetail_plugin import DovetailDraft, SmallModelDraft, compat
+from dovetail_plugin import AutoDraft, DovetailDraft, SmallModelDraft, compat
 from dovetail_plugin.cli import generate, loading, main
 from dovetail_plugin.drafts.checkpoints.claims import model_config
 from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
-from dovetail_plugin.drafts.known_pairs import load_draft
 from dovetail_plugin.drafts.target_tokenizer import vocabulary_of_target
 from dovetail_plugin.errors import MissingFileError
 from dovetail_plugin.planning.draft_config import load_draft_config
@@ -104,7 +103,7 @@ def test_every_file_of_a_draft(revision, repo, more, source):
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_drafts_of_other_projects(revision, source):
     number = REVISIONS[revision]
-    assert load_draft("org/eagle", revision=revision, **source).config.rms_norm_eps == number * 1e-6
+    assert AutoDraft.from_pretrained("org/eagle", revision=revision, **source).config.rms_norm_eps == number * 1e-6
     assert load_draft_config("org/eagle", revision=revision, **source).rms_norm_eps == number * 1e-6
 
 
@@ -225,7 +224,7 @@ def with_code(tmp_path, monkeypatch):
 
 
 def test_nobody_is_asked(with_code):
-    for load in (SmallModelDraft.from_pretrained, load_draft, model_config):
+    for load in (SmallModelDraft.from_pretrained, AutoDraft.from_pretrained, model_config):
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             load(str(with_code))
         with pytest.raises((RuntimeError, ValueError), match="the code was run"):

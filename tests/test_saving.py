@@ -190,3 +190,39 @@ def test_a_full_disk_leaves_the_older_draft(source, draft, monkeypatch):
             draft.save_pretrained(source)
     assert digests(source) == before
     assert not [name for name in before if name.startswith(files.PART)]
+
+
+def test_a_process_that_saves_no_weights_deletes_none(source, draft):
+    """As accelerate has all processes but the main one do."""
+    before = digests(source)
+    draft.save_pretrained(source, is_main_process=False)
+    assert digests(source).keys() == before.keys()
+    draft.save_pretrained(source, variant="fp16")
+    assert digests(source).keys() == before.keys() | {"model.fp16.safetensors"}
+    DovetailDraft.from_pretrained(source)
+
+
+def test_weights_without_a_config_are_not_replaced(draft, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"of somebody else")
+    with pytest.raises(OccupiedError, match=r"has pytorch_model\.bin without a config\.json"):
+        draft.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_an_error_between_two_renamings_leaves_the_older_draft(step, source, draft, monkeypatch):
+    """The new draft has a file more and, without a token order, one less."""
+    before = digests(source)
+    draft.token_order = None
+    replace, calls = os.replace, []
+
+    def interrupted(old, new):
+        calls.append(new)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draft.save_pretrained(source, max_shard_size="2KB")
+    assert digests(source) == before

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,14 @@ def test_pipelines_are_left_alone_after_unregister(stock):
     dovetail_plugin.unregister()
     assert pipelines.load_assistant_model is stock["load_assistant_model"]
     assert "generate_batch" not in vars(GenerationMixin)  # it is of a base of it
+
+
+def test_a_plugin_that_keeps_the_original_in_a_global(stock):
+    """And what it refers to may be anything, such as a module with an attribute `args`."""
+    dovetail_plugin.register()
+    names = {"original": GenerationMixin._sample, "settings": SimpleNamespace(args=7, func=3)}
+    exec("def wrapper(*args, **kwargs):\n    settings\n    return original(*args, **kwargs)", names)
+    GenerationMixin._sample = names["wrapper"]
+    assert dovetail_plugin.is_registered() and drafted(tiny_target("llama"))
+    dovetail_plugin.unregister()
+    assert not dovetail_plugin.is_registered()

@@ -99,7 +99,7 @@ def optimum_command(args: argparse.Namespace, weights: str, out: Path) -> list[s
 
 
 def _environment() -> dict[str, str]:
-    """This environment; Python processes that optimum starts leave out the current directory as well."""
+    """This environment; Python processes that optimum starts leave out the current directory, from 3.11 on."""
     return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 

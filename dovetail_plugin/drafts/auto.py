@@ -28,7 +28,7 @@ LAYOUTS = {
     "eagle": "an EAGLE-1 or EAGLE-2 head (tensors fc.weight and layers.0.*)",
     "eagle3": "an EAGLE-3 head (tensors midlayer.*)",
     "speculators": "an EAGLE-3 head of speculators (speculators_config)",
-    "language model": "a small causal language model (an architecture that ends in ForCausalLM)",
+    "language model": "a small causal language model (by its architecture, for example LlamaForCausalLM)",
     LOOKUP: f'prompt lookup without a model (the word "{LOOKUP}")',
 }
 """Layout -> what it is and how it is recognized."""

@@ -51,6 +51,9 @@ def refuse_other_checkpoint(directory: Path) -> None:
     """
     file = directory / "config.json"
     if not os.path.lexists(file):
+        weights = sorted(n for n in (os.listdir(directory) if directory.is_dir() else ()) if is_part_of_draft(n))
+        if weights:
+            raise OccupiedError(f"{directory} has {weights[0]} without a config.json. Choose another directory.")
         return
     try:
         kind = read_json(str(file), str(file)).get("model_type")
@@ -76,10 +79,14 @@ def draft_directory(directory: Path, order: Tensor | None) -> Iterator[Path]:
         WriteError: the files cannot be written; nothing has changed.
     """
     refuse_other_checkpoint(directory)
-    with whole_directory(directory, replaces=is_part_of_draft) as part:
+    replaced: set[str] = set()
+    with whole_directory(directory, replaces=replaced.__contains__) as part:
         yield part
-        if order is not None:
-            np.save(part / TOKEN_ORDER, order.to("cpu").int().numpy(), allow_pickle=False)
+        if any(is_part_of_draft(name) for name in os.listdir(part)):  # only the main process writes weights
+            if order is not None:
+                np.save(part / TOKEN_ORDER, order.to("cpu").int().numpy(), allow_pickle=False)
+            if directory.is_dir():
+                replaced.update(name for name in os.listdir(directory) if is_part_of_draft(name))
 
 
 def copy_tokenizer(source: str, directory: Path, **hub_kwargs: Any) -> list[str]:
@@ -110,8 +117,10 @@ def copy_tokenizer(source: str, directory: Path, **hub_kwargs: Any) -> list[str]
 
 def _is_inside(file: Path) -> bool:
     """Return whether a file is a regular one of its directory, or of the repository in the hub's cache."""
-    root = Path(os.path.realpath(file.parent))
-    if root.parent.name == "snapshots":  # its files are links to those of ../../blobs
-        root = root.parent.parent
-    real = Path(os.path.realpath(file))
-    return real.is_relative_to(root) and real.is_file()
+    folder, real = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
+    roots = [folder]
+    for snapshot in (folder, *folder.parents):  # the file may be in a subfolder
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            roots.append(repository / "blobs")  # to which the hub's cache links
+    return real.is_file() and any(real.is_relative_to(root) for root in roots)

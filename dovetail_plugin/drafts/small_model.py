@@ -286,8 +286,10 @@ class SmallModelDraft(Draft):
         """Refuse a target with another tokenizer.
 
         Raises:
-            ValueError: the tokenizers differ in most tokens.
+            ValueError: the tokenizers differ in most tokens, or the target is the small model itself.
         """
+        if target is self.model:
+            raise ValueError("the target cannot be its own draft. Pass a smaller model.")
         self._shared_with(engine_of(target))
 
     def identity(self) -> list[Any]:

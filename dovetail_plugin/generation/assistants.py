@@ -46,6 +46,12 @@ def loaded(model: Any, text: str | os.PathLike[str]) -> Draft:
         return kept.draft
 
 
+def forget(model: Any, text: str | os.PathLike[str]) -> None:
+    """Drop what a text has loaded for a model."""
+    with _lock:
+        _kept.get(model, {}).pop(os.fspath(text), None)
+
+
 def draft_of(model: Any, assistant: Any) -> Draft | None:
     """Return the draft that an assistant is or names; None for assistants that are not Dovetail's.
 

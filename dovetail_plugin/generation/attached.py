@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import GenerationMixin
 
 from ..drafts.base import Draft
@@ -129,9 +130,13 @@ def sample(model: Any, plainly: Callable[[], Any], arguments: dict[str, Any]) ->
             raise
         _note(model, attachment, getattr(error, "kind", "target"), str(error))
         return plainly()
+    draws = torch.get_rng_state()
     try:
         return generate_with_draft(model, draft=draft, **arguments)
     except CannotDraft as error:
+        if error.begun:
+            raise
+        torch.set_rng_state(draws)  # earlier sequences of a batch may have drawn
         _note(model, attachment, error.kind, str(error))
         return plainly()
 

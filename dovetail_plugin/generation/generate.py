@@ -247,7 +247,11 @@ def _run(
             if raised_by_signal(error):
                 raise
             raise CannotDraft("target", str(error)) from error
-        decoder.run()
+        try:
+            decoder.run()
+        except CannotDraft as error:  # of a call inside of this one
+            error.begun = True
+            raise
     return cache, decoder.report
 
 

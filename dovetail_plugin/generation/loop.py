@@ -124,14 +124,15 @@ class Decoder:
         """Let the drafter read the prompt and the first token, and get the measurements of this machine."""
         if self.drafter is None:
             return
+        goes_on = self.text.room > 0 and not self.text.ends_with(token)
         features, ids = without_padding(output.features, self.text.ids[0], self.attention_mask)
         try:
             self.drafter.begin(features, ids)
-            if self.planner.drafting and self.text.room:
+            if self.planner.drafting and goes_on:
                 self.drafter.catch_up()
         except Exception as error:
             self._give_up(error)
-        if self.text.room:
+        if goes_on:
             start_s = time.perf_counter()
             self._prepare(token)
             self.report.probe_s = time.perf_counter() - start_s

@@ -8,7 +8,10 @@ class CannotDraft(InputError):
 
     Attributes:
         kind: the same for all calls with the same kind of reason: the name of an option, "prompt", "batch" or "target".
+        begun: whether a call around this one had begun to generate, and called `generate` from a callback.
     """
+
+    begun = False
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

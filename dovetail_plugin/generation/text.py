@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import MaxTimeCriteria
+from transformers import EosTokenCriteria, MaxTimeCriteria
 
 from ..verify import Choice
 
@@ -68,6 +68,13 @@ class Text:
     def time_is_limited(self) -> bool:
         """Whether the text ends after some seconds (`max_time`)."""
         return any(isinstance(criterion, MaxTimeCriteria) for criterion in self._criteria)
+
+    def ends_with(self, token: int) -> bool:
+        """Whether a token is one of the end tokens."""
+        return any(
+            isinstance(criterion, EosTokenCriteria) and token in criterion.eos_token_id.tolist()
+            for criterion in self._criteria
+        )
 
     def choose(self, logits: Tensor, before_stream: Callable[[int], None] | None = None) -> Choice:
         """Choose the next token, append it and stream it.

@@ -7,6 +7,7 @@ here: it survives a reload of this package, and it notices when another library 
 
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,7 +117,8 @@ def _peel(place: Place) -> None:
 
 
 def _switches(place: Place) -> list[Switch]:
-    return [switch for function in _behind(getattr(*place)) if (switch := _switch_of(function)) is not None]
+    switches = (_switch_of(function) for function in _behind(getattr(*place)))
+    return [switch for switch in switches if switch is not None and switch.place == place]
 
 
 def _switch_of(function: Any) -> Switch | None:
@@ -127,7 +129,7 @@ def _switch_of(function: Any) -> Switch | None:
 def _behind(function: Any) -> Iterator[Any]:
     """Yield a function and those that it may call as its original, outermost first.
 
-    Other wrappers keep their original in `__wrapped__`, a closure, a default, a partial, or an attribute.
+    Other wrappers keep their original in `__wrapped__`, a closure, a default, a partial, an attribute or a global.
     """
     waiting, seen = [function], set[int]()
     while waiting and len(seen) < MOST_FUNCTIONS:
@@ -136,15 +138,23 @@ def _behind(function: Any) -> Iterator[Any]:
             continue
         seen.add(id(current))
         yield current
-        further = [getattr(current, name, None) for name in ("__wrapped__", "__func__", "func")]
-        further += [*getattr(current, "args", ()), *(getattr(current, "__defaults__", None) or ())]
-        further += [
-            *(getattr(current, "__kwdefaults__", None) or {}).values(),
-            *getattr(current, "__dict__", {}).values(),
-        ]
-        for cell in getattr(current, "__closure__", None) or ():
+        waiting += [value for value in _referred(current) if callable(value) and not isinstance(value, type)]
+
+
+def _referred(function: Any) -> list[Any]:
+    """Return what a function may call: what it wraps, keeps, is bound to, or names among the globals of its module."""
+    attributes = getattr(function, "__dict__", None)
+    further = list(attributes.values()) if isinstance(attributes, dict) else []
+    if isinstance(function, functools.partial):
+        further += [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, types.MethodType):
+        further.append(function.__func__)
+    elif isinstance(function, types.FunctionType):
+        further += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        further += [function.__globals__.get(name) for name in function.__code__.co_names]
+        for cell in function.__closure__ or ():
             try:
                 further.append(cell.cell_contents)
             except ValueError:  # not filled yet
                 continue
-        waiting += [value for value in further if callable(value) and not isinstance(value, type)]
+    return further

@@ -99,7 +99,7 @@ def _finished(out: Path) -> Before | None:
             f"{file} does not say what the draft was trained on, as that of an earlier version. Use --init-from {out} "
             "with another --out."
         )
-    return Before(Progress(done, key, History.from_dict(content["history"], done, str(file)), float(seconds)))
+    return Before(Progress(done, key, History.from_dict(content.get("history"), done, str(file)), float(seconds)))
 
 
 MAY_CHANGE = ("target", "data", "out", "steps", "eval_every", "save_every", "save_dtype", "cache_features")

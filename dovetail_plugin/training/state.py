@@ -8,6 +8,7 @@ else: it is refused, and never deleted.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -93,9 +94,11 @@ def own_state(out: Path) -> Path | None:
         OccupiedError: there is something else under its name.
     """
     directory = out / STATE
-    if not directory.is_dir():
-        if directory.exists() or directory.is_symlink():
-            raise OccupiedError(f"{directory} is a file, and training keeps its state there. Move it, or change --out.")
+    if directory.is_symlink() or not directory.is_dir():
+        if os.path.lexists(directory):
+            raise OccupiedError(
+                f"{directory} is a file or a link, and training keeps its state there. Move it, or change --out."
+            )
         return None
     try:
         own = (directory / README).read_text(encoding="utf-8") == README_TEXT

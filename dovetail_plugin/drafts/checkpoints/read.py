@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compat import require_file
+from ...compat import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, require_file
 from ...errors import InputError, MissingFileError
 from ..config import DovetailConfig
 from ..fields import DRAFT_ONLY, PUBLISHED, anything, check_fields, either, flag, mapping_of, null, shown, text
@@ -41,7 +41,9 @@ class UnknownFormat(InputError):
 
     def __init__(self, config: dict[str, Any], message: str) -> None:
         super().__init__(message)
-        self.is_language_model = any(name.endswith("ForCausalLM") for name in architectures_of(config))
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # among them names such as GPT2LMHeadModel
+        names = architectures_of(config)
+        self.is_language_model = any(name.endswith("ForCausalLM") or name in known for name in names)
 
 
 @dataclass(frozen=True)
