@@ -389,9 +389,10 @@ def test_token_order_of_a_draft_with_its_own_head(tmp_path):
     ],
 )
 def test_token_ids(ids, match, tmp_path):
-    DovetailDraft.from_pretrained(eagle3().write(tmp_path)).save_pretrained(tmp_path)
-    save_file(load_file(tmp_path / WEIGHTS) | {"token_ids": ids}, tmp_path / WEIGHTS)
-    refused(tmp_path, match)
+    directory = tmp_path / "draft"
+    DovetailDraft.from_pretrained(eagle3().write(tmp_path)).save_pretrained(directory)
+    save_file(load_file(directory / WEIGHTS) | {"token_ids": ids}, directory / WEIGHTS)
+    refused(directory, match)
 
 
 # --- weight files -----------------------------------------------------------------------------------------

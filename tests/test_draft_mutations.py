@@ -49,7 +49,8 @@ def make(name: str, directory: Path, target) -> None:
         checkpoints.FORMATS[name]().write(directory)
         return
     if name == "dovetail eagle3":
-        DovetailDraft.from_pretrained(checkpoints.eagle3().write(directory)).save_pretrained(directory)
+        with tempfile.TemporaryDirectory() as source:
+            DovetailDraft.from_pretrained(checkpoints.eagle3().write(Path(source))).save_pretrained(directory)
         return
     draft = DovetailDraft.for_target(target, blocks=2)
     draft.config.calibration = {"greedy": [0.5] * 18}

@@ -1,5 +1,6 @@
 """CUDA graphs of draft passes on a real GPU: capture, replay, and captures that fail."""
 
+import copy
 import gc
 import logging
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from families import prompt, tiny_target
 from support.drafts import make_draft, text_and_features
-from support.graphs import BUDGETS, assert_same_trees, copied_of, drafters
+from support.graphs import BUDGETS, assert_same_trees, drafters
 
 from dovetail_plugin import DovetailDraft, TreeBudget
 from dovetail_plugin.drafts import cuda_graphs as graph_runner
@@ -101,7 +102,8 @@ def test_later_texts_replay_and_moved_weights_are_captured_anew():
         old.fill_(float("nan"))
     assert_same_trees(wanted, drafter.grow(BUDGETS[0]), 1e-4)
     assert store.graphs[8, 256] is not graph
-    copied = copied_of(draft)
+    copied = copy.deepcopy(draft)
+    copied.attach(tiny_target("llama"))
     other = start(FeatureDrafter(copied, graph_runner_for(copied), capacity=64, clock=PhaseClock()))
     assert_same_trees(wanted, other.grow(BUDGETS[0]), 1e-4)
 

@@ -53,12 +53,15 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     return LoadedPair(target, tokenizer, draft)
 
 
-def check_model(option: str, name: str, read: Callable[..., Any] = model_config, **options: Any) -> Any:
+def check_model(
+    option: str, name: str, read: Callable[..., Any] = model_config, *, may_trust: bool = True, **options: Any
+) -> Any:
     """Read the config of a model that is about to be loaded.
 
     Args:
         option: the option that named it, for messages.
         read: reads the config. Drafts of other projects have configs that transformers takes for whole models.
+        may_trust: whether the command can be told to run code that comes with a model.
         options: for `read`.
 
     Raises:
@@ -74,9 +77,8 @@ def check_model(option: str, name: str, read: Callable[..., Any] = model_config,
         raise ValueError(f"{option} {name}: no such directory, and no hub model of that name within reach.") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{option} {name} comes with Python code, which runs only with --trust-remote-code. Read it first."
-            ) from error
+            how = "runs only with --trust-remote-code. Read it first" if may_trust else "training never runs"
+            raise ValueError(f"{option} {name} comes with Python code, which {how}.") from error
         raise ValueError(f"{option} {name}: {error}") from error
 
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if before.progress is not None and before.is_finished(config.steps):
         print(f"{config.out} is finished: {before.progress.step} steps are done. Nothing to do.")
         return 0
-    if is_draft(check_model("--target", args.target, trust_remote_code=False)):
+    if is_draft(check_model("--target", args.target, may_trust=False, trust_remote_code=False)):
         raise ValueError(f"--target {args.target} is a draft. Name the target that the new draft is for.")
     from ..training.loop import train
 

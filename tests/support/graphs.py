@@ -1,8 +1,5 @@
 """Drafters over static shapes, and a stand-in for CUDA graphs that records a pass on the CPU and replays it."""
 
-import copy
-from typing import Any
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,9 +73,3 @@ def record(patch):
     patch.setattr(GraphRunner, "__init__", init)
     patch.setattr(GraphRunner, "_capture", capture)
     return made
-
-
-def copied_of(what: Any, draft: Any = None) -> Any:
-    """A deep copy of a draft, or of a drafter of `draft`. The policy belongs to the machine and stays shared."""
-    policy = (draft or what).policy
-    return copy.deepcopy(what, {id(policy): policy})
