@@ -31,8 +31,9 @@ DRAFT = $(PAIR)/dovetail-tiny-draft
 
 # Files are compiled when they are first imported: most of what pip installs never is.
 INSTALL = pip install -q --no-compile
-# Expanded in a recipe: a summary of each run lies in build/summaries under the target's name.
-PYTEST = -m pytest --nightly $(NIGHTLY) --summary build/summaries/$@.json
+# Expanded in a recipe: a summary of each run lies in build/summaries under the target's name. With a blank instead of the
+# "=", pytest takes the file of an earlier run for a test path, and then does not find the options of tests/conftest.py.
+PYTEST = -m pytest --nightly=$(NIGHTLY) --summary=build/summaries/$@.json
 PARALLEL = -n $(WORKERS) --dist worksteal
 ELSEWHERE = -m "not one_environment"
 COVERED = --cov-report=term:skip-covered
@@ -128,7 +129,7 @@ test-openvino-runtime: .venv-openvino/installed .venv-openvino-runtime/installed
 test-onnxruntime: .venv-onnx-export/installed .venv-onnxruntime/installed
 	.venv-onnxruntime/bin/python $(PYTEST) $(PARALLEL) $(ELSEWHERE) \
 	  --engine=onnxruntime --exporter=.venv-onnx-export/bin/python --cov=adapters/onnxruntime $(COVERED)
-	.venv-onnxruntime/bin/python -m pytest --summary build/summaries/test-onnxruntime-torch.json $(PARALLEL) $(ELSEWHERE) \
+	.venv-onnxruntime/bin/python -m pytest --summary=build/summaries/test-onnxruntime-torch.json $(PARALLEL) $(ELSEWHERE) \
 	  tests/test_compat.py tests/test_registration.py tests/test_families.py tests/test_options.py
 
 # One process: the tests share an engine. vLLM runs the adapter in processes of its own, so lines are not counted.
@@ -142,7 +143,7 @@ test-clients: .venv-clients/installed
 # The part that CI runs belongs to `make test`: a sixteenth, chosen by the commit.
 test-families: export OMP_NUM_THREADS = 1
 test-families: setup
-	.venv/bin/python -m pytest --nightly all $(PARALLEL) tests/model_table
+	.venv/bin/python -m pytest --nightly=all $(PARALLEL) tests/model_table
 
 models-page: export OMP_NUM_THREADS = 1
 models-page: setup
