@@ -448,7 +448,7 @@ def find_file(name: str, file: str, **hub_kwargs: Any) -> str | None:
         file: path within it.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `force_download`.
     """
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return _cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
 def require_file(name: str, file: str, **hub_kwargs: Any) -> str:
@@ -457,4 +457,11 @@ def require_file(name: str, file: str, **hub_kwargs: Any) -> str:
     Raises:
         OSError: there is no such file, or the hub cannot be reached.
     """
-    return cached_file(name, file, **hub_kwargs)
+    return _cached_file(name, file, **hub_kwargs)
+
+
+def _cached_file(name: str, file: str, **kwargs: Any) -> Any:
+    try:
+        return cached_file(name, file, **kwargs)
+    except RuntimeError as error:  # huggingface_hub before 1.28 closes its client when the hub cannot be reached
+        raise OSError(f"the hub cannot be reached: {error}") from error

@@ -2,6 +2,7 @@
 
 import random
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import engines
@@ -30,6 +31,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     engines.choose(config)
+    if config.getoption("--nightly") != "all" and find_spec("hypothesis"):  # nightly tests look for new examples
+        from hypothesis import settings
+
+        settings.register_profile("repeatable", derandomize=True)
+        settings.load_profile("repeatable")
     file = config.getoption("--summary")
     if file and not hasattr(config, "workerinput"):  # once, not in each worker of xdist
         config.pluginmanager.register(environments.Summary(Path(file)))

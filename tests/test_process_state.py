@@ -48,7 +48,7 @@ def state():
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "determinism": (torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()),
         "random": torch.get_rng_state().sum().item(),
-        "alive": sorted({thread.name for thread in threading.enumerate()} - {"tqdm_monitor"}),  # of the bar
+        "alive": sorted(t.name for t in threading.enumerate() if type(t).__name__ != "TMonitor"),  # that of bars
     }
 
 
