@@ -118,7 +118,6 @@ FIELDS = {
     "labels list": ("label2id", [1], "an object"),
     "bitsandbytes": ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "not supported"),
     "gptq": ("quantization_config", {"quant_method": "gptq", "bits": 4}, "not supported"),
-    "file of weights": ("transformers_weights", ["model.safetensors"], "fixed names"),
     "no dtype": ("dtype", "zzz", "dtype must be"),
     "dtype of eight bits": ("dtype", "float8_e4m3fn", "dtype must be"),
     "dtype of another thing": ("dtype", "Tensor", "dtype must be"),

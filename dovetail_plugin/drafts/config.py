@@ -125,7 +125,8 @@ class DovetailConfig(PretrainedConfig):
             for field, value in config_dict.items()
             if field not in FIELDS and not field.startswith("_") and field not in ("model_type", "auto_map")
         }
-        notes = {f: v for f, v in further.items() if not hasattr(cls, f) and _is_note(v)}
+        read = "transformers_weights"  # which transformers takes for the name of a file
+        notes = {f: v for f, v in further.items() if not hasattr(cls, f) and _is_note(v) and f != read}
         if unknown := sorted(further.keys() - notes.keys()):
             logger.warning("%s: config.json has fields that no draft has. They are ignored: %s", name, shown(unknown))
         stored = {field: value for field, value in config_dict.items() if field in FIELDS}

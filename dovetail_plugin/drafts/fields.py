@@ -168,11 +168,10 @@ FIELDS: dict[str, Kind] = {
     "label2id": either(null, mapping_of(either(token_id, text))),
     "problem_type": null,
     "quantization_config": Kind("null, because quantized drafts are not supported", lambda value: value is None),
-    "transformers_weights": Kind("null, because the files of a draft have fixed names", lambda value: value is None),
 }
 """Fields of `DovetailConfig`."""
 
-OVERRIDES = FIELDS.keys() - {"dtype", "torch_dtype", "quantization_config", "transformers_weights"}
+OVERRIDES = FIELDS.keys() - {"dtype", "torch_dtype", "quantization_config"}
 """Fields that arguments of `from_pretrained` replace. The others mean something else there."""
 
 _layers = either(null, list_of(whole(0, MOST_BLOCKS), 0, 64))

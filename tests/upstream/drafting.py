@@ -156,7 +156,7 @@ def new_draft(kind: str | None, target: Any, assistant: Any) -> Draft:
     elif kind == "lookup":
         draft = PromptLookupDraft(shortest=1)
     else:
-        draft = SmallModelDraft(assistant)
+        draft = SmallModelDraft(copy.deepcopy(assistant) if assistant is target else assistant)
     draft.budget = TreeBudget(nodes=8, depth=3, top_k=3)
     return draft
 

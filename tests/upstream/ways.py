@@ -6,7 +6,7 @@ STOCK = "stock"
 DRAFTS = ("dovetail", "lookup", "small-model")
 """Kinds of drafts: an untrained `DovetailDraft`, a `PromptLookupDraft`, a `SmallModelDraft` of the test's assistant.
 
-Where a test has no assistant, the target drafts for itself, so that everything is accepted.
+Where a test has no assistant, a copy of the target drafts, so that everything is accepted.
 """
 
 SCOPES = ("assistant", "everywhere")
