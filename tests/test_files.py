@@ -12,16 +12,12 @@ import pytest
 import torch
 from helpers import command_environment
 from safetensors.torch import load_file, save_file
+from support.files import content
 
 from dovetail_plugin import DovetailError, files
 from dovetail_plugin.errors import OccupiedError, WriteError
 
 unix = pytest.mark.skipif(sys.platform == "win32", reason="needs limits and signals")
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    """Relative path -> bytes of all files, also of unfinished ones."""
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -1,33 +1,29 @@
 """What training finds in its output directory, what it writes there, and what it never touches."""
 
-import contextlib
 import dataclasses
-import errno
 import json
-import os
-import pickle
 import shutil
-import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import refusal, run_python
-from safetensors.torch import save_file
+from helpers import refusal
+from support.files import content
 from support.training import (
     assert_same,
+    command_for,
     config_for,
     history,
     interrupted_after,
     record,
     weights,
     write_files,
+    write_runs,
 )
 
 from dovetail_plugin import DovetailDraft, files
 from dovetail_plugin.cli import main
-from dovetail_plugin.errors import InputError, MissingFileError, OccupiedError, WriteError
+from dovetail_plugin.errors import InputError, OccupiedError
 from dovetail_plugin.training import state, train
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
@@ -42,11 +38,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(source, tmp_path_factory):
     """A finished run of 4 steps in `finished`, and one of 6 steps that was interrupted after 3 in `unfinished`."""
-    directory = tmp_path_factory.mktemp("runs")
-    train(config_for(source, directory / "finished", steps=4))
-    with interrupted_after(3):
-        train(config_for(source, directory / "unfinished"))
-    return directory
+    return write_runs(source, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -57,19 +49,6 @@ def out(runs, tmp_path):
         return shutil.copytree(runs / name, tmp_path / name)
 
     return copied
-
-
-def content(directory):
-    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
-
-
-def arguments(config, *more):
-    """Arguments of `dovetail` for a config."""
-    names = ("steps", "batch_size", "max_length", "warmup_steps", "rollout", "held_out", "eval_every", "save_every")
-    options = ["--target", config.target, "--data", *map(str, config.data), "--out", str(config.out)]
-    for name in (*names, "save_dtype"):
-        options += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    return ["train", *options, *more]
 
 
 # --- what is written ---------------------------------------------------------------------------------
@@ -136,7 +115,7 @@ def test_an_overwriting_run_does_not_resume_the_old_one(source, out):
 def test_resume_of_a_finished_run_does_nothing(source, out, capsys):
     directory = out("finished")
     before = content(directory)
-    assert main(arguments(config_for(source, directory, steps=4), "--resume")) == 0
+    assert main(command_for(config_for(source, directory, steps=4), "--resume")) == 0
     assert "is finished: 4 steps are done" in capsys.readouterr().out
     draft = train(config_for(source, directory, steps=4), resume=True)
     assert draft.num_parameters() and content(directory) == before
@@ -200,7 +179,7 @@ def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys):
     with pytest.raises(InputError, match=r"blocks is 3, and the draft .*finished has 1\. Leave blocks out"):
         train(config_for(source, tmp_path / "new", init_from=taken, blocks=3))
     config = config_for(source, tmp_path / "new")
-    assert "no/such" in refusal(capsys, *arguments(config, "--init-from", "no/such"))
+    assert "no/such" in refusal(capsys, *command_for(config, "--init-from", "no/such"))
     assert not (tmp_path / "new").exists()
 
 
@@ -265,166 +244,6 @@ def test_wrong_data_is_refused_before_anything_is_loaded(source, tmp_path, capsy
         file.write_bytes(data)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
     config = dataclasses.replace(config_for(source, tmp_path / "new"), data=(file,))
-    line = refusal(capsys, *arguments(config))
+    line = refusal(capsys, *command_for(config))
     assert str(file) in line and message in line
     assert not (tmp_path / "new").exists()
-
-
-# --- full disks and kills ----------------------------------------------------------------------------
-
-
-def full(*_args, **_kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("second", ["save_file", "replace"])
-def test_a_full_disk_leaves_the_last_state(source, runs, tmp_path, monkeypatch, second):
-    """The second state cannot be written; the run resumes from the first one."""
-    config, saves = config_for(source, tmp_path / "new", steps=4, save_every=1), []
-    owner = {"save_file": state, "replace": os}[second]
-    real = getattr(owner, second)
-
-    def filling_up(*arguments):
-        saves.append(1)
-        return (full if len(saves) > (1 if second == "save_file" else 3) else real)(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, second, filling_up)
-        with pytest.raises(WriteError, match=r"new/resume/.* cannot be written: the disk is full. Free some space"):
-            train(config)
-    assert not [name for name in content(config.out) if files.PART in name]
-    with interrupted_after(None) as rest:
-        train(config, resume=True)
-    assert rest.steps in ([1, 2, 3], [2, 3])
-    assert_same(weights(config.out), weights(runs / "finished"), atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["new", "finished"])
-def test_a_full_disk_at_the_end_leaves_what_was_there(source, out, tmp_path, monkeypatch, name):
-    directory = out(name) if name == "finished" else tmp_path / name
-    before = content(directory)
-    steps, options = (6, {"resume": True}) if name == "finished" else (4, {})
-    with monkeypatch.context() as patch:
-        patch.setattr("dovetail_plugin.training.output.plot_history", full)
-        with pytest.raises(WriteError, match=f"{name} cannot be written: the disk is full"):
-            train(config_for(source, directory, steps=steps, save_every=99), **options)
-    assert content(directory) == before and directory.exists() == (name == "finished")
-    train(config_for(source, directory, steps=steps, save_every=99), **options)
-    assert len(history(directory)["steps"]) == steps
-
-
-KILL = """
-import os, signal
-from dovetail_plugin.training import output, state
-real = {module}.{name}
-def kill(*arguments, **options):
-    real(*arguments, **options)
-    os.kill(os.getpid(), signal.SIGKILL)
-{module}.{name} = kill
-from dovetail_plugin.cli import main
-main({arguments!r})
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-@pytest.mark.parametrize(("module", "name"), [("state", "save_file"), ("output", "plot_history")])
-def test_a_killed_run_resumes(source, out, module, name):
-    """Killed while it writes its second state, or the finished draft."""
-    directory = out("unfinished")
-    code = KILL.format(module=module, name=name, arguments=arguments(config_for(source, directory), "--resume"))
-    done = run_python("-c", code, cwd=directory)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (directory / "config.json").exists()
-    train(config_for(source, directory), resume=True)
-    assert history(directory)["steps"] == [1, 2, 3, 4, 5, 6]
-    assert not (directory / "resume").exists()
-
-
-# --- hostile and damaged states ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
-def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monkeypatch, part):
-    """And nobody is asked on standard input."""
-    target = shutil.copytree(source / "target", tmp_path / "target")
-    file, name = ("config.json", "code.Config") if part == "AutoConfig" else ("tokenizer_config.json", ["code.T", None])
-    stored = json.loads((target / file).read_text()) | {"auto_map": {part: name}}
-    if part == "AutoConfig":
-        stored["model_type"] = "unknown-to-transformers"
-    else:
-        stored["tokenizer_class"] = "UnknownToTransformers"
-    (target / file).write_text(json.dumps(stored))
-    (target / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
-    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
-    with contextlib.suppress(ValueError):  # transformers may take a tokenizer of its own instead
-        train(config)
-    if part == "AutoConfig":
-        assert "comes with Python code, which training never runs" in refusal(capsys, *arguments(config))
-    assert not (tmp_path / "ran").exists()
-
-
-class Hostile:
-    """A pickle that makes a file when it is read."""
-
-    def __init__(self, file):
-        self.file = str(file)
-
-    def __reduce__(self):
-        return (open, (self.file, "w"))
-
-
-ACCELERATE = (
-    *("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "sampler.bin", "scaler.pt"),
-    *("model.safetensors", "pytorch_model.bin", "dl_state_dict.bin"),
-)
-"""Files that accelerate's `load_state` reads, pickles among them."""
-
-
-def test_no_pickle_in_a_state_is_run(source, out, tmp_path):
-    """Neither in files that accelerate would read, nor in place of those of the state."""
-    directory, ran = out("unfinished"), tmp_path / "ran"
-    pickle.loads(pickle.dumps(Hostile(ran))).close()
-    ran.unlink()  # it works where it is run
-    for name in ACCELERATE:
-        (directory / "resume" / name).write_bytes(pickle.dumps(Hostile(ran)))
-    with interrupted_after(4):
-        train(config_for(source, directory), resume=True)
-    assert not ran.exists()
-    for name in ("state-00000004.safetensors", "progress.json", "README.txt"):
-        copied = shutil.copytree(directory, tmp_path / f"with {name}")
-        for hostile in (pickle.dumps(Hostile(ran)), torch_pickle(Hostile(ran), tmp_path)):
-            (copied / "resume" / name).write_bytes(hostile)
-            with pytest.raises((InputError, OccupiedError), match="resume"):
-                train(config_for(source, copied), resume=True)
-    assert not ran.exists()
-
-
-def torch_pickle(value, tmp_path):
-    torch.save(value, tmp_path / "pickle")
-    return (tmp_path / "pickle").read_bytes()
-
-
-def test_a_state_that_does_not_fit(source, out):
-    """With right checksums, but other tensors or none."""
-    directory = out("unfinished") / "resume"
-    file = directory / "state-00000002.safetensors"
-    progress = json.loads((directory / "progress.json").read_text())
-
-    def sign():
-        progress["progress"]["sha256"] = state._checksum(file)
-        progress["sha256"] = state._digest(progress["progress"])
-        (directory / "progress.json").write_text(json.dumps(progress))
-
-    save_file({"draft.norm": torch.zeros(3)}, file)
-    sign()
-    with pytest.raises(InputError, match=r"state-00000002\.safetensors does not fit the draft of this run: draft\."):
-        train(config_for(source, directory.parent), resume=True)
-    file.unlink()
-    with pytest.raises(MissingFileError, match=r"state-00000002\.safetensors is missing"):
-        train(config_for(source, directory.parent), resume=True)
-    progress["progress"]["file"] = "../../secret.safetensors"
-    progress["sha256"] = state._digest(progress["progress"])
-    (directory / "progress.json").write_text(json.dumps(progress))
-    with pytest.raises(InputError, match="does not describe the state of a run"):
-        train(config_for(source, directory.parent), resume=True)

@@ -1,4 +1,4 @@
-"""Broken directories of drafts: what a load takes from memory, and random changes of files."""
+"""Broken directories of drafts: refused loads, what a load takes from memory, and random changes of files."""
 
 import json
 import logging
@@ -9,10 +9,24 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from dovetail_plugin import DovetailDraft, DovetailError
+from dovetail_plugin.errors import InputError
+
+WEIGHTS, MIB = "model.safetensors", 2**20
+
+
+def write_draft(directory: Path, target: PreTrainedModel) -> Path:
+    """Write a valid draft of two blocks for a target; returns the directory."""
+    torch.manual_seed(5)
+    DovetailDraft.for_target(target, blocks=2).save_pretrained(directory)
+    return directory
 
 
 class TensorBytes(TorchDispatchMode):
@@ -69,6 +83,16 @@ class Said(logging.Handler):
         self._catch.__exit__(*error)
         for logger in self._loggers:
             logger.removeHandler(self)
+
+
+def refused(directory: Path, match: str, error: type[Exception] = InputError, **options) -> str:
+    """The message of a load that is refused, within little memory and without other lines."""
+    with Said() as said, at_most(tensor_bytes=MIB, python_bytes=16 * MIB), pytest.raises(error, match=match) as raised:
+        DovetailDraft.from_pretrained(directory, **options)
+    assert isinstance(raised.value, DovetailError)
+    assert str(directory) in str(raised.value)
+    assert said.lines == []
+    return str(raised.value)
 
 
 # --- random changes ------------------------------------------------------------------------------------

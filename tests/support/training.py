@@ -8,7 +8,7 @@ import torch
 from helpers import byte_target, byte_tokenizer, chat, write_jsonl
 from safetensors.torch import load_file
 
-from dovetail_plugin.training import TrainingConfig
+from dovetail_plugin.training import TrainingConfig, train
 from dovetail_plugin.training import loop as loop_module
 
 SIZES = dict(steps=6, batch_size=4, max_length=48, warmup_steps=2, rollout=2, held_out=3, eval_every=3, save_every=2)
@@ -26,6 +26,15 @@ def config_for(files: Path, out: Path, **changes: Any) -> TrainingConfig:
     """A run of 6 steps on these files, with changed fields."""
     sizes = SIZES | {"save_dtype": "float32"} | changes
     return TrainingConfig(str(files / "target"), (files / "chats.jsonl",), out, **sizes)
+
+
+def command_for(config: TrainingConfig, *more: str) -> list[str]:
+    """Arguments of `dovetail` for a config."""
+    names = ("steps", "batch_size", "max_length", "warmup_steps", "rollout", "held_out", "eval_every", "save_every")
+    options = ["--target", config.target, "--data", *map(str, config.data), "--out", str(config.out)]
+    for name in (*names, "save_dtype"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return ["train", *options, *more]
 
 
 class interrupted_after:
@@ -49,6 +58,14 @@ class interrupted_after:
     def __exit__(self, kind, *_: Any) -> bool:
         loop_module._Run._step = self._step
         return kind is KeyboardInterrupt
+
+
+def write_runs(files: Path, directory: Path) -> Path:
+    """Write a finished run of 4 steps to `finished`, and one of 6 steps, interrupted after 3, to `unfinished`."""
+    train(config_for(files, directory / "finished", steps=4))
+    with interrupted_after(3):
+        train(config_for(files, directory / "unfinished"))
+    return directory
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

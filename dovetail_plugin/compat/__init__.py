@@ -1,0 +1,174 @@
+"""The one place that names what transformers does not promise to keep: private or recently changed names.
+
+Everything else in the package goes through `compat`, so a new release of transformers that changes one of them fails
+in `missing_names` (and its test) first. This folder uses nothing of the rest of the package:
+
+- `names`: the names that are used, and whether the installed version has them;
+- `generate`: arguments, passes, options and the result of one call;
+- `models`: configs, layers of caches, and files of repositories.
+
+The versions are here, because an old one is refused before a name that it lacks is looked for. Tested versions are
+`OLDEST` to `NEWEST`.
+"""
+
+# ruff: noqa: E402 - the refusal comes before the imports that need a newer version
+
+import logging
+
+import torch
+import transformers
+
+logger = logging.getLogger(__name__)
+
+OLDEST, NEWEST = (5, 5), (5, 24)
+"""First and last minor version that the tests run with."""
+
+OLDEST_TORCH = (2, 10)
+"""First torch whose restricted unpickling is safe with hostile files (CVE-2026-24747)."""
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Return major and minor number of a version such as "5.24.0.dev0"."""
+    major, minor = text.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
+
+
+def refuse_old(package: str, installed: str, oldest: tuple[int, int]) -> None:
+    """Refuse a package that is older than `oldest`.
+
+    Raises:
+        ImportError: names both versions.
+    """
+    if version_of(installed) < oldest:
+        raise ImportError(
+            f"Dovetail needs {package} {dotted(oldest)} or later, and {installed} is installed. "
+            f"Upgrade it with `pip install -U {package}`."
+        )
+
+
+def dotted(version: tuple[int, int]) -> str:
+    """Return a version as text, for example "5.24"."""
+    return ".".join(map(str, version))
+
+
+def is_tested(installed: str = transformers.__version__) -> bool:
+    """Return whether a transformers version is one that the tests run with."""
+    return OLDEST <= version_of(installed) <= NEWEST
+
+
+def warn_untested() -> None:
+    """Warn if the installed transformers is newer than the tested versions."""
+    if not is_tested():
+        logger.warning(
+            "transformers %s is newer than the versions Dovetail is tested with (%s to %s). Drafts are checked against "
+            "plain generation on a tiny model before the first one is used.",
+            transformers.__version__,
+            dotted(OLDEST),
+            dotted(NEWEST),
+        )
+
+
+refuse_old("torch", torch.__version__, OLDEST_TORCH)
+refuse_old("transformers", transformers.__version__, OLDEST)
+
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.pipelines import base as pipelines
+
+from .generate import (
+    CANDIDATE_ARGUMENTS,
+    LOOP_ARGUMENTS,
+    MODE_ARGUMENTS,
+    OF_ASSISTANTS,
+    OF_OTHER_DRAFTS,
+    PIPELINE_ARGUMENTS,
+    DraftedOutput,
+    bound_arguments,
+    cache_argument,
+    ends_one_by_one,
+    hands_features_to_generators,
+    mask_length,
+    masks_of_pass,
+    not_sampling,
+    options_set,
+    output_of_generate,
+    position_ids_for,
+    processor_of_sequence,
+    run_prompt,
+    take_cache,
+    with_next_tokens,
+)
+from .models import (
+    SharedLayer,
+    attention_of,
+    commit_of,
+    find_file,
+    keeps_recurrent_state,
+    layers_for,
+    layers_in,
+    mark_initialized,
+    require_file,
+    stock_layer,
+    stock_sliding_layer,
+)
+from .names import CACHE, CACHE_NAMES, NAMES, missing_names
+
+__all__ = [
+    "CACHE",
+    "CACHE_NAMES",
+    "CANDIDATE_ARGUMENTS",
+    "LOOP_ARGUMENTS",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODE_ARGUMENTS",
+    "NAMES",
+    "NEWEST",
+    "OF_ASSISTANTS",
+    "OF_OTHER_DRAFTS",
+    "OLDEST",
+    "OLDEST_TORCH",
+    "PIPELINE_ARGUMENTS",
+    "Cache",
+    "CandidateGenerator",
+    "DraftedOutput",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LlamaRotaryEmbedding",
+    "SharedLayer",
+    "StaticCache",
+    "apply_rotary_pos_emb",
+    "attention_of",
+    "bound_arguments",
+    "cache_argument",
+    "commit_of",
+    "dotted",
+    "ends_one_by_one",
+    "find_file",
+    "hands_features_to_generators",
+    "is_tested",
+    "keeps_recurrent_state",
+    "layers_for",
+    "layers_in",
+    "mark_initialized",
+    "mask_length",
+    "masks_of_pass",
+    "missing_names",
+    "not_sampling",
+    "options_set",
+    "output_of_generate",
+    "pipelines",
+    "position_ids_for",
+    "processor_of_sequence",
+    "refuse_old",
+    "require_file",
+    "run_prompt",
+    "stock_layer",
+    "stock_sliding_layer",
+    "take_cache",
+    "version_of",
+    "warn_untested",
+    "with_next_tokens",
+]

@@ -1,0 +1,95 @@
+"""Models and what belongs to them: configs, the layers of their caches, and files of their repositories."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import cached_file
+
+SharedLayer: type | None = getattr(cache_utils, "DummyLayer", None)
+"""Class of cache layers that read the rows of another layer and hold none; None before transformers had one."""
+
+
+def attention_of(config: PretrainedConfig) -> str | None:
+    """Return the name of a model's attention implementation."""
+    return config._attn_implementation
+
+
+def keeps_recurrent_state(model: PreTrainedModel) -> bool:
+    """Return whether a model's cache holds a state from which single tokens cannot be removed."""
+    return bool(model._is_stateful) or not model._supports_default_dynamic_cache()
+
+
+def layers_for(config: PretrainedConfig) -> list[DynamicLayer]:
+    """Return the empty cache layers that transformers makes for a (text) config."""
+    layers = list(DynamicCache(config=config).layers)
+    # Before 5.24, a config that shares no layers (num_kv_shared_layers 0) made a cache that gets them one by one.
+    return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+
+
+def layers_in(cache: Cache, config: PretrainedConfig) -> list[DynamicLayer]:
+    """Return the empty layers that transformers makes in a cache for a (text) config.
+
+    A `DynamicCache()` that was made without a config keeps all rows, in layers with a window too.
+    """
+    layers, copied = layers_for(config), getattr(cache, "layer_class_to_replicate", None)
+    if copied == DynamicLayer:
+        return [DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in layers]
+    return layers
+
+
+def stock_layer(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
+    """Return transformers' own layer over these keys and values (1, heads, n, head_dim), without a copy."""
+    return _filled(DynamicLayer(), keys, values)
+
+
+def stock_sliding_layer(window: int, keys: Tensor | None, values: Tensor | None, seen: int) -> DynamicLayer:
+    """Return transformers' own sliding-window layer over these rows; `seen` counts the dropped ones too."""
+    layer = _filled(DynamicSlidingWindowLayer(sliding_window=window), keys, values)
+    layer.cumulative_length = seen
+    return layer
+
+
+def _filled(layer: DynamicLayer, keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
+    if keys is not None and values is not None:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    return layer
+
+
+def mark_initialized(parameter: nn.Parameter) -> None:
+    """Have `initialize_weights` leave this parameter as it is."""
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def commit_of(config: PretrainedConfig) -> str | None:
+    """Return the commit of the hub repository that a config was read from; None if it is unknown, as since 5.24."""
+    return getattr(config, "_commit_hash", None)
+
+
+def find_file(name: str, file: str, **hub_kwargs: Any) -> str | None:
+    """Return the local path of a file of a directory or hub repository, or None if there is no such file.
+
+    Args:
+        name: directory or hub id.
+        file: path within it.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `force_download`.
+    """
+    return _cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def require_file(name: str, file: str, **hub_kwargs: Any) -> str:
+    """Return the local path of a file of a directory or hub repository; arguments as `find_file`.
+
+    Raises:
+        OSError: there is no such file, or the hub cannot be reached.
+    """
+    return _cached_file(name, file, **hub_kwargs)
+
+
+def _cached_file(name: str, file: str, **kwargs: Any) -> Any:
+    try:
+        return cached_file(name, file, **kwargs)
+    except RuntimeError as error:  # huggingface_hub before 1.28 closes its client when the hub cannot be reached
+        raise OSError(f"the hub cannot be reached: {error}") from error
