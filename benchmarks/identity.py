@@ -3,18 +3,20 @@
     python benchmarks/identity.py                        # 10,000 prompts of 64 tokens, about an hour on two cores
     python benchmarks/identity.py --part 1/2 --progress FILE & python benchmarks/identity.py --part 2/2 --progress FILE
     python benchmarks/identity.py --count 800 --threads 4
+    python benchmarks/identity.py --count 32 --threads 4 --shape 500m --new-tokens 32   # with the inflated pair
     python benchmarks/identity.py --count 2 --new-tokens 4                              # a quick check
 
 A text is checked with one plain pass over it: each token must be the best one. Where the two best logits are within
 0.001, plain `generate` decides. A run that is interrupted goes on where it was, if `--progress` names the same file.
 Several processes may share such a file: each does its part of the prompts, and whatever ends last has all of them.
 With several threads, which share target and draft, the result also holds their seconds divided by those of one thread
-for the same prompts.
+for the same calls, with the draft and without: medians of runs in turns, of calls alone.
 """
 
 import argparse
 import gzip
 import json
+import statistics
 import threading
 import time
 from collections import Counter
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, load_bundled, positive, store
+from common import argument_parser, load_bundled, load_inflated, positive, store
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -35,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny_pair"
 PROMPT_TOKENS = 64
 TIE = 1e-3
+TIMED_PROMPTS = 32
+REPEATS = 3
 
 
 def texts() -> list[str]:
@@ -67,15 +71,36 @@ def prompts(count: int) -> list[Tensor]:
 
 def checked(target: Any, draft: DovetailDraft, input_ids: Tensor, new_tokens: int) -> str:
     """Generate with the draft and return "equal", "equal (generate)" or "different"."""
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    drafted = target.generate(input_ids, assistant_model=draft, **options)
+    drafted = generate(target, draft, input_ids, new_tokens)
     with torch.no_grad():
         logits = target(input_ids=drafted[:, :-1]).logits[0, input_ids.shape[1] - 1 :]
     best = logits.topk(2)
     if bool((best.values[:, 0] - best.values[:, 1] > TIE).all()):
         return "equal" if torch.equal(best.indices[:, 0], drafted[0, input_ids.shape[1] :]) else "different"
-    plain = target.generate(input_ids, **options)
+    plain = generate(target, None, input_ids, new_tokens)
     return "equal (generate)" if torch.equal(plain, drafted) else "different"
+
+
+def generate(target: Any, draft: DovetailDraft | None, input_ids: Tensor, new_tokens: int) -> Tensor:
+    """Generate greedily, without an end of text."""
+    assistant = {} if draft is None else {"assistant_model": draft}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return target.generate(input_ids, **assistant, **options)
+
+
+def seconds_to_lone_seconds(
+    target: Any, draft: DovetailDraft | None, ids: list[Tensor], new_tokens: int, threads: int
+) -> float:
+    """Return the seconds of `threads` threads divided by those of one thread, for the same calls of `generate`."""
+
+    def seconds(pool: ThreadPoolExecutor) -> float:
+        start_s = time.perf_counter()
+        list(pool.map(lambda one: generate(target, draft, one, new_tokens), ids))
+        return time.perf_counter() - start_s
+
+    with ThreadPoolExecutor(1) as lone, ThreadPoolExecutor(threads) as several:
+        seconds(several)  # starts the threads of each thread
+        return statistics.median(seconds(several) / seconds(lone) for _ in range(REPEATS))
 
 
 def finished(file: Path) -> dict[int, tuple[str, str]]:
@@ -119,17 +144,16 @@ def main() -> None:
     parser.add_argument("--count", type=positive, default=10_000, help="number of prompts")
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens of each text")
     parser.add_argument("--threads", type=positive, default=1, help="threads that generate at once")
+    parser.add_argument("--shape", help="inflate the bundled pair to this shape of inflate.py")
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="the K-th of N parts of the prompts")
     parser.add_argument("--progress", type=Path, help="file with the prompts that are done; new without it")
     args = parser.parse_args()
-    target, draft = load_bundled(torch.float32)
+    target, draft = load_inflated(args.shape, torch.float32) if args.shape else load_bundled(torch.float32)
     ids = prompts(args.count)
     file = args.progress or args.out.with_name(f"{args.out.stem}.{time.time_ns()}.progress")
     checked(target, draft, ids[0], args.new_tokens)  # measures the machine
-    (number, parts), was_empty = args.part, not finished(file)
-    start_s = time.perf_counter()
+    number, parts = args.part
     run(target, draft, ids, args, file, range(number - 1, len(ids), parts))
-    seconds = time.perf_counter() - start_s
     done = finished(file).values()
     counts, revisions = Counter(verdict for verdict, _ in done), Counter(revision for _, revision in done)
     result = {
@@ -138,15 +162,16 @@ def main() -> None:
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": args.new_tokens,
         "threads": args.threads,
+        "shape": args.shape,
         "verdicts": dict(counts),
         "prompts_of_revision": dict(revisions),
     }
-    if args.threads > 1 and was_empty and parts == 1:
-        start_s = time.perf_counter()
-        for one in ids[: args.count // args.threads]:
-            checked(target, draft, one, args.new_tokens)
-        lone_s = (time.perf_counter() - start_s) * args.count / (args.count // args.threads)
-        result["seconds_to_lone_seconds"] = round(seconds / lone_s, 3)
+    if args.threads > 1:
+        timed = ids[:TIMED_PROMPTS]
+        result["seconds_to_lone_seconds"] = {
+            name: round(seconds_to_lone_seconds(target, assistant, timed, args.new_tokens, args.threads), 3)
+            for name, assistant in (("draft", draft), ("plain", None))
+        }
     print(f"{len(done)} of {args.count} prompts: " + ", ".join(f"{n} {v}" for v, n in counts.items()))
     if len(done) == args.count:
         store(result, args.out)
