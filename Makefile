@@ -44,8 +44,11 @@ TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime te
 
 # --- environments --------------------------------------------------------------------------------
 
+# The library of CPU kernels lies in the checkout, so one environment builds it for all of them.
+KERNELS = $(wildcard dovetail_plugin/kernels/csrc/*)
+
 setup: .venv/installed
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv .venv
 	.venv/bin/$(INSTALL) -c constraints.txt -e ".[test]"
 	touch $@

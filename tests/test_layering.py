@@ -10,7 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dovetail_plugin"
-FOLDERS = ["ground", "targets", "drafts", "planning", "policy", "generation", "bench", "training", "adapters", "cli"]
+FOLDERS = [
+    "ground",
+    "kernels",
+    "targets",
+    "drafts",
+    "planning",
+    "policy",
+    "generation",
+    "bench",
+    "training",
+    "adapters",
+    "cli",
+]
 """From the bottom up. Ground: the files at the top of the package, and `GROUND_FOLDERS`."""
 GROUND_FOLDERS = {"compat"}
 FACE = {"__init__", "__main__", "hf"}

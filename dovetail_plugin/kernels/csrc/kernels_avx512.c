@@ -1,0 +1,123 @@
+/* Kernels for CPUs with AVX-512 VNNI: one register holds the sums of a row and a panel. */
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
+#include <immintrin.h>
+
+enum { MOST_ROWS = 12 };
+
+/* With few rows each row has several chains of sums, because an addition takes longer than two rows take turns. */
+#define CHAINS(rows) ((rows) >= 8 ? 1 : (rows) >= 3 ? 2 : 4)
+
+static inline __attribute__((always_inline)) __m512 scales_of(const uint8_t *group) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)group));
+}
+
+static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel, int64_t groups,
+                                                            const struct activations *in, int64_t first, float *out,
+                                                            const int rows) {
+    const int chains = CHAINS(rows);
+    __m512 sums[MOST_ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+    const int32_t *pairs = (const int32_t *)in->numbers + first * (GROUP / 2);
+    const float *scales = in->scales + first;
+    for (int64_t g = 0; g < groups; g++) {
+        __m512i parts[MOST_ROWS * 4];
+#pragma GCC unroll 48
+        for (int i = 0; i < rows * chains; i++) parts[i] = _mm512_setzero_si512();
+        const uint8_t *numbers = panel + PANEL * 2;
+        _mm_prefetch((const char *)(panel + 4096), _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int p = 0; p < GROUP / 2; p++) {
+            const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(numbers + p * 32)));
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) {
+                const int i = r * chains + p % chains;
+                parts[i] = _mm512_dpwssd_epi32(parts[i], w, _mm512_set1_epi32(pairs[r * (GROUP / 2) + p]));
+            }
+        }
+        const __m512 weight_scales = scales_of(panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            __m512i sum = parts[r * chains];
+#pragma GCC unroll 4
+            for (int c = 1; c < chains; c++) sum = _mm512_add_epi32(sum, parts[r * chains + c]);
+            const __m512 scale = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales[r]));
+            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
+        }
+        panel += PANEL * 2 + PANEL * GROUP;
+        pairs += in->rows * (GROUP / 2);
+        scales += in->rows;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+}
+
+static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel, int64_t groups,
+                                                            const struct activations *in, int64_t first, float *out,
+                                                            const int rows) {
+    const int chains = CHAINS(rows);
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512 sums[MOST_ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+    const int32_t *fours = (const int32_t *)in->numbers + first * (GROUP / 4);
+    const float *scales = in->scales + first;
+    const int32_t *offsets = in->offsets + first;
+    for (int64_t g = 0; g < groups; g++) {
+        __m512i parts[MOST_ROWS * 4];
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            parts[r * chains] = _mm512_set1_epi32(offsets[r]);
+#pragma GCC unroll 4
+            for (int c = 1; c < chains; c++) parts[r * chains + c] = _mm512_setzero_si512();
+        }
+        const uint8_t *numbers = panel + PANEL * 2;
+        _mm_prefetch((const char *)(panel + 4096), _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int v = 0; v < GROUP / 8; v++) {
+            const __m512i both = _mm512_loadu_si512(numbers + v * 64);
+            const __m512i first_four = _mm512_and_si512(both, low);
+            const __m512i next_four = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) {
+                const int32_t *a = fours + r * (GROUP / 4) + 2 * v;
+                const int i = r * chains + (2 * v) % chains, j = r * chains + (2 * v + 1) % chains;
+                parts[i] = _mm512_dpbusd_epi32(parts[i], first_four, _mm512_set1_epi32(a[0]));
+                parts[j] = _mm512_dpbusd_epi32(parts[j], next_four, _mm512_set1_epi32(a[1]));
+            }
+        }
+        const __m512 weight_scales = scales_of(panel);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            __m512i sum = parts[r * chains];
+#pragma GCC unroll 4
+            for (int c = 1; c < chains; c++) sum = _mm512_add_epi32(sum, parts[r * chains + c]);
+            const __m512 scale = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales[r]));
+            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
+        }
+        panel += PANEL * 2 + PANEL * GROUP / 2;
+        fours += in->rows * (GROUP / 4);
+        scales += in->rows;
+        offsets += in->rows;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+}
+
+#include "each_count.h"
+
+static void int8_panel(const uint8_t *panel, int64_t groups, const struct activations *in, int64_t first, int64_t count,
+                       float *sums) {
+    EACH_COUNT_TO_12(int8_rows)
+}
+
+static void int4_panel(const uint8_t *panel, int64_t groups, const struct activations *in, int64_t first, int64_t count,
+                       float *sums) {
+    EACH_COUNT_TO_12(int4_rows)
+}
+
+const struct kernel avx512_kernels[2] = {{int8_panel, MOST_ROWS}, {int4_panel, MOST_ROWS}};
+#endif

@@ -1,0 +1,158 @@
+"""The library of CPU kernels: finding it, what it runs on, and its two functions for tensors.
+
+The library is plain C (see csrc/) and knows neither Python nor torch, so one file serves every version of both. It runs
+in the threads of torch's own OpenMP library. Threads of a second one would wait for those of torch at each step.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import DovetailError
+
+logger = logging.getLogger(__name__)
+
+FORMATS = {"int8": 0, "int4": 1}
+"""Format of weights -> its number in the library."""
+
+NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtype of activations and results -> its number in the library."""
+
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni")
+"""Sets of instructions by their number in the library, from slow to fast."""
+
+GROUP = 32
+"""Inputs that share a scale."""
+
+
+class KernelError(DovetailError, RuntimeError):
+    """The library of kernels refused a call."""
+
+
+class Library:
+    """The loaded library.
+
+    Args:
+        file: the shared object.
+
+    Raises:
+        OSError: the file cannot be loaded.
+        KernelError: this CPU lacks AVX2, FMA or F16C.
+
+    Attributes:
+        instructions: set that the kernels use, one of `available`. May be set.
+        available: the sets that this CPU has, from slow to fast.
+        threaded: whether it runs in torch's threads; else in the calling one.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._library = ctypes.CDLL(str(file))
+        best = self._library.dovetail_best_instructions()
+        if best < 0:
+            raise KernelError("the CPU kernels need an x86-64 CPU with AVX2, FMA and F16C.")
+        has_avx_vnni = bool(self._library.dovetail_has_avx_vnni())
+        self.available = tuple(
+            name for number, name in enumerate(INSTRUCTIONS[: best + 1]) if name != "avx_vnni" or has_avx_vnni
+        )
+        self.instructions = self.available[-1]
+        pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._quantize = self._library.dovetail_quantize
+        self._quantize.argtypes = [pointer, integer, size, size, integer, pointer, pointer, pointer, integer]
+        self._linear = self._library.dovetail_linear
+        self._linear.argtypes = [
+            *(pointer, size, size, integer, pointer, pointer, pointer, size, pointer, pointer),
+            *(integer, integer, integer),
+        ]
+        self._library.dovetail_use_threads.argtypes = [pointer]
+        parallel = _torch_parallel_regions()
+        self.threaded = parallel is not None
+        self._library.dovetail_use_threads(parallel)
+
+    def linear(self, x: Tensor, packed: Tensor, outputs: int, kind: str, bias: Tensor | None = None) -> Tensor:
+        """Multiply rows with packed weights. The result of a row does not depend on other rows, to the bit.
+
+        Args:
+            x: (N, K) float32, bfloat16 or float16 on the CPU, contiguous.
+            packed: what `packing.pack` made of weights (M, K).
+            outputs: M.
+            kind: "int8" or "int4", the format of `packed`.
+            bias: (M,) in the dtype of x, contiguous, or None.
+
+        Returns:
+            (N, M) in the dtype of x.
+
+        Raises:
+            KernelError: the library does not know a format, dtype or set of instructions.
+        """
+        rows, inputs = x.shape
+        groups = -(-inputs // GROUP)
+        out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
+        if not rows:
+            return out
+        count = groups * rows
+        bytes_of_numbers = count * GROUP * (2 if kind == "int8" else 1)
+        buffer = torch.empty(bytes_of_numbers + 8 * count, dtype=torch.uint8, device="cpu")
+        numbers = buffer.data_ptr()
+        scales, offsets = numbers + bytes_of_numbers, numbers + bytes_of_numbers + 4 * count
+        type_, format_, threads = NUMBER_TYPES[x.dtype], FORMATS[kind], torch.get_num_threads()
+        failed = self._quantize(x.data_ptr(), type_, rows, inputs, format_, numbers, scales, offsets, threads)
+        failed = failed or self._linear(
+            packed.data_ptr(),
+            outputs,
+            groups,
+            format_,
+            numbers,
+            scales,
+            offsets,
+            rows,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            type_,
+            INSTRUCTIONS.index(self.instructions),
+            threads,
+        )
+        if failed:
+            raise KernelError(f"the CPU kernels refused weights in {kind} and activations in {x.dtype}.")
+        return out
+
+
+@functools.cache
+def library() -> Library | None:
+    """Return the library, or None if it was not built or does not run here; says so in the log, once."""
+    files = sorted(Path(__file__).parent.glob("_library*.so"))
+    if not files:
+        logger.warning(
+            "the CPU kernels of dovetail_plugin were not built, so packed weights run in torch, which is slower. "
+            "Install a C compiler (gcc) and dovetail_plugin again."
+        )
+        return None
+    try:
+        return Library(files[0])
+    except (OSError, AttributeError, KernelError) as error:
+        logger.warning("packed weights run in torch, which is slower: %s", error)
+        return None
+
+
+def _torch_parallel_regions() -> int | None:
+    """Return the address of `GOMP_parallel` in the OpenMP library that torch has loaded, or None.
+
+    GNU's and LLVM's libraries have a function of this name with the same arguments.
+    """
+    names = ["libgomp.so.1", "libiomp5.so", "libomp.so"]
+    directory = Path(torch.__file__).parent / "lib"
+    names += [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in directory.glob(pattern)]
+    if sys.platform == "win32":
+        return None
+    for name in names:
+        try:  # only what is loaded already
+            loaded = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None

@@ -1,0 +1,130 @@
+"""Weights to packed weights and back. csrc/kernels.h describes the order of the bytes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from .library import GROUP
+
+PANEL = 16
+"""Outputs that are packed together."""
+
+ROWS_AT_ONCE = 2048
+"""Outputs that are packed at a time, which bounds the memory that packing takes."""
+
+CANDIDATES = tuple(1 - step / 40 for step in range(9))
+"""Int4 scales that are tried, in units of the one at which the largest weight is a number itself."""
+
+
+def packed_bytes(outputs: int, inputs: int, kind: str) -> int:
+    """Return the size of packed weights (outputs, inputs), in bytes."""
+    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+    return panels * groups * PANEL * (2 + (GROUP if kind == "int8" else GROUP // 2))
+
+
+def pack(weight: Tensor, kind: str) -> Tensor:
+    """Quantize weights in groups of 32 inputs, and pack them for the kernels.
+
+    Args:
+        weight: (M, K) of any float dtype, on any device.
+        kind: "int8": the scale makes the largest weight of a group 127. "int4": the scale, of some near that of the
+            largest weight, has the smallest squared error.
+
+    Returns:
+        (`packed_bytes`,) uint8 on the CPU.
+
+    Raises:
+        InputError: weights are infinite, NaN or too large for scales in half precision.
+    """
+    outputs, inputs = weight.shape
+    packed = torch.empty(packed_bytes(outputs, inputs, kind), dtype=torch.uint8, device="cpu")
+    at = 0
+    for rows in weight.split(ROWS_AT_ONCE):
+        groups = _in_groups(rows.detach().to(device="cpu", dtype=torch.float32))
+        scale, numbers = _int8(groups) if kind == "int8" else _int4(groups)
+        if not bool(scale.isfinite().all()):
+            raise InputError("weights are infinite, NaN or too large for scales in half precision. Use dtype float.")
+        parts = _scale_bytes(scale), (_int8_bytes if kind == "int8" else _int4_bytes)(numbers)
+        part = torch.cat(parts, dim=-1).flatten()
+        packed[at : at + len(part)] = part
+        at += len(part)
+    return packed
+
+
+def unpack(packed: Tensor, outputs: int, inputs: int, kind: str) -> Tensor:
+    """Return the weights (outputs, inputs) float32 that packed weights stand for, on their device."""
+    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+    parts = packed.view(panels, groups, -1)
+    scale = parts[..., : 2 * PANEL].contiguous().view(torch.float16).float().transpose(1, 2)  # (panels, 16, groups)
+    body = parts[..., 2 * PANEL :]
+    if kind == "int8":
+        pairs = body.contiguous().view(torch.int8).view(panels, groups, GROUP // 2, PANEL, 2)
+        numbers = pairs.permute(0, 3, 1, 2, 4).reshape(panels, PANEL, groups, GROUP).float()
+    else:
+        halves = torch.stack([body & 15, body >> 4], dim=2).view(panels, groups, 2, GROUP // 8, PANEL, 4)
+        numbers = halves.permute(0, 4, 1, 3, 2, 5).reshape(panels, PANEL, groups, GROUP).float() - 8
+    weights = (numbers * scale[..., None]).reshape(panels * PANEL, groups * GROUP)
+    return weights[:outputs, :inputs].contiguous()
+
+
+def _in_groups(rows: Tensor) -> Tensor:
+    """Return (panels, 16, groups, 32) of rows (M, K), filled up with zeros."""
+    outputs, inputs = rows.shape
+    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+    padded = F.pad(rows, (0, groups * GROUP - inputs, 0, panels * PANEL - outputs))
+    return padded.view(panels, PANEL, groups, GROUP)
+
+
+def _int8(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales (panels, 16, groups) float16 and numbers (panels, 16, groups, 32) int8."""
+    scale = (groups.abs().amax(-1) / 127).half()
+    return scale, _divided(groups, scale).round_().clamp_(-127, 127).to(torch.int8)
+
+
+def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales (panels, 16, groups) float16 and numbers 0 to 15 (panels, 16, groups, 32) uint8.
+
+    The weight of the largest magnitude is eight steps below zero, where there is one step more than above.
+    """
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
+    best_scale, best_numbers = largest.half(), None
+    best_error = None
+    for candidate in CANDIDATES:
+        scale = (largest * candidate).half()
+        numbers = _divided(groups, scale).round_().clamp_(-8, 7)
+        error = (numbers * scale.float()[..., None]).sub_(groups).square_().sum(-1)
+        if best_numbers is None or best_error is None:
+            best_scale, best_numbers, best_error = scale, numbers, error
+            continue
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_numbers = torch.where(better[..., None], numbers, best_numbers)
+        best_error = torch.where(better, error, best_error)
+    assert best_numbers is not None
+    return best_scale, (best_numbers + 8).to(torch.uint8)
+
+
+def _divided(groups: Tensor, scale: Tensor) -> Tensor:
+    """Return groups / scale; zeros where the scale is zero."""
+    scale = scale.float()[..., None]
+    return torch.where(scale == 0, 0.0, groups / scale)
+
+
+def _scale_bytes(scale: Tensor) -> Tensor:
+    """Return (panels, groups, 32) uint8."""
+    return scale.transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def _int8_bytes(numbers: Tensor) -> Tensor:
+    """Return (panels, groups, 512) uint8: for each pair of inputs two numbers of each output."""
+    panels, _, groups, _ = numbers.shape
+    pairs = numbers.view(panels, PANEL, groups, GROUP // 2, 2).permute(0, 2, 3, 1, 4)
+    return pairs.reshape(panels, groups, -1).view(torch.uint8)
+
+
+def _int4_bytes(numbers: Tensor) -> Tensor:
+    """Return (panels, groups, 256) uint8: for each eight inputs four numbers in low halves and four in high ones."""
+    panels, _, groups, _ = numbers.shape
+    halves = numbers.view(panels, PANEL, groups, GROUP // 8, 2, 4).permute(0, 2, 4, 3, 1, 5)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(panels, groups, -1)

@@ -1,0 +1,54 @@
+/* Runs every kernel on shapes of all kinds, in buffers without a byte to spare. Built with the sanitizers by
+ * test_kernels.py, which reads the number of calls that this prints. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+int dovetail_best_instructions(void);
+int dovetail_has_avx_vnni(void);
+int dovetail_quantize(const void *, int, int64_t, int64_t, int, void *, float *, int32_t *, int);
+int dovetail_linear(const void *, int64_t, int64_t, int, const void *, const float *, const int32_t *, int64_t,
+                    const void *, void *, int, int, int);
+
+static uint32_t state = 1;
+
+static uint8_t *random_bytes(size_t count) {
+    uint8_t *made = malloc(count);
+    for (size_t i = 0; i < count; i++) {
+        state = state * 1664525 + 1013904223;
+        made[i] = (uint8_t)(state >> 24);
+    }
+    return made;
+}
+
+int main(void) {
+    const int64_t shapes[][2] = {{1, 1}, {15, 31}, {16, 32}, {17, 33}, {40, 96}, {100, 257}};
+    long calls = 0;
+    for (size_t shape = 0; shape < sizeof shapes / sizeof *shapes; shape++) {
+        const int64_t outputs = shapes[shape][0], inputs = shapes[shape][1];
+        const int64_t panels = (outputs + 15) / 16, groups = (inputs + 31) / 32;
+        for (int format = 0; format < 2; format++) {
+            const size_t size = format ? 1 : 2, packed = panels * groups * (32 + (format ? 256 : 512));
+            for (int64_t rows = 1; rows <= 64; rows += 1 + rows / 14)
+                for (int type = 0; type < 3; type++) {
+                    const size_t width = type ? 2 : 4, count = groups * rows;
+                    uint8_t *weights = random_bytes(packed), *in = random_bytes(rows * inputs * width);
+                    uint8_t *bias = random_bytes(outputs * width), *out = random_bytes(rows * outputs * width);
+                    void *numbers = malloc(count * 32 * size);
+                    float *scales = malloc(count * 4);
+                    int32_t *offsets = malloc(count * 4);
+                    if (dovetail_quantize(in, type, rows, inputs, format, numbers, scales, offsets, 1)) return 1;
+                    for (int set = 0; set <= dovetail_best_instructions(); set++) {
+                        if (set == 1 && !dovetail_has_avx_vnni()) continue;
+                        if (dovetail_linear(weights, outputs, groups, format, numbers, scales, offsets, rows,
+                                            rows % 2 ? bias : NULL, out, type, set, 1))
+                            return 1;
+                        calls++;
+                    }
+                    free(weights), free(in), free(bias), free(out), free(numbers), free(scales), free(offsets);
+                }
+        }
+    }
+    printf("%ld\n", calls);
+    return 0;
+}
