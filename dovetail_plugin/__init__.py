@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from .hf import is_registered, register, unregister
     from .policy.device_split import DeviceSplitPolicy
     from .report import GenerationReport
+    from .targets.cpu_weights import CpuWeights
     from .tree import DraftTree, TreeBudget
 
 __all__ = [
     "AutoDraft",
+    "CpuWeights",
     "DeviceSplitPolicy",
     "DovetailCandidateGenerator",
     "DovetailConfig",
@@ -56,6 +58,7 @@ __all__ = [
 
 _MODULE_OF = {
     "AutoDraft": "drafts.auto",
+    "CpuWeights": "targets.cpu_weights",
     "DeviceSplitPolicy": "policy.device_split",
     "DovetailCandidateGenerator": "generation.stock_loop",
     "DovetailConfig": "drafts.config",

@@ -19,6 +19,9 @@ MOST_BLOCKS = 6
 """Decoder blocks of the largest drafts that the method describes."""
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+PACKED = ("int8", "int4")
+"""Kinds of `CpuWeights`."""
+
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 """Options of `generate` that have no effect on greedy decoding."""
 
@@ -159,6 +162,12 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=["auto", *FLOAT_DTYPES],
         help="data type of both models (with --target-ir, of the draft); auto keeps the one that is stored",
+    )
+    group.add_argument(
+        "--weights",
+        choices=PACKED,
+        help="quantize the target while it is loaded and run it with the CPU kernels: faster passes, a slightly other "
+        "model; default: the weights as they are",
     )
     group.add_argument(
         "--draft-device",

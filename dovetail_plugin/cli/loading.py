@@ -22,6 +22,7 @@ from ..hf import register
 from ..planning.apply import apply_plan
 from ..planning.device_plan import parse_bytes
 from ..policy.device_split import DeviceSplitPolicy
+from ..targets.cpu_weights import CpuWeights
 from ..tree import TreeBudget
 from .common import hub_options
 
@@ -89,6 +90,8 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
         ValueError: there is no such model, or it is a draft.
     """
     option, name = ("--target", args.target) if args.target else ("--target-ir", args.target_ir)
+    if args.weights and args.target_ir:
+        raise ValueError("--weights packs the weights of --target. An exported target has the weights of its export.")
     config = check_model(option, name, **_target_source(args))
     if is_draft(config):
         raise ValueError(f"{option} {name} is a draft, not a target. Check that {option} and --draft are not swapped.")
@@ -119,7 +122,8 @@ def load_target(args: argparse.Namespace) -> Any:
         from dovetail_plugin.adapters import load_exported
 
         return load_exported(args.target_ir, threads=args.threads, **_target_source(args))
-    return load_language_model(args.target, dtype=args.dtype, **_target_source(args))
+    packed = {} if args.weights is None else {"quantization_config": CpuWeights(args.weights)}
+    return load_language_model(args.target, dtype=args.dtype, **packed, **_target_source(args))
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:

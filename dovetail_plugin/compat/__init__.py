@@ -73,6 +73,7 @@ refuse_old("transformers", transformers.__version__, OLDEST)
 
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+from transformers.core_model_loading import ConversionOps
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -132,6 +133,7 @@ __all__ = [
     "PIPELINE_ARGUMENTS",
     "Cache",
     "CandidateGenerator",
+    "ConversionOps",
     "DraftedOutput",
     "DynamicCache",
     "DynamicLayer",

@@ -8,8 +8,10 @@ import inspect
 
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.core_model_loading import ConversionOps
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.quantizers import HfQuantizer
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the cache, the newest first."""
@@ -22,9 +24,11 @@ OWNERS: dict[str, type] = {
     owner.__name__: owner
     for owner in (
         CandidateGenerator,
+        ConversionOps,
         DynamicLayer,
         DynamicSlidingWindowLayer,
         GenerationMixin,
+        HfQuantizer,
         LlamaRotaryEmbedding,
         PreTrainedModel,
     )
@@ -66,6 +70,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     # called by the assisted loop on `generation.stock_loop.DovetailCandidateGenerator`
     "CandidateGenerator.get_candidates": ("input_ids",),
     "CandidateGenerator.update_candidate_strategy": ("input_ids", "scores", "num_matches"),
+    # overridden by `targets.cpu_weights`
+    "HfQuantizer.validate_environment": (),
+    "HfQuantizer.param_needs_quantization": ("model", "param_name"),
+    "HfQuantizer._process_model_before_weight_loading": ("model",),
+    "HfQuantizer._process_model_after_weight_loading": ("model",),
+    "HfQuantizer.get_quantize_ops": (),
+    "HfQuantizer.is_serializable": (),
+    "ConversionOps.convert": ("input_dict",),
     # used by `drafts.blocks`
     "LlamaRotaryEmbedding.forward": ("x", "position_ids"),
 }

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..targets.cpu_weights import METHOD
+
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORTED_RUN_BYTES = 4
 """Bytes of a number in caches and activations of an exported target: the adapters compute in float32 by default."""
@@ -55,7 +57,8 @@ class Storage:
         run_bytes: bytes of a number in caches and activations.
         matrices: format of the decoder layers' matrices; None if they are not quantized.
         tables: format of the embedding table, the head and everything else outside the decoder layers.
-        exported: whether these are the weights of another engine than torch.
+        exported: whether these are the weights of another engine than torch, or packed for the CPU. Then a plan puts no
+            layer on a GPU.
         experts_only: whether only the stacked matrices of experts are quantized.
         kept: regular expressions of module names whose weights stay in `dtype`.
     """
@@ -158,6 +161,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], MatrixFormat]] = {
     "fp8": _fp8,
     "fbgemm_fp8": lambda _: MatrixFormat(8, None, 32),
     "compressed-tensors": _compressed_tensors,
+    METHOD: lambda fields: MatrixFormat({"int8": 8, "int4": 4}[fields["weights"]], 32, 16),
 }
 """`quant_method` of a `quantization_config` -> format of its matrices. Embedding and head are not quantized."""
 
@@ -182,6 +186,7 @@ def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:
         dtype,
         dtype.itemsize,
         matrices,
+        exported=method == METHOD,  # packed layers run on the CPU only
         experts_only=method == "mxfp4",
         kept=kept,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..kernels.linear import PackedLinear
 from .features import decoder_layers
 
 
@@ -96,7 +97,8 @@ def place_layers(model: PreTrainedModel, layers: Sequence[int], device: torch.de
         A handle; `remove()` puts everything back.
 
     Raises:
-        ValueError: `layers` are not the model's last ones, or layers of the model are placed already.
+        ValueError: `layers` are not the model's last ones, layers of the model are placed already, or their weights
+            are packed for the CPU.
     """
     placed = PlacedLayers(torch.device(device))
     if not layers:
@@ -105,6 +107,11 @@ def place_layers(model: PreTrainedModel, layers: Sequence[int], device: torch.de
     wanted = list(range(len(modules) - len(layers), len(modules)))
     if sorted(layers) != wanted:
         raise ValueError(f"layers must be the model's last ones, {wanted}, got {sorted(layers)}.")
+    if any(isinstance(part, PackedLinear) for index in wanted for part in modules[index].modules()):
+        raise ValueError(
+            "the weights of these layers are packed for the CPU. Load the target without CpuWeights to put layers on "
+            "a GPU."
+        )
     if model in _placed and _placed[model].active:
         raise ValueError(
             f"layers of this {type(model).__name__} are placed already. Call remove() on what place_layers returned."

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..cache import refuse_reason
 from ..compat import Cache, DynamicCache, StaticCache, keeps_recurrent_state, layers_for
+from ..kernels.linear import PackedLinear, linear_of
 from .base import Tables
 from .features import feature_module
 from .positions import table_length
@@ -87,12 +88,14 @@ class TorchEngine:
         return self.model.num_parameters()
 
     def tables(self) -> Tables:
-        """Return the embedding table and the head, without copies.
+        """Return the embedding table and the head. Only a head with packed weights is copied.
 
         Raises:
-            ValueError: one of them is quantized or missing.
+            ValueError: one of them is quantized by something else, or missing.
         """
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if isinstance(head, PackedLinear):
+            head = linear_of(head, self.model.dtype)
         for what, module in (("input embedding", embedding), ("output head", head)):
             weight = getattr(module, "weight", None)
             if weight is None or not weight.is_floating_point():
