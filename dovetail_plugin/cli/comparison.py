@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bench.compare import Comparison
-from ..bench.prompts import load_prompts, random_prompts
+from ..bench.prompts import encode_chats, random_prompts, read_chats
 from ..bench.random_model import random_model
 from ..bench.synthetic import SyntheticComparison
 from ..drafts.model import DovetailDraft
@@ -38,6 +38,7 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, list[Tensor], dict[st
         ValueError: an option does not fit the others, or a model or the prompts cannot be loaded.
     """
     options = generate_options(args)
+    chats = read_chats(args.prompts, args.count)  # before anything is loaded, so that mistakes come at once
     if args.synthetic_acceptance is None:
         if args.target in SHAPES:
             raise ValueError(
@@ -53,7 +54,7 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, list[Tensor], dict[st
     if pair.tokenizer is None:
         prompts = random_prompts(args.count, pair.target.config.get_text_config(decoder=True).vocab_size)
     else:
-        prompts = load_prompts(args.prompts, pair.tokenizer, args.count)
+        prompts = encode_chats(chats, pair.tokenizer)
     settings = dict(
         target=pair.target.config.name_or_path.rstrip("/").rsplit("/", 1)[-1],
         parameters=pair.target.num_parameters(),
