@@ -115,6 +115,7 @@ def refuse_occupied(directory: Path, remedy: str = "Choose another directory.") 
 
     Raises:
         OccupiedError: it is a file, or not empty.
+        WriteError: see `refuse_unwritable`.
     """
     if directory.is_dir():
         names = sorted(name for name in os.listdir(directory) if not name.startswith(PART))
@@ -123,6 +124,22 @@ def refuse_occupied(directory: Path, remedy: str = "Choose another directory.") 
             raise OccupiedError(f"{directory} is not empty ({', '.join(names[:3])}{more}). {remedy}")
     elif os.path.lexists(directory):
         raise OccupiedError(f"{directory} is a file, and a directory is needed. {remedy}")
+    refuse_unwritable(directory)
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Refuse a directory in which nothing can be written, before any work. It need not exist yet.
+
+    Raises:
+        WriteError: it or a part of its path is a file, or there is no permission.
+    """
+    place = Path(os.path.realpath(directory))
+    nearest = next(part for part in (place, *place.parents) if os.path.lexists(part))
+    reason = None if nearest.is_dir() else REASONS["ENOTDIR"]
+    if reason is None and not os.access(nearest, os.W_OK | os.X_OK):
+        reason = REASONS["EACCES"]
+    if reason is not None:
+        raise WriteError(f"{directory} cannot be written: {reason}")
 
 
 def beside(path: Path) -> Path:

@@ -205,6 +205,22 @@ def test_occupied_directories_are_refused(tmp_path):
         files.refuse_occupied(tmp_path / "notes")
 
 
+def test_places_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    """Before anything is made there."""
+    files.refuse_unwritable(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("new")
+    files.refuse_unwritable(tmp_path / "link")
+    for refuse in (files.refuse_unwritable, files.refuse_occupied):
+        with pytest.raises(WriteError, match=r"file/a/b cannot be written: a part of the path is a file\. Choose"):
+            refuse(tmp_path / "file" / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    for refuse in (files.refuse_unwritable, files.refuse_occupied):
+        with pytest.raises(WriteError, match=r"a/b cannot be written: there is no permission"):
+            refuse(tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
 # --- full disks and kills ----------------------------------------------------------------------------
 
 WRITE = """

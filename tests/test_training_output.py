@@ -270,6 +270,37 @@ def test_wrong_data_is_refused_before_anything_is_loaded(source, tmp_path, capsy
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"cache_features": "file"}, "file is a file. Name a directory for target features"),
+        ({"cache_features": "file/features"}, "file/features cannot be written: a part of the path is a file"),
+        ({"cache_features": "damaged"}, "damaged/index.json"),
+        ({"out": "file/draft"}, "file/draft cannot be written: a part of the path is a file"),
+    ],
+)
+def test_places_that_cannot_be_used_are_refused_before_anything_is_loaded(
+    source, tmp_path, capsys, monkeypatch, place, message
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "index.json").write_text("{")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    config = config_for(source, tmp_path / "new")
+    config = dataclasses.replace(config, **{name: tmp_path / value for name, value in place.items()})
+    options = [] if config.cache_features is None else ["--cache-features", config.cache_features]
+    assert message in refusal(capsys, *arguments(config), *options)
+    assert sorted(content(tmp_path)) == ["damaged/index.json", "file"]
+
+
+def test_a_finished_run_needs_no_permission(source, out, monkeypatch):
+    directory = out("finished")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    train(config_for(source, directory, steps=4), resume=True)
+    with pytest.raises(WriteError, match="finished cannot be written: there is no permission"):
+        train(config_for(source, directory, steps=5), resume=True)
+
+
 # --- full disks and kills ----------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from ..errors import InputError
 from .calibration import Calibration
 from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl
-from .features import FeatureCache, digest, fingerprint, target_features
+from .features import FeatureCache, check_directory, digest, fingerprint, target_features
 from .losses import Losses, count_rows, draft_losses, expected_acceptance_length
 from .output import NO_REMOTE_CODE, RECORD, Before, check_key, describe_data, look, save, settings_key
 from .state import History, Progress, load_state, remove_state, save_state
@@ -65,6 +65,8 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir:
     before = look(config, resume=resume, overwrite=overwrite_output_dir)
     if before.is_finished(config.steps):
         return DovetailDraft.from_pretrained(config.out)
+    if config.cache_features is not None:
+        check_directory(config.cache_features)
     accelerator = _accelerator(config)
     sequences, pad_id = _load_sequences(config)
     data = describe_data(config)

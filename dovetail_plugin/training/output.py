@@ -19,7 +19,7 @@ from ..drafts.checkpoints.files import read_json
 from ..drafts.model import DovetailDraft
 from ..drafts.saving import is_part_of_draft, refuse_other_checkpoint
 from ..errors import InputError, OccupiedError
-from ..files import whole_directory
+from ..files import refuse_unwritable, whole_directory
 from .config import TrainingConfig
 from .state import History, Progress, own_state, read_progress
 
@@ -59,6 +59,7 @@ def look(config: TrainingConfig, *, resume: bool, overwrite: bool) -> Before:
         OccupiedError: it holds an earlier run and may not be used, or something of somebody else under a name that
             training uses.
         InputError: the run there has other settings, or its files are damaged.
+        WriteError: nothing can be written there.
     """
     if resume and overwrite:
         raise InputError("resume continues a run and overwrite_output_dir replaces it. Choose one of them.")
@@ -71,6 +72,8 @@ def look(config: TrainingConfig, *, resume: bool, overwrite: bool) -> Before:
         before = _unfinished(state) or _finished(out) or Before()
         if before.progress is not None:
             _check_settings(config, before.progress, state or out / RECORD)
+        if not before.is_finished(config.steps):
+            refuse_unwritable(out)
         return before
     if not overwrite and (state is not None or (out / RECORD).exists() or (out / "config.json").exists()):
         what = "the state of an unfinished run" if state is not None else "a draft"
@@ -78,6 +81,7 @@ def look(config: TrainingConfig, *, resume: bool, overwrite: bool) -> Before:
             f"{out} holds {what}. Use --resume to continue, --overwrite-output-dir to start again and replace it, or "
             "another --out."
         )
+    refuse_unwritable(out)
     return Before()
 
 
