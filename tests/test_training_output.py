@@ -195,12 +195,14 @@ def test_training_starts_from_a_draft(source, runs, tmp_path):
     assert record(config.out)["config"]["init_from"] == "finished"
 
 
-def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys):
+def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys, monkeypatch):
     taken = str(runs / "finished")
-    with pytest.raises(InputError, match=r"blocks is 3, and the draft .*finished has 1\. Leave blocks out"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"blocks is 3, and .*finished has 1\. Leave"):
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
         train(config_for(source, tmp_path / "new", init_from=taken, blocks=3))
     config = config_for(source, tmp_path / "new")
-    assert "no/such" in refusal(capsys, *arguments(config, "--init-from", "no/such"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    assert "--init-from no/such: no such directory" in refusal(capsys, *arguments(config, "--init-from", "no/such"))
     assert not (tmp_path / "new").exists()
 
 
@@ -391,8 +393,33 @@ def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monk
     with contextlib.suppress(ValueError):  # transformers may take a tokenizer of its own instead
         train(config)
     if part == "AutoConfig":
-        assert "comes with Python code, which training never runs" in refusal(capsys, *arguments(config))
+        said = "comes with Python code, which runs only with --trust-remote-code. Read it first"
+        assert said in refusal(capsys, *arguments(config))
     assert not (tmp_path / "ran").exists()
+
+
+OWN_CLASSES = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_that_comes_with_a_target_is_run_if_allowed(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    target = shutil.copytree(source / "target", tmp_path / "target")
+    stored = json.loads((target / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (target / "config.json").write_text(json.dumps(stored | own))
+    (target / "own.py").write_text(OWN_CLASSES)
+    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        train(config)
+    assert main(arguments(config, "--trust-remote-code")) == 0
+    assert DovetailDraft.from_pretrained(config.out).config.target_name_or_path == "target"
 
 
 class Hostile:

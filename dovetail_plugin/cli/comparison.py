@@ -26,7 +26,7 @@ from .loading import (
     load_draft,
     load_pair,
     load_target,
-    load_tokenizer,
+    load_target_tokenizer,
     prepare_draft,
 )
 
@@ -88,7 +88,7 @@ def _load_synthetic_pair(args: argparse.Namespace) -> LoadedPair:
         except ValueError as error:
             raise ValueError(f"{error} A shape can be named, too: {', '.join(SHAPES)}.") from error
         trained = load_draft(args, config) if args.draft is not None else None
-        target, tokenizer = load_target(args), load_tokenizer(args)
+        target, tokenizer = load_target(args), load_target_tokenizer(args)
         draft = trained if trained is not None else _untrained_draft(target, args)
     prepare_draft(args, target, draft)
     return LoadedPair(target, tokenizer, draft)

@@ -6,15 +6,16 @@ writes the draft with its token order, tokenizer, `training.json` and `loss.png`
 
 import datetime
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ..bench.provenance import versions
+from ..drafts.checkpoints.claims import load_tokenizer
 from ..drafts.checkpoints.files import read_json
 from ..drafts.model import DovetailDraft
 from ..drafts.saving import is_part_of_draft, refuse_other_checkpoint
@@ -25,9 +26,6 @@ from .state import History, Progress, own_state, read_progress
 
 RECORD = "training.json"
 """File with config, history, data and versions; it is there when a run is finished."""
-
-NO_REMOTE_CODE = {"trust_remote_code": False}
-"""Arguments of `from_pretrained`: without them transformers asks on standard input whether code may run, and waits."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,13 @@ def describe_data(config: TrainingConfig) -> list[dict[str, Any]]:
     return [{"file": file.name, "bytes": file.stat().st_size} for file in config.data]
 
 
-def save(config: TrainingConfig, draft: DovetailDraft, progress: Progress, data: list[dict[str, Any]]) -> None:
+def save(
+    config: TrainingConfig,
+    draft: DovetailDraft,
+    progress: Progress,
+    data: list[dict[str, Any]],
+    target_options: Mapping[str, Any],
+) -> None:
     """Write the draft, its token order, the tokenizer, config, history and loss plot to `config.out`.
 
     Args:
@@ -150,13 +154,15 @@ def save(config: TrainingConfig, draft: DovetailDraft, progress: Progress, data:
         draft: is converted to `config.save_dtype`.
         progress: of the finished run.
         data: from `describe_data`.
+        target_options: arguments of `from_pretrained` for the target's tokenizer.
 
     Raises:
         WriteError: they cannot be written. What was there is unchanged, and the run can be resumed.
     """
     draft.to(getattr(torch, config.save_dtype))
     numbers = {k: v for k, v in asdict(config).items() if not isinstance(v, (Path, tuple)) and k != "init_from"}
-    numbers |= {"target": draft.config.target_name_or_path, "init_from": progress.key["init_from"]}
+    numbers |= {"target": draft.config.target_name_or_path, "revision": target_options.get("revision")}
+    numbers |= {"init_from": progress.key["init_from"]}
     record = {
         "config": numbers,
         "data": data,
@@ -168,7 +174,7 @@ def save(config: TrainingConfig, draft: DovetailDraft, progress: Progress, data:
     }
     with whole_directory(config.out, last=RECORD, replaces=is_part_of_draft) as part:
         draft.save_pretrained(part)
-        AutoTokenizer.from_pretrained(config.target, **NO_REMOTE_CODE).save_pretrained(part)
+        load_tokenizer(config.target, **target_options).save_pretrained(part)
         (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         plot_history(progress.history, part / "loss.png")
 
