@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -74,7 +74,11 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def whole_directory(
-    directory: Path, *, last: str = "config.json", replaces: Callable[[str], bool] = lambda _: False
+    directory: Path,
+    *,
+    last: str = "config.json",
+    replaces: Callable[[str], bool] = lambda _: False,
+    keeps: Collection[str] = (),
 ) -> Iterator[Path]:
     """Yield an empty directory; when the block ends, what it holds takes its place in `directory`.
 
@@ -87,6 +91,7 @@ def whole_directory(
         last: name of the file that is put in its place last, because readers look for it first.
         replaces: whether a file in `directory` that the new files do not replace belongs to the old ones, and is
             deleted with them.
+        keeps: names of files that stay if they exist in `directory`, although there are new ones.
 
     Raises:
         WriteError: it cannot be written.
@@ -101,7 +106,7 @@ def whole_directory(
             yield part
             _flush_tree(part, mode=part.stat().st_mode)
             if exists:
-                _move_into(part, final, last, replaces)
+                _move_into(part, final, last, replaces, keeps)
             else:
                 os.rename(part, final)
         except BaseException:
@@ -147,9 +152,10 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{PART}{secrets.token_hex(6)}-{path.name[-40:]}")
 
 
-def _move_into(part: Path, final: Path, last: str, replaces: Callable[[str], bool]) -> None:
+def _move_into(part: Path, final: Path, last: str, replaces: Callable[[str], bool], keeps: Collection[str]) -> None:
     """Put the content of `part` into its place in `final`, delete what it replaces, and delete `part`."""
-    names = sorted(os.listdir(part), key=lambda name: (name == last, name))
+    new = (name for name in os.listdir(part) if name not in keeps or not os.path.lexists(final / name))
+    names = sorted(new, key=lambda name: (name == last, name))
     for name in names:
         if (final / name).is_dir() or ((part / name).is_dir() and os.path.lexists(final / name)):
             raise OccupiedError(f"{final / name} is in the way. Move it, or choose another directory.")

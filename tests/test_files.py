@@ -148,6 +148,15 @@ def test_files_of_a_directory_are_replaced_and_others_stay(tmp_path):
     assert content(tmp_path) == {"config.json": b"new", "model.safetensors": b"old", "notes.txt": b"mine"}
 
 
+def test_files_that_are_kept(tmp_path):
+    """They are written only where there are none."""
+    for text in ("first", "second"):
+        with files.whole_directory(tmp_path / "out", keeps=["notes"]) as part:
+            (part / "notes").write_text(text)
+            (part / "config.json").write_text(text)
+    assert content(tmp_path / "out") == {"notes": b"first", "config.json": b"second"}
+
+
 def test_the_file_that_readers_look_for_comes_last(tmp_path, monkeypatch):
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: moved.append(Path(b).name) or replace(a, b))

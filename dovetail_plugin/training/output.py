@@ -1,7 +1,7 @@
 """The output directory of a training run: what is in it before, and what is written when the run is finished.
 
 `look` says before any work how far a run in the directory is, and refuses a directory that must not be changed. `save`
-writes the draft with its token order, tokenizer, `training.json` and `loss.png`, all of it or nothing.
+writes the draft with its token order, model card, tokenizer, `training.json` and `loss.png`, all of it or nothing.
 """
 
 import datetime
@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..bench.provenance import versions
+from ..drafts.card import CARD, model_card
 from ..drafts.checkpoints.claims import load_tokenizer
 from ..drafts.checkpoints.files import read_json
 from ..drafts.model import DovetailDraft
@@ -147,7 +148,7 @@ def save(
     data: list[dict[str, Any]],
     target_options: Mapping[str, Any],
 ) -> None:
-    """Write the draft, its token order, the tokenizer, config, history and loss plot to `config.out`.
+    """Write the draft, its token order and card, the tokenizer, config, history and loss plot to `config.out`.
 
     Args:
         config: settings of the run.
@@ -172,11 +173,23 @@ def save(
         "key": progress.key,
         "history": asdict(progress.history),
     }
-    with whole_directory(config.out, last=RECORD, replaces=is_part_of_draft) as part:
+    with whole_directory(config.out, last=RECORD, replaces=is_part_of_draft, keeps=[CARD]) as part:
+        (part / CARD).write_text(model_card(draft.config, made=_made(progress)), encoding="utf-8")
         draft.save_pretrained(part)
         load_tokenizer(config.target, **target_options).save_pretrained(part)
         (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         plot_history(progress.history, part / "loss.png")
+
+
+def _made(progress: Progress) -> str:
+    """Say in a model card how the draft was made."""
+    made = f"It was trained with `dovetail train` in {progress.step} steps"
+    if progress.history.acceptance:
+        made += (
+            f", and its held-out acceptance length is {progress.history.acceptance[-1]:.2f} tokens in greedy chains of "
+            f"{progress.key['rollout']}"
+        )
+    return f"{made}. `{RECORD}` has all settings and losses."
 
 
 def plot_history(history: History, file: Path) -> None:
