@@ -86,7 +86,8 @@ def test_a_card_that_exists_stays(draft, tmp_path):
 
 def test_a_process_that_saves_no_weights_writes_no_card(draft, tmp_path):
     draft.save_pretrained(tmp_path / "draft", is_main_process=False)
-    assert not (tmp_path / "draft" / CARD).exists()
+    wrote = (tmp_path / "draft" / "model.safetensors").exists()  # as transformers did before 5.24
+    assert (tmp_path / "draft" / CARD).exists() == wrote
 
 
 def test_training(tmp_path):
