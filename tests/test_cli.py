@@ -187,6 +187,7 @@ def test_saved_sampling_settings_act(tmp_path, monkeypatch, capsys):
 # --- mistakes ----------------------------------------------------------------------------------------
 
 PROMPT = (*GENERATE, "--prompt", "x")
+BIG = str(10**30)
 MISTAKES = {
     "--target not/to/be/found: no such directory": ["generate", "--target", "not/to/be/found", "--prompt", "x"],
     "--target target/config.json is a file": ["generate", "--target", "target/config.json", "--prompt", "x"],
@@ -224,6 +225,8 @@ MISTAKES = {
     "chats.jsonl": ["train", "--target", "target", "--data", "chats.jsonl", "--out", "new"],
     "--target no/such: no such directory": ["train", "--target", "no/such", "--data", "chats.jsonl", "--out", "new"],
     "steps must be at least 1": ["train", "--target", "target", "--data", "x", "--out", "new", "--steps", "0"],
+    "--seed: must be at most 9223372036854775807, got 1": ["train", "-m", "t", "--data", "x", "-o", "o", "--seed", BIG],
+    "--blocks: must be at most 6, got 7": ["train", "-m", "target", "--data", "x", "-o", "new", "--blocks", "7"],
     "--lr: must be at least 0, got nan": ["train", "--target", "target", "--data", "x", "--out", "new", "--lr", "nan"],
 }
 

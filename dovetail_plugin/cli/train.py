@@ -69,7 +69,7 @@ def _how_to_read(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
     if "choices" in field.metadata:
         return {"choices": field.metadata["choices"]}
     if hint is int:
-        return {"type": whole_number(0), "metavar": "N"}
+        return {"type": whole_number(0, field.metadata.get("most")), "metavar": "N"}
     if hint is float:
         return {"type": number(0), "metavar": "X"}
     if hint == str | None:

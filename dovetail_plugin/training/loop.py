@@ -178,7 +178,14 @@ def _load_sequences(config: TrainingConfig, source: dict[str, Any]) -> tuple[lis
             f"{len(sequences)} usable sequences are too few for {config.held_out} held-out sequences and a batch of "
             f"{config.batch_size}. Add data, or reduce held_out or batch_size."
         )
-    return sequences, tokenizer.pad_token_id or 0
+    return held_out_last(sequences, config.held_out), tokenizer.pad_token_id or 0
+
+
+def held_out_last(sequences: list[Sequence], count: int) -> list[Sequence]:
+    """Put `count` sequences at the end, which are held out. They are spread evenly over all files of the data."""
+    picked = {(2 * number + 1) * len(sequences) // (2 * count) for number in range(count)}
+    others = [sequence for number, sequence in enumerate(sequences) if number not in picked]
+    return others + [sequences[number] for number in sorted(picked)]
 
 
 @dataclass
