@@ -38,7 +38,8 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, list[Tensor], dict[st
         ValueError: an option does not fit the others, or a model or the prompts cannot be loaded.
     """
     options = generate_options(args)
-    chats = read_chats(args.prompts, args.count)  # before anything is loaded, so that mistakes come at once
+    # Before anything is loaded, so that mistakes come at once.
+    chats = [] if _is_without_tokenizer(args) else read_chats(args.prompts, args.count)
     if args.synthetic_acceptance is None:
         if args.target in SHAPES:
             raise ValueError(
@@ -77,7 +78,7 @@ def _load_synthetic_pair(args: argparse.Namespace) -> LoadedPair:
     """
     check_device(args)
     check_vram(args)
-    if args.target and _is_config_only(args.target):
+    if _is_without_tokenizer(args):
         if args.prompts is not None:
             raise ValueError(f"--prompts: {args.target} has no tokenizer to read them with; leave it out.")
         target, tokenizer = _random_target(args), None
@@ -100,6 +101,11 @@ def _untrained_draft(target: Any, args: argparse.Namespace) -> DovetailDraft:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     draft = DovetailDraft.for_target(target, blocks=args.blocks or 1).to(device)
     return draft if args.dtype == "auto" else draft.to(getattr(torch, args.dtype))
+
+
+def _is_without_tokenizer(args: argparse.Namespace) -> bool:
+    """Return whether the target gets random weights and prompts, because there is only a config."""
+    return args.synthetic_acceptance is not None and bool(args.target) and _is_config_only(args.target)
 
 
 def _is_config_only(name: str) -> bool:
