@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -74,7 +74,11 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def whole_directory(
-    directory: Path, *, last: str = "config.json", replaces: Callable[[str], bool] = lambda _: False
+    directory: Path,
+    *,
+    last: str = "config.json",
+    replaces: Callable[[str], bool] = lambda _: False,
+    keeps: Collection[str] = (),
 ) -> Iterator[Path]:
     """Yield an empty directory; when the block ends, what it holds takes its place in `directory`.
 
@@ -87,6 +91,7 @@ def whole_directory(
         last: name of the file that is put in its place last, because readers look for it first.
         replaces: whether a file in `directory` that the new files do not replace belongs to the old ones, and is
             deleted with them.
+        keeps: names of files that stay if they exist in `directory`, although there are new ones.
 
     Raises:
         WriteError: it cannot be written.
@@ -101,7 +106,7 @@ def whole_directory(
             yield part
             _flush_tree(part, mode=part.stat().st_mode)
             if exists:
-                _move_into(part, final, last, replaces)
+                _move_into(part, final, last, replaces, keeps)
             else:
                 os.rename(part, final)
         except BaseException:
@@ -115,6 +120,7 @@ def refuse_occupied(directory: Path, remedy: str = "Choose another directory.") 
 
     Raises:
         OccupiedError: it is a file, or not empty.
+        WriteError: see `refuse_unwritable`.
     """
     if directory.is_dir():
         names = sorted(name for name in os.listdir(directory) if not name.startswith(PART))
@@ -123,6 +129,22 @@ def refuse_occupied(directory: Path, remedy: str = "Choose another directory.") 
             raise OccupiedError(f"{directory} is not empty ({', '.join(names[:3])}{more}). {remedy}")
     elif os.path.lexists(directory):
         raise OccupiedError(f"{directory} is a file, and a directory is needed. {remedy}")
+    refuse_unwritable(directory)
+
+
+def refuse_unwritable(directory: Path) -> None:
+    """Refuse a directory in which nothing can be written, before any work. It need not exist yet.
+
+    Raises:
+        WriteError: it or a part of its path is a file, or there is no permission.
+    """
+    place = Path(os.path.realpath(directory))
+    nearest = next(part for part in (place, *place.parents) if os.path.lexists(part))
+    reason = None if nearest.is_dir() else REASONS["ENOTDIR"]
+    if reason is None and not os.access(nearest, os.W_OK | os.X_OK):
+        reason = REASONS["EACCES"]
+    if reason is not None:
+        raise WriteError(f"{directory} cannot be written: {reason}")
 
 
 def beside(path: Path) -> Path:
@@ -130,9 +152,10 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{PART}{secrets.token_hex(6)}-{path.name[-40:]}")
 
 
-def _move_into(part: Path, final: Path, last: str, replaces: Callable[[str], bool]) -> None:
+def _move_into(part: Path, final: Path, last: str, replaces: Callable[[str], bool], keeps: Collection[str]) -> None:
     """Put the content of `part` into its place in `final`, delete what it replaces, and delete `part`."""
-    names = sorted(os.listdir(part), key=lambda name: (name == last, name))
+    new = (name for name in os.listdir(part) if name not in keeps or not os.path.lexists(final / name))
+    names = sorted(new, key=lambda name: (name == last, name))
     for name in names:
         if (final / name).is_dir() or ((part / name).is_dir() and os.path.lexists(final / name)):
             raise OccupiedError(f"{final / name} is in the way. Move it, or choose another directory.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, tiny_model
-from helpers import command_environment, refusal
+from helpers import byte_tokenizer, command_environment, refusal, write_jsonl
 from safetensors.torch import save_file
 from support.faults import at_most
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,6 +39,7 @@ CLAIMS = {
 
 def write(directory: Path, **fields) -> Path:
     """A config, and weights of 40 numbers."""
+    directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(LLAMA | fields))
     save_file({f"model.layers.{i}.x": torch.zeros(1) for i in range(40)}, directory / "model.safetensors")
     return directory
@@ -122,20 +123,25 @@ def test_configs_alone(tmp_path):
                 model_config(name)
 
 
+COMMANDS = {"generate": ["-p", "x"], "plan": [], "bench": [], "train": ["--data", "rows.jsonl", "--out", "new"]}
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
-@pytest.mark.parametrize("command", ["generate", "plan", "bench"])
-def test_commands_refuse_such_targets(model_type, command, tmp_path, capsys):
-    directory = write(tmp_path, model_type=model_type, num_hidden_layers=10**9)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_refuse_such_targets(model_type, command, tmp_path, capsys, monkeypatch):
+    directory = write(tmp_path / "target", model_type=model_type, num_hidden_layers=10**9)
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}')
+    monkeypatch.chdir(tmp_path)
     with at_most(tensor_bytes=MIB, python_bytes=32 * MIB):
-        line = refusal(capsys, command, "--target", directory, *(["-p", "x"] if command == "generate" else []))
+        line = refusal(capsys, command, "--target", directory, *COMMANDS[command])
     assert "num_hidden_layers=1000000000" in line
 
 
-def test_the_command_compares_weights_too(tmp_path, capsys, monkeypatch):
-    from helpers import byte_tokenizer
-
+def test_commands_compare_weights_too(tmp_path, capsys, monkeypatch):
     write(tmp_path, hidden_size=4096, num_hidden_layers=32, vocab_size=32000)
     byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
-    line = refusal(capsys, "generate", "--target", tmp_path, "--draft", "lookup", "-p", "x")
-    assert "weight files have" in line
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "some text"}] * 60)
+    training = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "new"]
+    for command, *options in (["generate", "--draft", "lookup", "-p", "x"], ["train", *training]):
+        assert "weight files have" in refusal(capsys, command, "--target", tmp_path, *options)

@@ -187,6 +187,7 @@ def test_saved_sampling_settings_act(tmp_path, monkeypatch, capsys):
 # --- mistakes ----------------------------------------------------------------------------------------
 
 PROMPT = (*GENERATE, "--prompt", "x")
+BIG = str(10**30)
 MISTAKES = {
     "--target not/to/be/found: no such directory": ["generate", "--target", "not/to/be/found", "--prompt", "x"],
     "--target target/config.json is a file": ["generate", "--target", "target/config.json", "--prompt", "x"],
@@ -194,7 +195,13 @@ MISTAKES = {
     "--target draft is a draft": ["generate", "--target", "draft", "--draft", "target", "--prompt", "x"],
     "--draft draft/config.json is a file": ["generate", "-m", "target", "-md", "draft/config.json", "-p", "x"],
     "--prompt is empty": [*GENERATE, "--prompt", ""],
-    "--prompt is not valid UTF-8": [*GENERATE, "--prompt", "caf\udce9"],
+    "at byte 3). Save it as UTF-8": [*GENERATE, "--prompt", "caf\udce9"],
+    "--prompt-file target is a directory; name a file": [*GENERATE, "--prompt-file", "target"],
+    "target/model.safetensors is not valid UTF-8 (invalid start byte at byte": [
+        *GENERATE,
+        "--prompt-file",
+        "target/model.safetensors",
+    ],
     "No such file or directory: 'no.txt'": [*GENERATE, "--prompt-file", "no.txt"],
     "must be at most 1024, got 1000000": [*PROMPT, "--threads", "1000000"],
     "--tree-top-k: must be at most 128, got 1000000": [*PROMPT, "--tree-top-k", "1000000"],
@@ -224,6 +231,8 @@ MISTAKES = {
     "chats.jsonl": ["train", "--target", "target", "--data", "chats.jsonl", "--out", "new"],
     "--target no/such: no such directory": ["train", "--target", "no/such", "--data", "chats.jsonl", "--out", "new"],
     "steps must be at least 1": ["train", "--target", "target", "--data", "x", "--out", "new", "--steps", "0"],
+    "--seed: must be at most 9223372036854775807, got 1": ["train", "-m", "t", "--data", "x", "-o", "o", "--seed", BIG],
+    "--blocks: must be at most 6, got 7": ["train", "-m", "target", "--data", "x", "-o", "new", "--blocks", "7"],
     "--lr: must be at least 0, got nan": ["train", "--target", "target", "--data", "x", "--out", "new", "--lr", "nan"],
 }
 
@@ -254,21 +263,40 @@ def test_broken_targets(file, content, message, here, capsys):
     assert message in refusal(capsys, "generate", "-m", "copy", "-md", "draft", "-p", "x", "--draft-device", "cpu")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\xff\xfe\x00", "prompts.jsonl, line 1: 'utf-8' codec can't decode"),
-        (b'{"prompt": "x"}\n' + b"[" * 100_000, "prompts.jsonl, line 2: "),
-        (b'{"messages": "x"}', '"messages" must be a list of objects'),
-        (b'{"messages": ["x"]}', '"messages" must be a list of objects'),
-        (b'{"messages": {"role": "user"}}', '"messages" must be a list of objects'),
-        (b'{"turns": 3}', 'expected text under "prompt"'),
-        (b"", "no prompts in prompts.jsonl"),
-    ],
-)
-def test_prompts_that_cannot_be_read(content, message, here, capsys):
-    (here / "prompts.jsonl").write_bytes(content)
-    assert message in refusal(capsys, "bench", *PAIR, "--draft-device", "cpu", "--prompts", "prompts.jsonl")
+PROMPTS = {
+    "line 1: the file is UTF-16. Save it as UTF-8": '{"prompt": "x"}'.encode("utf-16"),
+    "line 1: there are zero bytes, as in UTF-16. Save the file as UTF-8": '{"prompt": "x"}'.encode("utf-16-le"),
+    "line 2: byte 16 (0xe9) is not UTF-8. Save the file as UTF-8": '{"prompt": "x"}\n{"prompt": "caf\u00e9'.encode(
+        "latin-1"
+    ),
+    "line 2: its JSON is nested too deeply": b'{"prompt": "x"}\n' + b"[" * 100_000,
+    "line 1: not valid JSON": b"{",
+    "line 1: '\\ud83d' is half of a character": b'{"prompt": "\\ud83d"}',
+    'line 1: "messages" must be a list of objects': b'{"messages": "x"}',
+    'line 2: "messages" must be a list of objects': b'\n{"messages": ["x"]}',
+    'line 3: "messages" must be a list of objects': b'\n\n{"messages": {"role": "user"}}',
+    'line 1: expected text under "prompt"': b'{"turns": 3}',
+    ": there is no such file": None,
+    "no prompts in": b"",
+}
+
+
+@pytest.mark.parametrize("message", PROMPTS)
+def test_prompts_that_cannot_be_read(message, here, capsys, monkeypatch):
+    """They are read before the models."""
+    if PROMPTS[message] is not None:
+        (here / "prompts.jsonl").write_bytes(PROMPTS[message])
+    monkeypatch.setattr("dovetail_plugin.cli.comparison.load_pair", lambda args: pytest.fail("models were loaded"))
+    line = refusal(capsys, "bench", *PAIR, "--prompts", "prompts.jsonl")
+    assert message in line and "prompts.jsonl" in line
+
+
+def test_prompts_that_the_template_refuses(here, capsys):
+    broken(here / "copy", "chat_template.jinja", b"{{ raise_exception('no tools') if messages[0].role == 'tool' }}x")
+    (here / "prompts.jsonl").write_bytes(b'{"prompt": "x"}\n{"messages": [{"role": "tool", "content": "3"}]}')
+    pair = ("-m", "copy", "-md", "draft", "--draft-device", "cpu")
+    line = refusal(capsys, "bench", *pair, "--prompts", "prompts.jsonl")
+    assert "prompts.jsonl, line 2: the tokenizer cannot encode the chat" in line
 
 
 @pytest.mark.usefixtures("here")

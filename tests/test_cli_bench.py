@@ -157,6 +157,12 @@ def test_mistakes(message, capsys):
     assert message in line
 
 
+def test_a_result_without_permission_is_refused_before_models_are_loaded(here, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: False)
+    line = refusal(capsys, "bench", "-m", "no/such", "--out", "out.jsonl")
+    assert "--out out.jsonl: there is no permission to write it; name another file" in line
+
+
 def test_text_that_differs_fails_the_bench(here, monkeypatch, capsys):
     """A benchmark of a draft that changes greedy text must not look like a success."""
 

@@ -34,7 +34,8 @@ def test_aliases(written):
 
 def test_training_options_are_the_fields_of_the_config():
     args = parse_command(train, "--target", "t", "--data", "a.jsonl", "b.jsonl", "--out", "o")
-    data, others = tuple(args.data), ("command", "run", "resume", "overwrite_output_dir")
+    hub = ("revision", "draft_revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    data, others = tuple(args.data), ("command", "run", "resume", "overwrite_output_dir", *hub)
     values = {name: value for name, value in vars(args).items() if name not in others}
     assert TrainingConfig(**(values | {"data": data})) == TrainingConfig("t", data, args.out)
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainingConfig))
@@ -56,7 +57,7 @@ def test_hub_options_reach_model_tokenizer_and_draft(monkeypatch):
     monkeypatch.setattr(loading, "read_config", functools.partial(record, calls, "draft config"))
     args = parse_command(generate, "--target", "t", "--draft", "d", *HUB, "--trust-remote-code")
     loading.load_target(args)
-    loading.load_tokenizer(args)
+    loading.load_target_tokenizer(args)
     loading.load_draft(args, None)
     source = {"token": "secret", "cache_dir": "cache", "local_files_only": True}
     trusted = source | {"trust_remote_code": True}

@@ -144,6 +144,15 @@ def test_files_of_a_directory_are_replaced_and_others_stay(tmp_path):
     assert content(tmp_path) == {"config.json": b"new", "model.safetensors": b"old", "notes.txt": b"mine"}
 
 
+def test_files_that_are_kept(tmp_path):
+    """They are written only where there are none."""
+    for text in ("first", "second"):
+        with files.whole_directory(tmp_path / "out", keeps=["notes"]) as part:
+            (part / "notes").write_text(text)
+            (part / "config.json").write_text(text)
+    assert content(tmp_path / "out") == {"notes": b"first", "config.json": b"second"}
+
+
 def test_the_file_that_readers_look_for_comes_last(tmp_path, monkeypatch):
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: moved.append(Path(b).name) or replace(a, b))
@@ -199,6 +208,22 @@ def test_occupied_directories_are_refused(tmp_path):
         files.refuse_occupied(tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         files.refuse_occupied(tmp_path / "notes")
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    """Before anything is made there."""
+    files.refuse_unwritable(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("new")
+    files.refuse_unwritable(tmp_path / "link")
+    for refuse in (files.refuse_unwritable, files.refuse_occupied):
+        with pytest.raises(WriteError, match=r"file/a/b cannot be written: a part of the path is a file\. Choose"):
+            refuse(tmp_path / "file" / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    for refuse in (files.refuse_unwritable, files.refuse_occupied):
+        with pytest.raises(WriteError, match=r"a/b cannot be written: there is no permission"):
+            refuse(tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 # --- full disks and kills ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import byte_model, byte_tokenizer, parse_command, refusal
+from helpers import byte_model, byte_tokenizer, parse_command, refusal, write_jsonl
 from huggingface_hub import constants
 from support import checkpoints
 from support.hub_cache import add_revision
@@ -22,6 +22,8 @@ from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
 from dovetail_plugin.drafts.target_tokenizer import vocabulary_of_target
 from dovetail_plugin.errors import MissingFileError
 from dovetail_plugin.planning.draft_config import load_draft_config
+from dovetail_plugin.training import loop
+from dovetail_plugin.training.features import fingerprint
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
 
@@ -205,6 +207,33 @@ def test_plans(cache, capsys):
     assert json.loads(capsys.readouterr().out)["parts"]
     assert "org/target: no such file or directory" in refusal(capsys, *plan, *hub, "--revision", "v3")
     assert "org/draft has no config.json" in refusal(capsys, *plan, *hub, "--draft-revision", "v3")
+
+
+def test_training(cache, tmp_path, monkeypatch):
+    """All files are of the asked revisions. The record names that of the target, and no token."""
+    seen = []
+    real = loop.draft_losses
+    monkeypatch.setattr(loop, "draft_losses", lambda draft, *a, **k: seen.append(draft.config) or real(draft, *a, **k))
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": f"some text {number}"} for number in range(4)])
+    options = dict(data=tmp_path / "rows.jsonl", out=tmp_path / "new", steps=1, batch_size=2, held_out=2, rollout=2)
+    command = ["train", "--target", "org/target", "--init-from", "org/draft"]
+    command += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    hub = ["--cache-dir", str(cache), "--local-files-only", "--token", "secret"]
+    assert main([*command, *hub, "--revision", "v2", "--draft-revision", "main"]) == 0
+    assert {config.rms_norm_eps for config in seen} == {1e-6}
+    assert word_of(2) in (tmp_path / "new" / "tokenizer.json").read_text()
+    record = (tmp_path / "new" / "training.json").read_text()
+    assert json.loads(record)["config"]["revision"] == "v2" and "secret" not in record
+    target = AutoModelForCausalLM.from_pretrained("org/target", revision="v2", cache_dir=cache)
+    assert json.loads(record)["key"]["target"] == fingerprint(target)
+
+
+@pytest.mark.parametrize(("option", "model"), [("--revision", "--target"), ("--draft-revision", "--init-from")])
+def test_training_with_revisions_that_are_not_there(option, model, cache, tmp_path, capsys):
+    files = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "new"]
+    hub = ["--cache-dir", cache, "--local-files-only", option, "v3"]
+    line = refusal(capsys, "train", "--target", "org/target", "--init-from", "org/draft", *files, *hub)
+    assert f"{model} org/{'target' if model == '--target' else 'draft'}: no such directory" in line
 
 
 # --- code of others ----------------------------------------------------------------------------------

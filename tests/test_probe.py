@@ -1,5 +1,7 @@
 """Measuring the machine: simulated seconds are found again, and the text and the threads stay what they were."""
 
+import io
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import prompt, tiny_target
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from dovetail_plugin import DovetailDraft, DraftTree, TreeBudget, machine
@@ -110,6 +113,22 @@ def test_simulated_seconds_are_found(clock):
     assert measured.transfer_s == 0.0
     assert (measured.context, measured.threads, measured.processors) == (77, None, None)
     assert target.rows == 0
+
+
+@pytest.mark.parametrize(("terminal", "thread"), [(True, False), (False, False), (True, True)])
+def test_the_bar_is_shown_where_somebody_looks(clock, monkeypatch, terminal, thread):
+    """At a terminal, and not from a thread, in which servers generate."""
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setattr(probe, "tqdm", lambda **options: tqdm(**options | {"delay": 0, "mininterval": 0}))
+    if thread:
+        worker = threading.Thread(target=measure, args=(FakeTarget(clock), FakeDrafter(clock)))
+        worker.start()
+        worker.join()
+    else:
+        measure(FakeTarget(clock), FakeDrafter(clock))
+    assert ("measuring this machine for this pair" in stderr.getvalue()) == (terminal and not thread)
 
 
 def test_passes_are_over_trees(clock):

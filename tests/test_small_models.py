@@ -10,7 +10,7 @@ import torch
 from families import SLIDING, SLIDING_WINDOW, prompt, tiny_model, tiny_target
 from support.trees import assert_scores_are_a_models
 
-from dovetail_plugin import PromptLookupDraft, SmallModelDraft, TreeBudget
+from dovetail_plugin import DeviceSplitPolicy, DovetailDraft, PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.compat import CACHE
 from dovetail_plugin.drafts.prompt_lookup import LookupDrafter
 from dovetail_plugin.drafts.small_model import SHORT_TEXT, SmallModelRows
@@ -260,3 +260,16 @@ def test_identity_of_configs_that_json_cannot_hold():
     assert identity != plain and key_of(draft=identity)
     assert written["kinds"] == ["a", "b"] and written["place"] == "somewhere" and written["thing"] == "builtins.object"
     assert written["compute"].endswith("bfloat16") and written["parts"] == {"3": ["x"], "y": 1}
+
+
+@pytest.mark.parametrize("kind", ["dovetail", "small"])
+def test_targets_with_such_a_config(kind, tmp_path):
+    """With the policy, whose key it goes into."""
+    target = tiny_model("llama")
+    draft = DovetailDraft.for_target(target) if kind == "dovetail" else SmallModelDraft(tiny_model("llama", seed=3))
+    plain = target.generate(prompt(), max_new_tokens=6, do_sample=False)
+    for name, value in {"kinds": {"b", "a"}, "place": Path("x"), "compute": torch.bfloat16, "thing": object()}.items():
+        setattr(target.config, name, value)
+    draft.policy = DeviceSplitPolicy(vram_budget=0, measured_in=tmp_path)
+    assert torch.equal(target.generate(prompt(), max_new_tokens=6, do_sample=False, assistant_model=draft), plain)
+    assert draft.report.rounds and not draft.report.warnings and list(tmp_path.iterdir())

@@ -132,6 +132,9 @@ def test_cached_features_give_the_same_weights(config, reference, tmp_path, monk
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"accumulate": 3}, r"batch_size \(4\) must be a multiple of accumulate \(3\)"),
         ({"max_length": 4}, r"max_length \(4\) is too short for 2 rollout passes. Use at least 5"),
+        ({"blocks": 7}, "blocks must be at most 6, got 7"),
+        ({"seed": 2**63}, "seed must be at most 9223372036854775807, got 9223372036854775808"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"clip": float("nan")}, "clip must be above 0, got nan"),
         ({"feature_noise": -0.1}, "feature_noise must be at least 0"),
@@ -144,6 +147,16 @@ def test_cached_features_give_the_same_weights(config, reference, tmp_path, monk
 def test_bad_settings_are_refused(config, changes, match):
     with pytest.raises(ValueError, match=match):
         config(**changes)
+
+
+@pytest.mark.parametrize(("length", "count"), [(16, 3), (7, 7), (5, 1), (1000, 32)])
+def test_held_out_sequences_are_of_all_parts_of_the_data(length, count):
+    """Not only of the last file, which may be of another kind; each is used once, and the others keep their order."""
+    ordered = loop_module.held_out_last(list(range(length)), count)
+    others, held_out = ordered[:-count], ordered[-count:]
+    assert sorted(ordered) == list(range(length)) and others == sorted(others)
+    gaps = [b - a for a, b in zip([-held_out[0], *held_out], [*held_out, 2 * length - held_out[-1]], strict=True)]
+    assert max(gaps) <= length // count + 2
 
 
 def test_too_little_data_is_refused(config):

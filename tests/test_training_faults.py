@@ -26,7 +26,8 @@ from support.training import (
     write_runs,
 )
 
-from dovetail_plugin import files
+from dovetail_plugin import DovetailDraft, files
+from dovetail_plugin.cli import main
 from dovetail_plugin.errors import InputError, MissingFileError, OccupiedError, WriteError
 from dovetail_plugin.training import state, train
 
@@ -145,8 +146,33 @@ def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monk
     with contextlib.suppress(ValueError):  # transformers may take a tokenizer of its own instead
         train(config)
     if part == "AutoConfig":
-        assert "comes with Python code, which training never runs" in refusal(capsys, *command_for(config))
+        said = "comes with Python code, which runs only with --trust-remote-code. Read it first"
+        assert said in refusal(capsys, *command_for(config))
     assert not (tmp_path / "ran").exists()
+
+
+OWN_CLASSES = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_that_comes_with_a_target_is_run_if_allowed(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    target = shutil.copytree(source / "target", tmp_path / "target")
+    stored = json.loads((target / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (target / "config.json").write_text(json.dumps(stored | own))
+    (target / "own.py").write_text(OWN_CLASSES)
+    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        train(config)
+    assert main(command_for(config, "--trust-remote-code")) == 0
+    assert DovetailDraft.from_pretrained(config.out).config.target_name_or_path == "target"
 
 
 class Hostile:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -23,7 +24,7 @@ from support.training import (
 
 from dovetail_plugin import DovetailDraft, files
 from dovetail_plugin.cli import main
-from dovetail_plugin.errors import InputError, OccupiedError
+from dovetail_plugin.errors import InputError, OccupiedError, WriteError
 from dovetail_plugin.training import state, train
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
@@ -174,12 +175,14 @@ def test_training_starts_from_a_draft(source, runs, tmp_path):
     assert record(config.out)["config"]["init_from"] == "finished"
 
 
-def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys):
+def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys, monkeypatch):
     taken = str(runs / "finished")
-    with pytest.raises(InputError, match=r"blocks is 3, and the draft .*finished has 1\. Leave blocks out"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"blocks is 3, and .*finished has 1\. Leave"):
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
         train(config_for(source, tmp_path / "new", init_from=taken, blocks=3))
     config = config_for(source, tmp_path / "new")
-    assert "no/such" in refusal(capsys, *command_for(config, "--init-from", "no/such"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    assert "--init-from no/such: no such directory" in refusal(capsys, *command_for(config, "--init-from", "no/such"))
     assert not (tmp_path / "new").exists()
 
 
@@ -247,3 +250,34 @@ def test_wrong_data_is_refused_before_anything_is_loaded(source, tmp_path, capsy
     line = refusal(capsys, *command_for(config))
     assert str(file) in line and message in line
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"cache_features": "file"}, "file is a file. Name a directory for target features"),
+        ({"cache_features": "file/features"}, "file/features cannot be written: a part of the path is a file"),
+        ({"cache_features": "damaged"}, "damaged/index.json"),
+        ({"out": "file/draft"}, "file/draft cannot be written: a part of the path is a file"),
+    ],
+)
+def test_places_that_cannot_be_used_are_refused_before_anything_is_loaded(
+    source, tmp_path, capsys, monkeypatch, place, message
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "index.json").write_text("{")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    config = config_for(source, tmp_path / "new")
+    config = dataclasses.replace(config, **{name: tmp_path / value for name, value in place.items()})
+    options = [] if config.cache_features is None else ["--cache-features", config.cache_features]
+    assert message in refusal(capsys, *command_for(config), *options)
+    assert sorted(content(tmp_path)) == ["damaged/index.json", "file"]
+
+
+def test_a_finished_run_needs_no_permission(source, out, monkeypatch):
+    directory = out("finished")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    train(config_for(source, directory, steps=4), resume=True)
+    with pytest.raises(WriteError, match="finished cannot be written: there is no permission"):
+        train(config_for(source, directory, steps=5), resume=True)

@@ -54,3 +54,14 @@ def test_reads_as_plain_english(name):
     if name.endswith(".py"):
         found += [f"docstring starts with {start!r}" for start in first_words(text) if start.startswith(BAD_STARTS)]
     assert not found
+
+
+def test_messages_name_pages_that_an_installed_copy_lacks_with_their_place():
+    """A wheel does not hold the documentation. Docstrings and comments are for readers of the source."""
+    for name in (name for name in FILES if name.startswith(("dovetail_plugin", "adapters")) and name.endswith(".py")):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+                said = flat(node.value)
+                assert not re.search(r"docs/\S+\.md\b(?! (?:of a checkout|in the source))", said), f"{name}: {said}"

@@ -6,6 +6,7 @@ This module imports neither torch nor transformers; `loading.py` loads the model
 import argparse
 import difflib
 import math
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -302,9 +303,11 @@ def check_writable(option: str, file: Path) -> None:
     """Refuse an output file that cannot be written, before long work.
 
     Raises:
-        ValueError: it is a directory, or there is no directory to put it in.
+        ValueError: it is a directory, there is no directory to put it in, or no permission.
     """
     if file.is_dir():
         raise ValueError(f"{option} {file} is a directory; name a file.")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{option} {file}: there is no directory {str(file.parent)!r}; create it first.")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {file}: there is no permission to write it; name another file.")

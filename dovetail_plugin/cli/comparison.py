@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bench.compare import Comparison
-from ..bench.prompts import load_prompts, random_prompts
+from ..bench.prompts import encode_chats, random_prompts, read_chats
 from ..bench.random_model import random_model
 from ..bench.synthetic import SyntheticComparison
 from ..drafts.model import DovetailDraft
@@ -26,7 +26,7 @@ from .loading import (
     load_draft,
     load_pair,
     load_target,
-    load_tokenizer,
+    load_target_tokenizer,
     prepare_draft,
 )
 
@@ -38,6 +38,8 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, list[Tensor], dict[st
         ValueError: an option does not fit the others, or a model or the prompts cannot be loaded.
     """
     options = generate_options(args)
+    # Before anything is loaded, so that mistakes come at once.
+    chats = [] if _is_without_tokenizer(args) else read_chats(args.prompts, args.count)
     if args.synthetic_acceptance is None:
         if args.target in SHAPES:
             raise ValueError(
@@ -53,7 +55,7 @@ def prepare(args: argparse.Namespace) -> tuple[Comparison, list[Tensor], dict[st
     if pair.tokenizer is None:
         prompts = random_prompts(args.count, pair.target.config.get_text_config(decoder=True).vocab_size)
     else:
-        prompts = load_prompts(args.prompts, pair.tokenizer, args.count)
+        prompts = encode_chats(chats, pair.tokenizer)
     settings = dict(
         target=pair.target.config.name_or_path.rstrip("/").rsplit("/", 1)[-1],
         parameters=pair.target.num_parameters(),
@@ -76,7 +78,7 @@ def _load_synthetic_pair(args: argparse.Namespace) -> LoadedPair:
     """
     check_device(args)
     check_vram(args)
-    if args.target and _is_config_only(args.target):
+    if _is_without_tokenizer(args):
         if args.prompts is not None:
             raise ValueError(f"--prompts: {args.target} has no tokenizer to read them with; leave it out.")
         target, tokenizer = _random_target(args), None
@@ -87,7 +89,7 @@ def _load_synthetic_pair(args: argparse.Namespace) -> LoadedPair:
         except ValueError as error:
             raise ValueError(f"{error} A shape can be named, too: {', '.join(SHAPES)}.") from error
         trained = load_draft(args, config) if args.draft is not None else None
-        target, tokenizer = load_target(args), load_tokenizer(args)
+        target, tokenizer = load_target(args), load_target_tokenizer(args)
         draft = trained if trained is not None else _untrained_draft(target, args)
     prepare_draft(args, target, draft)
     return LoadedPair(target, tokenizer, draft)
@@ -99,6 +101,11 @@ def _untrained_draft(target: Any, args: argparse.Namespace) -> DovetailDraft:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     draft = DovetailDraft.for_target(target, blocks=args.blocks or 1).to(device)
     return draft if args.dtype == "auto" else draft.to(getattr(torch, args.dtype))
+
+
+def _is_without_tokenizer(args: argparse.Namespace) -> bool:
+    """Return whether the target gets random weights and prompts, because there is only a config."""
+    return args.synthetic_acceptance is not None and bool(args.target) and _is_config_only(args.target)
 
 
 def _is_config_only(name: str) -> bool:

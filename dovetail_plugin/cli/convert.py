@@ -42,20 +42,24 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the source is not a draft, or the format cannot hold it.
         OSError: see `write_draft`.
     """
+    from ..drafts.card import model_card, usable_name
     from ..drafts.convert import write_draft
     from ..drafts.model import DovetailDraft
-    from ..drafts.saving import copy_tokenizer
+    from ..drafts.saving import copy_tokenizer, license_of
     from ..files import refuse_occupied
 
     refuse_occupied(args.destination)
     hub = hub_options(args, args.revision)
     draft = DovetailDraft.from_pretrained(args.source, dtype=args.dtype, **hub)
+    source = usable_name(Path(args.source).name if Path(args.source).is_dir() else args.source)
+    made = "It was converted " + (f"from `{source}` " if source is not None else "") + "with `dovetail convert`."
     left_out: list[str] = []
     write_draft(
         draft,
         args.destination,
         args.to,
         tokenizer=lambda directory: left_out.extend(copy_tokenizer(args.source, directory, **hub)),
+        card=model_card(draft.config, made=made, license=license_of(args.source, **hub)),
     )
     if left_out:
         print(f"not copied: {', '.join(left_out)}, which lead out of {args.source}", file=sys.stderr)

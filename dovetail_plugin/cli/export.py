@@ -18,7 +18,8 @@ examples:
   dovetail generate --target-ir DIR-int8 --draft DRAFT --prompt "How much is 17 times 3?"
 
 Options after -- are passed on to optimum, which writes the files; `optimum-cli export openvino --help` lists them.
-Only some versions of optimum work together with each version of transformers; docs/adapters.md has install lines.
+Only some versions of optimum work together with each version of transformers; docs/adapters.md in the source
+of Dovetail has install lines.
 """
 TASK = "text-generation-with-past"
 NEEDS = {"openvino": ("optimum.intel", "optimum-intel"), "onnx": ("optimum.exporters.onnx", "optimum-onnx")}
@@ -65,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     check_model("--target", args.target, read_config)  # optimum reads the rest, by the options that it is given
     module, package = NEEDS[args.to]
     if not _is_there(module):
-        raise ImportError(f"--to {args.to} needs {package}, which is not installed; see docs/adapters.md.")
+        raise ImportError(
+            f"--to {args.to} needs {package}, which is not installed. The versions that work together are in "
+            "docs/adapters.md of a checkout of Dovetail."
+        )
     out = Path(args.out)
     refuse_occupied(out)
     with contextlib.suppress(_Failed), whole_directory(out) as part:

@@ -109,6 +109,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
         ValueError: there is none, or it is not valid UTF-8. OSError: the file cannot be read.
     """
     if args.prompt_file is not None:
+        if args.prompt_file.is_dir():
+            raise ValueError(f"--prompt-file {args.prompt_file} is a directory; name a file.")
         source, raw = f"--prompt-file {args.prompt_file}", args.prompt_file.read_bytes()
     elif args.prompt not in (None, "-"):
         source, raw = "--prompt", args.prompt.encode("utf-8", errors="surrogateescape")
@@ -119,7 +121,9 @@ def _read_prompt(args: argparse.Namespace) -> str:
     try:
         text = raw.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not valid UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise ValueError(
+            f"{source} is not valid UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
     if not text.strip():
         raise ValueError(f"{source} is empty; write what to say to the model.")
     return text

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..drafts.auto import AutoDraft
 from ..drafts.base import Draft
-from ..drafts.checkpoints.claims import is_causal, load_language_model, model_config
+from ..drafts.checkpoints.claims import is_causal, load_language_model, load_tokenizer, model_config
 from ..drafts.checkpoints.read import read_config
 from ..drafts.config import DovetailConfig
 from ..drafts.known_pairs import LOOKUP, draft_name_for
@@ -47,22 +47,19 @@ def load_pair(args: argparse.Namespace) -> LoadedPair:
     config = check_target(args)
     check_vram(args)
     draft = load_draft(args, config)
-    tokenizer, target = load_tokenizer(args), load_target(args)
+    tokenizer, target = load_target_tokenizer(args), load_target(args)
     if isinstance(draft, SmallModelDraft):
         draft.target_vocabulary = tokenizer.get_vocab()
     prepare_draft(args, target, draft)
     return LoadedPair(target, tokenizer, draft)
 
 
-def check_model(
-    option: str, name: str, read: Callable[..., Any] = model_config, *, may_trust: bool = True, **options: Any
-) -> Any:
+def check_model(option: str, name: str, read: Callable[..., Any] = model_config, **options: Any) -> Any:
     """Read the config of a model that is about to be loaded.
 
     Args:
         option: the option that named it, for messages.
         read: reads the config. Drafts of other projects have configs that transformers takes for whole models.
-        may_trust: whether the command can be told to run code that comes with a model.
         options: for `read`.
 
     Raises:
@@ -78,8 +75,9 @@ def check_model(
         raise ValueError(f"{option} {name}: no such directory, and no hub model of that name within reach.") from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            how = "runs only with --trust-remote-code. Read it first" if may_trust else "training never runs"
-            raise ValueError(f"{option} {name} comes with Python code, which {how}.") from error
+            raise ValueError(
+                f"{option} {name} comes with Python code, which runs only with --trust-remote-code. Read it first."
+            ) from error
         raise ValueError(f"{option} {name}: {error}") from error
 
 
@@ -90,17 +88,18 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
         ValueError: there is no such model, or it is a draft.
     """
     option, name = ("--target", args.target) if args.target else ("--target-ir", args.target_ir)
-    if args.weights and args.target_ir:
+    if not args.target and args.weights:
         raise ValueError("--weights packs the weights of --target. An exported target has the weights of its export.")
-    config = check_model(option, name, **_target_source(args))
+    config = check_model(option, name, **target_source(args))
     if is_draft(config):
-        raise ValueError(f"{option} {name} is a draft, not a target. Check that {option} and --draft are not swapped.")
+        swapped = f"Check that {option} and --draft are not swapped." if "draft" in args else "Name the model itself."
+        raise ValueError(f"{option} {name} is a draft, not a target. {swapped}")
     if args.target and not is_causal(config):
         raise ValueError(f"{option} {name} is a {config.model_type} model, and targets are decoder-only models.")
     return config
 
 
-def _target_source(args: argparse.Namespace) -> dict[str, Any]:
+def target_source(args: argparse.Namespace) -> dict[str, Any]:
     """Where the target comes from. Its Python code runs only if that was allowed; transformers would ask on stdin."""
     return hub_options(args, args.revision) | {"trust_remote_code": args.trust_remote_code}
 
@@ -121,22 +120,18 @@ def load_target(args: argparse.Namespace) -> Any:
     if args.target_ir:
         from dovetail_plugin.adapters import load_exported
 
-        return load_exported(args.target_ir, threads=args.threads, **_target_source(args))
+        return load_exported(args.target_ir, threads=args.threads, **target_source(args))
     packed = {} if args.weights is None else {"quantization_config": CpuWeights(args.weights)}
-    return load_language_model(args.target, dtype=args.dtype, **packed, **_target_source(args))
+    return load_language_model(args.target, dtype=args.dtype, **packed, **target_source(args))
 
 
-def load_tokenizer(args: argparse.Namespace) -> Any:
+def load_target_tokenizer(args: argparse.Namespace) -> Any:
     """Load the target's tokenizer, from the same revision.
 
     Raises:
         ValueError: it cannot be read.
     """
-    name = args.target or args.target_ir
-    try:
-        return AutoTokenizer.from_pretrained(name, **_target_source(args))
-    except Exception as error:  # the tokenizers library raises `Exception` itself for a file that it cannot read
-        raise ValueError(f"{name}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from error
+    return load_tokenizer(args.target or args.target_ir, **target_source(args))
 
 
 def load_draft(args: argparse.Namespace, target_config: PretrainedConfig) -> Draft:

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..training.config import TrainingConfig
-from .common import HelpFormatter, add_target_argument, model_name, number, whole_number
+from .common import (
+    HelpFormatter,
+    add_hub_arguments,
+    add_target_argument,
+    add_trust_argument,
+    hub_options,
+    model_name,
+    number,
+    whole_number,
+)
 
 EPILOG = """\
 examples:
@@ -22,7 +31,7 @@ held_out_acceptance in the progress bar estimates the tokens that one verificati
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subcommand; other options than --resume and --overwrite-output-dir are fields of `TrainingConfig`."""
+    """Declare the subcommand; what is not about the output or the hub is a field of `TrainingConfig`."""
     parser = commands.add_parser(
         "train",
         usage="dovetail train --target DIR_OR_ID --data FILE.jsonl [FILE.jsonl ...] --out DIR [options]",
@@ -50,6 +59,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         parser.add_argument(
             option, default=field.default, help=helps[field.name], **_how_to_read(field, hints[field.name])
         )
+    revisions = {"--revision": "target", "--draft-revision": "draft of --init-from"}
+    add_trust_argument(add_hub_arguments(parser, revisions))
     parser.set_defaults(run=run)
 
 
@@ -58,7 +69,7 @@ def _how_to_read(field: "dataclasses.Field[Any]", hint: Any) -> dict[str, Any]:
     if "choices" in field.metadata:
         return {"choices": field.metadata["choices"]}
     if hint is int:
-        return {"type": whole_number(0), "metavar": "N"}
+        return {"type": whole_number(0, field.metadata.get("most")), "metavar": "N"}
     if hint is float:
         return {"type": number(0), "metavar": "X"}
     if hint == str | None:
@@ -77,16 +88,24 @@ def run(args: argparse.Namespace) -> int:
     config = TrainingConfig(**(values | {"data": tuple(args.data)}))
 
     from ..training.output import look
-    from .loading import check_model, is_draft
+    from .loading import check_model, check_target, read_config, target_source
 
     before = look(config, resume=args.resume, overwrite=args.overwrite_output_dir)
     if before.progress is not None and before.is_finished(config.steps):
         print(f"{config.out} is finished: {before.progress.step} steps are done. Nothing to do.")
         return 0
-    if is_draft(check_model("--target", args.target, may_trust=False, trust_remote_code=False)):
-        raise ValueError(f"--target {args.target} is a draft. Name the target that the new draft is for.")
+    check_target(args)
+    from_hub = hub_options(args, args.draft_revision)
+    if args.init_from is not None:
+        check_model("--init-from", args.init_from, read_config, **from_hub)
     from ..training.loop import train
 
-    train(config, resume=args.resume, overwrite_output_dir=args.overwrite_output_dir)
+    train(
+        config,
+        resume=args.resume,
+        overwrite_output_dir=args.overwrite_output_dir,
+        target_options=target_source(args),
+        draft_options=from_hub,
+    )
     print(f"draft saved to {config.out}")
     return 0

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import refuse_occupied
+from .card import CARD, model_card
 from .config import DovetailConfig
 from .model import DovetailDraft
 from .saving import draft_directory
@@ -31,7 +32,12 @@ SPECULATORS_VERSION = "0.3.0"
 
 
 def write_draft(
-    draft: DovetailDraft, directory: Path, to: str, *, tokenizer: Callable[[Path], Any] | None = None
+    draft: DovetailDraft,
+    directory: Path,
+    to: str,
+    *,
+    tokenizer: Callable[[Path], Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a draft to a directory, whole or not at all.
 
@@ -40,6 +46,7 @@ def write_draft(
         directory: is created if it does not exist.
         to: one of `FORMATS`.
         tokenizer: is called with a directory, to write the files of the draft's tokenizer there.
+        card: the model card; by default one that does not say how the draft was made.
 
     Raises:
         ValueError: the format is unknown, or cannot represent this draft.
@@ -48,7 +55,9 @@ def write_draft(
     """
     check_format(draft, to)
     refuse_occupied(directory)
-    with draft_directory(directory, draft.token_order) as part:
+    card = model_card(draft.config) if card is None else card
+    with draft_directory(directory, draft.token_order, card) as part:
+        (part / CARD).write_text(card, encoding="utf-8")
         if tokenizer is not None:
             tokenizer(part)
         if to == "dovetail" or (to == "vllm" and draft.config.fusion != "eagle3"):

@@ -17,6 +17,7 @@ from ..report import PhaseClock
 from ..targets.base import Engine, Tables, TargetModel
 from ..targets.engine import engine_of
 from .base import Draft, Drafter, Setting, one_of, without_traces
+from .card import model_card
 from .checkpoints.load import (
     check_loaded,
     check_stored,
@@ -263,11 +264,11 @@ class DovetailDraft(DraftNetwork, Draft):
         return (draft, info) if wants_info else draft
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
-        """Save the draft with its order of tokens, whole or not at all.
+        """Save the draft with its order of tokens and a model card, whole or not at all.
 
         A directory that does not exist appears when the draft is complete. In one with an older draft, its files are
-        replaced when the new ones are complete; other files stay. Accepts the arguments of transformers'
-        `save_pretrained`.
+        replaced when the new ones are complete; other files stay, and so does a README.md. Accepts the arguments of
+        transformers' `save_pretrained`.
 
         Raises:
             OccupiedError: the directory is a file, or holds the checkpoint of another model.
@@ -277,7 +278,7 @@ class DovetailDraft(DraftNetwork, Draft):
         if directory.exists() and not directory.is_dir():
             raise OccupiedError(f"{directory} is a file. Choose another name for the draft's directory.")
         hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
-        with draft_directory(directory, self.token_order) as part:
+        with draft_directory(directory, self.token_order, model_card(self.config)) as part:
             super().save_pretrained(part, *args, **kwargs)
         if push_to_hub:
             options = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}

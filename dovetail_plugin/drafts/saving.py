@@ -1,7 +1,7 @@
 """Writes a directory with a draft, whole or not at all, and knows what such a directory holds.
 
-A draft brings the order of its tokens (`token_order.npy`) with it. Its tokenizer is the target's; `copy_tokenizer`
-copies the files that a checkpoint has. No code comes with a draft, and none is run or copied.
+A draft brings the order of its tokens (`token_order.npy`) and a model card with it. Its tokenizer is the target's;
+`copy_tokenizer` copies the files that a checkpoint has. No code comes with a draft, and none is run or copied.
 """
 
 import os
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..compat import find_file
 from ..errors import InputError, OccupiedError
 from ..files import whole_directory
+from .card import CARD, license_in
 from .checkpoints.files import WEIGHT_FILES, read_json
 from .checkpoints.load import TOKEN_ORDER
 from .config import DovetailConfig
@@ -34,6 +35,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 """Files of a tokenizer. Those of a checkpoint are copied when it is converted."""
+
+MOST_HEAD_BYTES = 2**16
+"""Bytes at the start of a model card in which its license is looked for."""
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
@@ -67,12 +71,13 @@ def refuse_other_checkpoint(directory: Path) -> None:
 
 
 @contextmanager
-def draft_directory(directory: Path, order: Tensor | None) -> Iterator[Path]:
+def draft_directory(directory: Path, order: Tensor | None, card: str) -> Iterator[Path]:
     """Yield an empty directory for the files of a draft, which take their place in `directory` at the end.
 
     Args:
         directory: may hold an older draft, which is replaced.
         order: (V,) ids of all tokens, the most frequent first; None if the draft has no such order.
+        card: the model card, for a draft without one; see `model_card`.
 
     Raises:
         OccupiedError: see `refuse_other_checkpoint`.
@@ -80,9 +85,11 @@ def draft_directory(directory: Path, order: Tensor | None) -> Iterator[Path]:
     """
     refuse_other_checkpoint(directory)
     replaced: set[str] = set()
-    with whole_directory(directory, replaces=replaced.__contains__) as part:
+    with whole_directory(directory, replaces=replaced.__contains__, keeps=[CARD]) as part:
         yield part
         if any(is_part_of_draft(name) for name in os.listdir(part)):  # only the main process writes weights
+            if not (part / CARD).exists():
+                (part / CARD).write_text(card, encoding="utf-8")
             if order is not None:
                 np.save(part / TOKEN_ORDER, order.to("cpu").int().numpy(), allow_pickle=False)
             if directory.is_dir():
@@ -113,6 +120,23 @@ def copy_tokenizer(source: str, directory: Path, **hub_kwargs: Any) -> list[str]
             continue
         shutil.copyfile(file, directory / name)
     return left_out
+
+
+def license_of(source: str, **hub_kwargs: Any) -> str | None:
+    """Return the license that the card of a checkpoint names; None if it has no card, or that names none.
+
+    Args:
+        source: directory or hub id.
+        hub_kwargs: see `copy_tokenizer`.
+    """
+    try:
+        file = find_file(source, CARD, **hub_kwargs)
+        if file is None or not _is_inside(Path(file)):
+            return None
+        with open(file, "rb") as card:
+            return license_in(card.read(MOST_HEAD_BYTES).decode("utf-8", "replace"))
+    except OSError:
+        return None
 
 
 def _is_inside(file: Path) -> bool:

@@ -6,6 +6,7 @@ not change, because all rows that a probe appends are dropped again. `cost.py` i
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable
 
@@ -43,7 +44,8 @@ def measure(
         settings: which row counts are timed, and for how long.
     """
     end_s = time.perf_counter() + settings.probe_limit_s
-    with tqdm(desc="measuring this machine, once", unit="pass", leave=False, delay=1.0) as progress:
+    text = "measuring this machine for this pair"
+    with tqdm(desc=text, unit="pass", leave=False, delay=1.0, disable=_is_unwatched()) as progress:
 
         def verify(nodes: int) -> float:
             tree = _tree(token, nodes, limits.depth, branches=target.supports_tree)
@@ -73,6 +75,11 @@ def measure(
         draft_s, level_s = _draft_seconds(drafter, limits, draft_end_s, settings, branches=target.supports_tree)
     transfer_s = _transfer_seconds(drafter.device, settings)
     return Measurements(verify_s, level_s, draft_s, transfer_s, context, threads, processors)
+
+
+def _is_unwatched() -> bool | None:
+    """Return whether nobody sees a progress bar: in a thread, as in servers. None has tqdm look for a terminal."""
+    return None if threading.current_thread() is threading.main_thread() else True
 
 
 def choose_threads(

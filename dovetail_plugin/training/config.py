@@ -10,12 +10,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _AT_LEAST_ONE = ("blocks", "steps", "batch_size", "accumulate", "rollout", "held_out", "eval_every", "save_every")
 _ABOVE_ZERO = ("lr", "clip")
-_AT_LEAST_ZERO = ("warmup_steps", "feature_noise", "ce_weight")
+_AT_LEAST_ZERO = ("warmup_steps", "feature_noise", "ce_weight", "seed")
 
 
-def _setting(text: str, default: Any, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with a default; `text` and `choices` become its metadata."""
-    return field(default=default, metadata={"help": text} | ({"choices": choices} if choices else {}))
+def _setting(text: str, default: Any, choices: tuple[str, ...] | None = None, most: int | None = None) -> Any:
+    """A field with a default; `text`, `choices` and the largest value become its metadata."""
+    limits = {"choices": choices, "most": most}
+    return field(default=default, metadata={"help": text} | {k: v for k, v in limits.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class TrainingConfig:
     """All settings of one training run.
 
     `dovetail train` has one option for each field. In Python, `metadata["help"]` of a field (see `dataclasses.fields`)
-    describes it, and `metadata["choices"]` lists its values if there are only a few.
+    describes it, `metadata["choices"]` lists its values if there are only a few, and `metadata["most"]` is the largest.
 
     Raises:
         ValueError: a value is out of range, or two values do not fit each other.
@@ -34,7 +35,7 @@ class TrainingConfig:
         metadata={"help": "files with one JSON object per line: messages, prompt and completion, or text"}
     )
     out: Path = field(metadata={"help": "directory for the draft, its loss plot and the state to resume from"})
-    blocks: int = _setting("decoder blocks of the draft", 1)
+    blocks: int = _setting("decoder blocks of the draft", 1, most=6)
     fusion: Literal["dgf", "concat"] = _setting("how the draft combines feature and token", "dgf", FUSIONS)
     steps: int = _setting("optimizer steps", 2000)
     batch_size: int = _setting("sequences per step, over all processes and accumulated parts", 16)
@@ -46,10 +47,10 @@ class TrainingConfig:
     feature_noise: float = _setting("half-width of the uniform noise on input features, in units of their RMS", 0.1)
     ce_weight: float = _setting("weight of the soft cross-entropy; the SmoothL1 loss has weight 1", 0.5)
     rollout: int = _setting("passes per sequence; from the second on, the draft reads its own predictions", 3)
-    held_out: int = _setting("sequences kept out of training to estimate acceptance", 32)
+    held_out: int = _setting("sequences kept out of training to estimate acceptance, from all parts of the data", 32)
     eval_every: int = _setting("steps between two estimates of acceptance", 200)
     save_every: int = _setting("steps between two states that a run can resume from", 500)
-    seed: int = _setting("seed of initial weights, order of the data and noise", 0)
+    seed: int = _setting("seed of initial weights, order of the data and noise", 0, most=2**63 - 1)
     dtype: str = _setting("dtype of the target during training; auto: as stored", "auto", ("auto", *DTYPES))
     save_dtype: str = _setting("dtype of the stored draft", "bfloat16", DTYPES)
     mixed_precision: Literal["no", "bf16"] = _setting("mixed precision of the draft's passes", "no", PRECISIONS)
@@ -73,6 +74,9 @@ class TrainingConfig:
             )
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            most = setting.metadata.get("most")
+            if most is not None and value > most:
+                raise ValueError(f"{setting.name} must be at most {most}, got {value}.")
             if choices is not None and value not in choices:
                 raise ValueError(f"{setting.name} must be one of {', '.join(choices)}, got {value!r}.")
         if not self.data:

@@ -8,9 +8,7 @@ The mask marks the tokens that the target itself would write: assistant turns, c
 This module does not use models.
 """
 
-import codecs
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, MissingFileError
+from ..bench.json_lines import half_character, read_rows
+from ..errors import InputError
 from .chats import encode_unmarked
 
 
@@ -63,57 +62,14 @@ def read_jsonl(files: Iterable[Path]) -> list[dict[str, Any]]:
     """
     files, rows = tuple(files), []
     for file in files:
-        for number, line in enumerate(_lines(file), 1):
-            text = _decoded(line, f"{file}, line {number}")
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except RecursionError as error:
-                raise InputError(f"{file}, line {number}: its JSON is nested too deeply.") from error
-            except ValueError as error:  # also a number of thousands of digits
-                raise InputError(f"{file}, line {number}: not valid JSON ({error}).") from error
+        for place, row in read_rows(file):
             problem = _problem(row)
             if problem:
-                raise InputError(f"{file}, line {number}: {problem}.")
+                raise InputError(f"{place}: {problem}.")
             rows.append(row)
     if not rows:
         raise InputError(f"no rows in {', '.join(str(f) for f in files)}. Add at least one line.")
     return rows
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    """Lines of a file, without a byte order mark of UTF-8.
-
-    Raises:
-        InputError: it is a directory, or UTF-16.
-        MissingFileError: it does not exist.
-    """
-    if file.is_dir():
-        raise InputError(f"{file} is a directory. Name its files.")
-    if not file.exists():
-        raise MissingFileError(f"{file}: there is no such file.")
-    with open(file, "rb") as opened:
-        for number, line in enumerate(opened):
-            if number == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise InputError(f"{file}, line 1: the file is UTF-16. Save it as UTF-8.")
-            yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-
-
-def _decoded(line: bytes, place: str) -> str:
-    """A line as text.
-
-    Raises:
-        InputError: it is not UTF-8, or has zero bytes.
-    """
-    if 0 in line:
-        raise InputError(f"{place}: there are zero bytes, as in UTF-16. Save the file as UTF-8.")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{place}: byte {error.start + 1} (0x{line[error.start]:02x}) is not UTF-8. Save the file as UTF-8."
-        ) from error
 
 
 def _problem(row: Any) -> str | None:
@@ -125,24 +81,14 @@ def _problem(row: Any) -> str | None:
             for m in messages
         )
         if good and any(m["role"] == "assistant" for m in messages):
-            return _half_characters(text for m in messages for text in (m["role"], m["content"]))
+            return half_character(text for m in messages for text in (m["role"], m["content"]))
         return '"messages" must be a list of {"role": text, "content": text} with at least one message of the assistant'
     for fields in (("text",), ("prompt", "completion")):
         if isinstance(row, dict) and row.keys() >= set(fields):
             wrong = [f'"{name}" must be text' for name in fields if not isinstance(row[name], str)]
-            return " and ".join(wrong) or _half_characters(row[name] for name in fields)
+            return " and ".join(wrong) or half_character(row[name] for name in fields)
     found = ", ".join(sorted(row))[:200] if isinstance(row, dict) else type(row).__name__
     return f'expected "messages", "prompt" and "completion", or "text", got {found or "an empty object"}'
-
-
-def _half_characters(texts: Iterable[str]) -> str | None:
-    """Describe the first escape such as \\ud83d without its other half, which no tokenizer takes; None without any."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return f"{text[error.start]!a} is half of a character. Write both halves, or the character itself"
-    return None
 
 
 def encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..drafts.checkpoints.files import read_json
 from ..errors import InputError, OccupiedError
-from ..files import whole_directory, whole_file, write_text
+from ..files import refuse_unwritable, whole_directory, whole_file, write_text
 from .data import Batch, Sequence, collate
 
 SHARD_SEQUENCES = 512
@@ -35,6 +36,29 @@ def target_features(target: PreTrainedModel, batch: Batch) -> Tensor:
     """
     output = target.base_model(input_ids=batch.input_ids.to(target.device), use_cache=False)
     return output.last_hidden_state
+
+
+INDEX = "index.json"
+"""File that says for which target and sequences the features are."""
+
+
+def check_directory(directory: Path) -> dict[str, Any] | None:
+    """Refuse a directory that cannot be used for features, before a target is loaded.
+
+    Returns:
+        The content of its index; None if it has no complete features.
+
+    Raises:
+        InputError: its index is damaged.
+        WriteError: it is a file, or nothing can be written there.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise OccupiedError(f"{directory} is a file. Name a directory for target features.")
+    index = directory / INDEX
+    if index.exists():
+        return read_json(str(index), str(index))
+    refuse_unwritable(directory)
+    return None
 
 
 class FeatureCache:
@@ -58,13 +82,11 @@ class FeatureCache:
         self.directory = directory
         self._lengths = [len(sequence) for sequence in sequences]
         self._key = {"target": fingerprint(target), "sequences": digest(sequences)}
-        if directory.exists() and not directory.is_dir():
-            raise OccupiedError(f"{directory} is a file. Name a directory for target features.")
-        index = directory / "index.json"
-        if not index.exists():
+        found = check_directory(directory)
+        if found is None:
             self._write(target, sequences, pad_id)
-            write_text(index, json.dumps(self._key))
-        elif read_json(str(index), str(index)) != self._key:
+            write_text(directory / INDEX, json.dumps(self._key))
+        elif found != self._key:
             raise InputError(
                 f"{directory} holds features of another target, other data or another max_length. "
                 "Delete it or use another directory."

@@ -6,6 +6,7 @@ same weights as a run without interruption, because order and noise depend only 
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,21 +15,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from ..drafts.checkpoints.claims import load_language_model, load_tokenizer
 from ..drafts.model import DovetailDraft
 from ..errors import InputError
 from .calibration import Calibration
 from .config import TrainingConfig
 from .data import Batch, Sequence, batch_order, collate, encode, read_jsonl
-from .features import FeatureCache, digest, fingerprint, target_features
+from .features import FeatureCache, check_directory, digest, fingerprint, target_features
 from .losses import Losses, count_rows, draft_losses, expected_acceptance_length
-from .output import NO_REMOTE_CODE, RECORD, Before, check_key, describe_data, look, save, settings_key
+from .output import RECORD, Before, check_key, describe_data, look, save, settings_key
 from .state import History, Progress, load_state, remove_state, save_state
 
 
@@ -43,7 +40,14 @@ class DraftWithLosses(nn.Module):
         return draft_losses(self.draft, features, batch, **options)
 
 
-def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir: bool = False) -> DovetailDraft:
+def train(
+    config: TrainingConfig,
+    *,
+    resume: bool = False,
+    overwrite_output_dir: bool = False,
+    target_options: Mapping[str, Any] | None = None,
+    draft_options: Mapping[str, Any] | None = None,
+) -> DovetailDraft:
     """Train a draft and save it to `config.out`.
 
     Args:
@@ -52,6 +56,9 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir:
             than the number of steps that it has done, with its draft and a new optimizer; otherwise nothing is done.
         overwrite_output_dir: start again although `config.out` holds a run, and replace its files. Files that training
             does not write stay.
+        target_options: arguments of `from_pretrained` for the target and its tokenizer: `revision`, `token`,
+            `cache_dir`, `local_files_only`, and `trust_remote_code`, without which no code that comes with them runs.
+        draft_options: the same for the draft `config.init_from`, which has no code.
 
     Returns:
         The trained draft, in `config.save_dtype`.
@@ -65,15 +72,22 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir:
     before = look(config, resume=resume, overwrite=overwrite_output_dir)
     if before.is_finished(config.steps):
         return DovetailDraft.from_pretrained(config.out)
+    if config.cache_features is not None:
+        check_directory(config.cache_features)
     accelerator = _accelerator(config)
-    sequences, pad_id = _load_sequences(config)
+    source: dict[str, Any] = {"trust_remote_code": False} | dict(target_options or {})  # otherwise somebody is asked
+    sequences, pad_id = _load_sequences(config, source)
     data = describe_data(config)
     torch.manual_seed(config.seed)
-    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=config.dtype, **NO_REMOTE_CODE)
+    start: DovetailDraft | None = None
+    if before.progress is not None and before.state is None:  # it is finished
+        start = _loaded_draft(config, str(config.out))
+    elif config.init_from is not None:
+        start = _loaded_draft(config, config.init_from, **(draft_options or {}))
+    target = load_language_model(config.target, dtype=config.dtype, **source)
     target = target.eval().to(accelerator.device)
     target.requires_grad_(False)
-    finished = before.progress is not None and before.state is None
-    draft = _first_draft(config, target, str(config.out) if finished else config.init_from)
+    draft = _first_draft(config, target, start)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = _schedule(optimizer, config, 0)
     model, optimizer = accelerator.prepare(DraftWithLosses(draft), optimizer)
@@ -85,7 +99,7 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite_output_dir:
     if accelerator.is_main_process:
         draft.config.calibration = run.calibration()
         draft.token_order = token_order(sequences, draft.config.vocab_size)
-        save(config, draft, run.progress(), data)
+        save(config, draft, run.progress(), data, source)
         remove_state(config.out)
     accelerator.wait_for_everyone()
     return draft
@@ -113,24 +127,33 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _first_draft(config: TrainingConfig, target: PreTrainedModel, source: str | None) -> DovetailDraft:
-    """Return the draft that training starts from, in float32: a new one, or that of a checkpoint.
+def _loaded_draft(config: TrainingConfig, source: str, **options: Any) -> DovetailDraft:
+    """Return the draft of a checkpoint that training starts from, in float32.
 
     Raises:
-        ValueError: the checkpoint does not fit the target or the settings, or is an EAGLE-3 draft.
+        ValueError: it does not fit the settings, or is an EAGLE-3 draft.
     """
-    if source is None:
-        return DovetailDraft.for_target(target, blocks=config.blocks, fusion=config.fusion).to(torch.float32)
-    draft = DovetailDraft.from_pretrained(source, dtype=torch.float32)
+    draft = DovetailDraft.from_pretrained(source, dtype=torch.float32, **options)
     if draft.config.fusion == "eagle3":
         raise InputError(f"{source} is an EAGLE-3 draft, which has its own head. Training is for the other kinds.")
     for name, own in (("blocks", draft.config.num_hidden_layers), ("fusion", draft.config.fusion)):
         asked, default = getattr(config, name), TrainingConfig.__dataclass_fields__[name].default
         if asked not in (own, default):
             raise InputError(f"{name} is {asked}, and the draft {source} has {own}. Leave {name} out.")
-    draft.to(target.device)
-    draft.attach(target)
     return draft
+
+
+def _first_draft(config: TrainingConfig, target: PreTrainedModel, start: DovetailDraft | None) -> DovetailDraft:
+    """Return the draft that training starts from, attached to the target, in float32: `start`, or a new one.
+
+    Raises:
+        ValueError: it does not fit the target.
+    """
+    if start is None:
+        return DovetailDraft.for_target(target, blocks=config.blocks, fusion=config.fusion).to(torch.float32)
+    start.to(target.device)
+    start.attach(target)
+    return start
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, done: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -138,7 +161,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig, done: in
     return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps, last_epoch=done - 1)
 
 
-def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
+def _load_sequences(config: TrainingConfig, source: dict[str, Any]) -> tuple[list[Sequence], int]:
     """Usable sequences of the data and the token id for padding.
 
     A sequence is usable if it has at least one row in every pass and a token that the target writes.
@@ -147,7 +170,7 @@ def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
         ValueError: there are too few of them.
     """
     rows = read_jsonl(config.data)  # before anything is loaded, so that mistakes come at once
-    tokenizer = AutoTokenizer.from_pretrained(config.target, **NO_REMOTE_CODE)
+    tokenizer = load_tokenizer(config.target, **source)
     sequences = [encode(row, tokenizer, config.max_length) for row in tqdm(rows, desc="tokenizing", unit="row")]
     sequences = [s for s in sequences if len(s) >= config.rollout + 3 and bool(s.written.any())]
     if len(sequences) < config.held_out + config.batch_size:
@@ -155,7 +178,14 @@ def _load_sequences(config: TrainingConfig) -> tuple[list[Sequence], int]:
             f"{len(sequences)} usable sequences are too few for {config.held_out} held-out sequences and a batch of "
             f"{config.batch_size}. Add data, or reduce held_out or batch_size."
         )
-    return sequences, tokenizer.pad_token_id or 0
+    return held_out_last(sequences, config.held_out), tokenizer.pad_token_id or 0
+
+
+def held_out_last(sequences: list[Sequence], count: int) -> list[Sequence]:
+    """Put `count` sequences at the end, which are held out. They are spread evenly over all files of the data."""
+    picked = {(2 * number + 1) * len(sequences) // (2 * count) for number in range(count)}
+    others = [sequence for number, sequence in enumerate(sequences) if number not in picked]
+    return others + [sequences[number] for number in sorted(picked)]
 
 
 @dataclass

@@ -1,33 +1,32 @@
 """The output directory of a training run: what is in it before, and what is written when the run is finished.
 
 `look` says before any work how far a run in the directory is, and refuses a directory that must not be changed. `save`
-writes the draft with its token order, tokenizer, `training.json` and `loss.png`, all of it or nothing.
+writes the draft with its token order, model card, tokenizer, `training.json` and `loss.png`, all of it or nothing.
 """
 
 import datetime
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ..bench.provenance import versions
+from ..drafts.card import CARD, model_card
+from ..drafts.checkpoints.claims import load_tokenizer
 from ..drafts.checkpoints.files import read_json
 from ..drafts.model import DovetailDraft
 from ..drafts.saving import is_part_of_draft, refuse_other_checkpoint
 from ..errors import InputError, OccupiedError
-from ..files import whole_directory
+from ..files import refuse_unwritable, whole_directory
 from .config import TrainingConfig
 from .state import History, Progress, own_state, read_progress
 
 RECORD = "training.json"
 """File with config, history, data and versions; it is there when a run is finished."""
-
-NO_REMOTE_CODE = {"trust_remote_code": False}
-"""Arguments of `from_pretrained`: without them transformers asks on standard input whether code may run, and waits."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ def look(config: TrainingConfig, *, resume: bool, overwrite: bool) -> Before:
         OccupiedError: it holds an earlier run and may not be used, or something of somebody else under a name that
             training uses.
         InputError: the run there has other settings, or its files are damaged.
+        WriteError: nothing can be written there.
     """
     if resume and overwrite:
         raise InputError("resume continues a run and overwrite_output_dir replaces it. Choose one of them.")
@@ -71,6 +71,8 @@ def look(config: TrainingConfig, *, resume: bool, overwrite: bool) -> Before:
         before = _unfinished(state) or _finished(out) or Before()
         if before.progress is not None:
             _check_settings(config, before.progress, state or out / RECORD)
+        if not before.is_finished(config.steps):
+            refuse_unwritable(out)
         return before
     if not overwrite and (state is not None or (out / RECORD).exists() or (out / "config.json").exists()):
         what = "the state of an unfinished run" if state is not None else "a draft"
@@ -78,6 +80,7 @@ def look(config: TrainingConfig, *, resume: bool, overwrite: bool) -> Before:
             f"{out} holds {what}. Use --resume to continue, --overwrite-output-dir to start again and replace it, or "
             "another --out."
         )
+    refuse_unwritable(out)
     return Before()
 
 
@@ -138,21 +141,29 @@ def describe_data(config: TrainingConfig) -> list[dict[str, Any]]:
     return [{"file": file.name, "bytes": file.stat().st_size} for file in config.data]
 
 
-def save(config: TrainingConfig, draft: DovetailDraft, progress: Progress, data: list[dict[str, Any]]) -> None:
-    """Write the draft, its token order, the tokenizer, config, history and loss plot to `config.out`.
+def save(
+    config: TrainingConfig,
+    draft: DovetailDraft,
+    progress: Progress,
+    data: list[dict[str, Any]],
+    target_options: Mapping[str, Any],
+) -> None:
+    """Write the draft, its token order and card, the tokenizer, config, history and loss plot to `config.out`.
 
     Args:
         config: settings of the run.
         draft: is converted to `config.save_dtype`.
         progress: of the finished run.
         data: from `describe_data`.
+        target_options: arguments of `from_pretrained` for the target's tokenizer.
 
     Raises:
         WriteError: they cannot be written. What was there is unchanged, and the run can be resumed.
     """
     draft.to(getattr(torch, config.save_dtype))
     numbers = {k: v for k, v in asdict(config).items() if not isinstance(v, (Path, tuple)) and k != "init_from"}
-    numbers |= {"target": draft.config.target_name_or_path, "init_from": progress.key["init_from"]}
+    numbers |= {"target": draft.config.target_name_or_path, "revision": target_options.get("revision")}
+    numbers |= {"init_from": progress.key["init_from"]}
     record = {
         "config": numbers,
         "data": data,
@@ -162,11 +173,23 @@ def save(config: TrainingConfig, draft: DovetailDraft, progress: Progress, data:
         "key": progress.key,
         "history": asdict(progress.history),
     }
-    with whole_directory(config.out, last=RECORD, replaces=is_part_of_draft) as part:
+    with whole_directory(config.out, last=RECORD, replaces=is_part_of_draft, keeps=[CARD]) as part:
+        (part / CARD).write_text(model_card(draft.config, made=_made(progress)), encoding="utf-8")
         draft.save_pretrained(part)
-        AutoTokenizer.from_pretrained(config.target, **NO_REMOTE_CODE).save_pretrained(part)
+        load_tokenizer(config.target, **target_options).save_pretrained(part)
         (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         plot_history(progress.history, part / "loss.png")
+
+
+def _made(progress: Progress) -> str:
+    """Say in a model card how the draft was made."""
+    made = f"It was trained with `dovetail train` in {progress.step} steps"
+    if progress.history.acceptance:
+        made += (
+            f", and its held-out acceptance length is {progress.history.acceptance[-1]:.2f} tokens in greedy chains of "
+            f"{progress.key['rollout']}"
+        )
+    return f"{made}. `{RECORD}` has all settings and losses."
 
 
 def plot_history(history: History, file: Path) -> None:

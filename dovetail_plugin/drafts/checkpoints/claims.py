@@ -1,4 +1,4 @@
-"""Loads language models, after what their config claims is compared with their weight files.
+"""Loads language models and their tokenizers, after what a config claims is compared with the weight files.
 
 transformers takes memory for whatever a config describes and fills in what the files lack. So a few hundred bytes could
 ask for gigabytes. Here the numbers of layers are compared with the tensors in the files, then the model is built on the
@@ -15,6 +15,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -79,6 +80,23 @@ def load_language_model(name: str, **arguments: Any) -> PreTrainedModel:
         raise InputError(
             f"{name}: one of its files cannot be used ({type(error).__name__}: {error}). Download it again."
         ) from error
+
+
+def load_tokenizer(name: str, **arguments: Any) -> Any:
+    """Load the tokenizer of a language model.
+
+    Args:
+        name: directory or hub id.
+        arguments: of `AutoTokenizer.from_pretrained`. Without `trust_remote_code` transformers may ask on the terminal
+            whether code may run.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, **arguments)
+    except Exception as error:  # the tokenizers library raises `Exception` itself for a file that it cannot read
+        raise InputError(f"{name}: its tokenizer cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def check_claims(name: str, arguments: dict[str, Any]) -> None:
