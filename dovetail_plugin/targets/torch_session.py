@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import compat
-from ..cache import TextRows
 from ..tree import DraftTree, ancestor_mask
 from .base import TargetOutput
 from .features import FeatureReader
 from .positions import dynamic_from, levels_within, long_from, table_length
 from .support import Support
+from .text_rows import TextRows
 
 PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs with a value for each row of a pass in their last dimension."""
