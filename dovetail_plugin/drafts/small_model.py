@@ -292,6 +292,10 @@ class SmallModelDraft(Draft):
             raise ValueError("the target cannot be its own draft. Pass a smaller model.")
         self._shared_with(engine_of(target))
 
+    def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...]:  # noqa: ARG002
+        """Return no layers: only tokens are read, so a target need not keep its hidden states."""
+        return ()
+
     def identity(self) -> list[Any]:
         """Return config, device and dtype of the model."""
         return ["small model", config_identity(self.config), str(self.model.device), str(self.model.dtype)]

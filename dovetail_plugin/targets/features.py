@@ -28,6 +28,7 @@ class FeatureReader:
     """
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] | None) -> None:
+        self._device = model.device
         if layers is None:
             self._modules: list[nn.Module] = [feature_module(model)]
             self._order = [0]
@@ -70,7 +71,7 @@ class FeatureReader:
     def take(self, rows: int) -> Tensor:
         """Return the features (rows, F) of the last rows of the passes in `reading`."""
         if not self._modules:
-            return torch.empty(rows, 0, device="cpu")
+            return torch.empty(rows, 0, device=self._device)
         states = [torch.cat(s) if len(s) > 1 else s[0] for s in self._states]
         device = states[-1].device
         chosen = [states[index][-rows:].to(device) for index in self._order]
