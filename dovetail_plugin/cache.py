@@ -42,11 +42,13 @@ class TextState:
         reads_past: whether the model has read rows itself, apart from `update`, in a pass that added rows after that.
             Such a model mixes rows of before the pass with rows of it, so a pass over several tokens is another one
             than passes over each.
+        extends: whether the pass in progress goes on with the rows of the pass before it, of one tree.
     """
 
     lengths: list[int]
     keeps_all: bool = False
     reads_past: bool = False
+    extends: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,13 @@ class TreeLayer(DynamicLayer):
             return _Stored.like(new, reserved(end + count - first), first)
         return self._stored.with_room(first, end, count)
 
-    def begin_pass(self) -> None:
-        """Drop the rows of the pass before."""
-        self.pending, self._was_read = 0, False
+    def begin_pass(self, rows: int = 0) -> None:
+        """Drop the rows of the pass before, or all but the first ones.
+
+        Args:
+            rows: how many stay.
+        """
+        self.pending, self._was_read = min(self.pending, rows), False
 
     def move(self, path: Sequence[int], index: Tensor | None) -> None:
         """Move the rows of a pass that are to be kept to the front of its rows.
@@ -265,12 +271,12 @@ class TreeIndexedLayer(TreeLayer):
         self._pending_index += count
         return stored.rows(0, end + count)[0][0]
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, rows: int = 0) -> None:
         """See `TreeLayer.begin_pass`."""
-        super().begin_pass()
-        self._pending_index = 0
+        super().begin_pass(rows)
+        self._pending_index = min(self._pending_index, rows)
         if self.indexer_position_ids is not None:
-            self.indexer_position_ids = self.indexer_position_ids[..., : self.length]
+            self.indexer_position_ids = self.indexer_position_ids[..., : self.length + rows]
 
     def move(self, path: Sequence[int], index: Tensor | None) -> None:
         """See `TreeLayer.move`."""
@@ -327,7 +333,8 @@ class TreeSlidingLayer(TreeLayer):
 
     def first_visible(self) -> int:
         """See `TreeLayer.first_visible`."""
-        return max(self.get_seq_length() - self.sliding_window + 1, 0)
+        length = self.length if self._text.extends else self.get_seq_length()
+        return max(length - self.sliding_window + 1, 0)
 
     def first_kept(self) -> int:
         """See `TreeLayer.first_kept`."""
@@ -355,12 +362,12 @@ class TreeSlidingLayer(TreeLayer):
         self.pending, self.is_initialized = end - self.length, True
         return new
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, rows: int = 0) -> None:
         """See `TreeLayer.begin_pass`."""
         if self.pending and self._stored is not None and self._stored.dropped > self._first_of_text():
             self._stored = self._before
         self._before = None
-        super().begin_pass()
+        super().begin_pass(rows)
 
     def _first_of_text(self) -> int:
         return max(self.length - self.sliding_window + 1, 0)

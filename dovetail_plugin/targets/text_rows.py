@@ -6,7 +6,8 @@ lengths change in one assignment, in `TextRows.keep`. The caller's own cache is 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -51,15 +52,28 @@ class TextRows(TextState):
         """Rows of the text in the layer that has most; layers that share the rows of another one have none."""
         return max(self.lengths)
 
-    def begin_pass(self, *, keeps_all: bool = False) -> None:
+    def begin_pass(self, *, keeps_all: bool = False, extended: int = 0) -> None:
         """Drop the rows of the pass before, unless they were kept.
 
         Args:
             keeps_all: see `TextState`.
+            extended: first rows of the pass before that stay, because the new pass goes on with their tree.
         """
-        self.keeps_all = keeps_all
+        self.keeps_all, self.extends = keeps_all, extended > 0
         for layer in self.layers:
-            layer.begin_pass()
+            layer.begin_pass(extended)
+
+    @contextmanager
+    def without_pass(self) -> Iterator[None]:
+        """Let the layers report the rows of the text alone while the block runs."""
+        pending = [layer.pending for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.pending = 0
+            yield
+        finally:
+            for layer, rows in zip(self.layers, pending, strict=True):
+                layer.pending = rows
 
     def keep(self, path: Sequence[int], rows: int) -> None:
         """Make rows of the latest pass a part of the text, and drop the others.
