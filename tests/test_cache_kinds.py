@@ -94,15 +94,16 @@ def test_a_model_that_reads_its_cache_before_it_adds_rows_gets_one_row_a_pass():
 
 
 @pytest.mark.skipif(not hasattr(DynamicCache, "activate_past_recording"), reason="transformers records no past yet")
-def test_a_cache_that_records_its_past_goes_on_to():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_cache_that_records_its_past_goes_on_to(batch):
     model = tiny_model("mistral", sliding_window=8)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     text = None
     for cache, how in zip(caches, ({}, {"assistant_model": PromptLookupDraft(shortest=1)}), strict=True):
-        model.generate(prompt(5), past_key_values=cache, **GREEDY)
+        model.generate(prompt(5).repeat(batch, 1), past_key_values=cache, **GREEDY)
         cache.activate_past_recording()
         whole = model.generate(
-            torch.cat([prompt(5), prompt(30, seed=1)], dim=1), past_key_values=cache, **GREEDY, **how
+            torch.cat([prompt(5), prompt(30, seed=1)], dim=1).repeat(batch, 1), past_key_values=cache, **GREEDY, **how
         )
         assert text is None or torch.equal(whole, text)
         text = whole
