@@ -139,6 +139,7 @@ class TreeLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """Values (1, kv_heads, m, head_dim) of the same rows; None before the first pass."""
+        self._was_read = True  # keys alone are also read for their shape
         return self._visible(1)
 
     @values.setter
@@ -146,7 +147,6 @@ class TreeLayer(DynamicLayer):
         self._refuse(values)
 
     def _visible(self, which: int) -> Tensor | None:
-        self._was_read = True
         return None if self._stored is None else self._stored.rows(self.first_visible(), self.get_seq_length())[which]
 
     def _refuse(self, rows: Tensor | None) -> None:

@@ -83,7 +83,7 @@ def test_a_model_that_reads_its_cache_before_it_adds_rows_gets_one_row_a_pass():
     model = tiny_model("llama")
 
     def read(_module, _args, inputs):
-        assert inputs[compat.CACHE].layers[0].get_seq_length() == 0 or inputs[compat.CACHE].layers[0].keys is not None
+        assert inputs[compat.CACHE].layers[0].get_seq_length() == 0 or inputs[compat.CACHE].layers[0].values is not None
 
     model.model.layers[0].register_forward_pre_hook(read, with_kwargs=True)
     draft = PromptLookupDraft(shortest=1)
