@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from families import prompt, tiny_target
+from families import prompt, tiny_model, tiny_target
+from transformers.generation.streamers import BaseStreamer
 
 from dovetail_plugin import DovetailDraft, Draft, Drafter, DraftTree, PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.policy import DeviceSplitPolicy
@@ -303,6 +304,28 @@ def test_stock_loop_is_refused_behind_a_filled_cache(llama, draft):
     more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
     with pytest.raises(ValueError, match="assisted loop gives wrong text behind a cache"):
         llama.generate(more, **OPTIONS, assistant_model=draft, **{name: first[name]})
+
+
+@pytest.mark.torch_only("hooks of torch")
+@pytest.mark.parametrize("kind", ["lookup", "small model", "dovetail"])
+def test_drafts_that_read_tokens_only_leave_hidden_states_alone(kind, llama, draft):
+    """Their target keeps no features: no hook is on it while it generates."""
+    hooks = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            hooks.extend(module for module in llama.modules() if module._forward_hooks)
+
+        def end(self):
+            pass
+
+    chosen = {"lookup": PromptLookupDraft(), "small model": SmallModelDraft(tiny_model("llama")), "dovetail": draft}[
+        kind
+    ]
+    wanted = llama.generate(prompt(), **OPTIONS)
+    assert torch.equal(llama.generate(prompt(), **OPTIONS, assistant_model=chosen, streamer=Streamer()), wanted)
+    assert not chosen.report.warnings
+    assert bool(hooks) == (kind == "dovetail")
 
 
 def test_drafts_say_how_they_compute(llama, draft):

@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 from families import VOCAB, prompt, tiny_model
+from model_table.build import build
+from model_table.discovery import family_of
 from transformers import (
     AttentionInterface,
     GPT2Config,
@@ -17,6 +19,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget, compat
+from dovetail_plugin.targets.features import feature_module
 
 pytestmark = [pytest.mark.torch_only("arguments of the forward pass"), pytest.mark.usefixtures("fixed_budget")]
 
@@ -173,6 +176,14 @@ def test_yarn_beyond_max_position_embeddings(oracle):
     """As model cards set it."""
     rope = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
     check(tiny_model("llama", max_position_embeddings=32, rope_parameters=rope), oracle, prompt(40))
+
+
+def test_a_vision_tower_with_as_many_layers_as_the_decoder():
+    """Features are looked for in the decoder: the tower would do by its shape, and text does not pass through it."""
+    model = build(family_of("kosmos-2.5"))
+    assert feature_module(model) is model.text_model.model
+    plain = model.generate(prompt(21), **GREEDY)
+    assert torch.equal(model.generate(prompt(21), assistant_model=DovetailDraft.for_target(model), **GREEDY), plain)
 
 
 def test_images(oracle):

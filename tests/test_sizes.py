@@ -104,9 +104,7 @@ def bush(nodes):
 
 def stored_bytes(layers):
     """Bytes of all buffers of cache layers."""
-    return sum(
-        buffer.untyped_storage().nbytes() for layer in layers for buffer in (layer._stored.keys, layer._stored.values)
-    )
+    return sum(buffer.untyped_storage().nbytes() for layer in layers for buffer in layer._stored.buffers)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=name_of)

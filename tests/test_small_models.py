@@ -12,6 +12,7 @@ from support.trees import assert_scores_are_a_models
 
 from dovetail_plugin import DeviceSplitPolicy, DovetailDraft, PromptLookupDraft, SmallModelDraft, TreeBudget
 from dovetail_plugin.compat import CACHE
+from dovetail_plugin.drafts import small_model
 from dovetail_plugin.drafts.prompt_lookup import LookupDrafter
 from dovetail_plugin.drafts.small_model import SHORT_TEXT, SmallModelRows
 from dovetail_plugin.policy.records import key_of
@@ -80,6 +81,39 @@ def test_scores_of_trees_behind_a_window_are_the_models_own(model_type, fields):
     tree = drafter.grow(TreeBudget(40, 4, 4))
     assert len(tree) == 40 and tree.depths.max() == 4
     assert_scores_are_a_models(model, text, tree, 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("model_type", "fields"), MODELS, ids=IDS)
+def test_a_level_runs_its_new_nodes_only(model_type, fields, monkeypatch):
+    """The rows of earlier levels stay, and the trees are those of levels that are run with all of their ancestors."""
+    model, budget = tiny_model(model_type, seed=5, **fields), TreeBudget(40, 4, 4)
+    rows = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: rows.append(ids[0].numel()))
+
+    def grown():
+        drafter = SmallModelDraft(model).new_drafter(engine_of(model), capacity=64, clock=PhaseClock())
+        drafter.begin(torch.zeros(29, 32), prompt(30)[0])
+        trees, rows_run = [], []
+        for gained in (2, 1, 4):
+            drafter.catch_up()
+            rows.clear()
+            trees.append(drafter.grow(budget))
+            rows_run.append(sum(rows))
+            drafter.grow(budget)  # once more from the same root
+            assert sum(rows) == 2 * rows_run[-1]
+            drafter.advance(torch.zeros(gained, 32), prompt(gained, seed=gained)[0])
+        return trees, rows_run
+
+    trees, rows_run = grown()
+    assert rows_run == [4 * 3] * 3  # 4 nodes in each level but the last, which is not run
+    monkeypatch.setattr(small_model, "ExtendingSession", type("NoSession", (), {}))
+    with_ancestors, more_rows = grown()
+    assert min(more_rows) > 1.5 * 4 * 3
+    for own, wanted in zip(trees, with_ancestors, strict=True):
+        assert own.tokens.tolist() == wanted.tokens.tolist() and own.parents.tolist() == wanted.parents.tolist()
+        torch.testing.assert_close(own.scores, wanted.scores)
+    hook.remove()
 
 
 @pytest.mark.parametrize(("model_type", "fields"), MODELS[:3], ids=IDS[:3])

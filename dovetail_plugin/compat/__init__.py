@@ -103,6 +103,7 @@ from .generate import (
     with_next_tokens,
 )
 from .models import (
+    IndexedLayer,
     SharedLayer,
     attention_of,
     commit_of,
@@ -111,7 +112,9 @@ from .models import (
     layers_for,
     layers_in,
     mark_initialized,
+    records_past,
     require_file,
+    stock_indexed_layer,
     stock_layer,
     stock_sliding_layer,
 )
@@ -138,6 +141,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "IndexedLayer",
     "LlamaRotaryEmbedding",
     "SharedLayer",
     "StaticCache",
@@ -164,9 +168,11 @@ __all__ = [
     "pipelines",
     "position_ids_for",
     "processor_of_sequence",
+    "records_past",
     "refuse_old",
     "require_file",
     "run_prompt",
+    "stock_indexed_layer",
     "stock_layer",
     "stock_sliding_layer",
     "take_cache",

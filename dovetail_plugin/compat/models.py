@@ -11,6 +11,10 @@ SharedLayer: type | None = getattr(cache_utils, "DummyLayer", None)
 """Class of cache layers that read the rows of another layer and hold none; None before transformers had one."""
 
 
+IndexedLayer: type | None = getattr(cache_utils, "DynamicIndexedLayer", None)
+"""Class of cache layers with the keys of an index beside the rows; None before transformers had one."""
+
+
 def attention_of(config: PretrainedConfig) -> str | None:
     """Return the name of a model's attention implementation."""
     return config._attn_implementation
@@ -44,11 +48,41 @@ def stock_layer(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
     return _filled(DynamicLayer(), keys, values)
 
 
-def stock_sliding_layer(window: int, keys: Tensor | None, values: Tensor | None, seen: int) -> DynamicLayer:
-    """Return transformers' own sliding-window layer over these rows; `seen` counts the dropped ones too."""
+def stock_sliding_layer(
+    window: int, keys: Tensor | None, values: Tensor | None, seen: int, *, recording: bool = False
+) -> DynamicLayer:
+    """Return transformers' own sliding-window layer over these rows; `seen` counts the dropped ones too.
+
+    Args:
+        window: tokens that a token can see.
+        keys: (1, heads, n, head_dim), or None.
+        values: the same.
+        seen: tokens so far.
+        recording: see `records_past`.
+    """
     layer = _filled(DynamicSlidingWindowLayer(sliding_window=window), keys, values)
     layer.cumulative_length = seen
+    if recording:
+        layer.activate_past_recording()
     return layer
+
+
+def stock_indexed_layer(
+    keys: Tensor | None, values: Tensor | None, indexer_keys: Tensor | None, position_ids: Tensor | None
+) -> DynamicLayer:
+    """Return transformers' own layer over these rows, with the keys (1, n, dim) and positions (p, 1, n) of an index."""
+    assert IndexedLayer is not None, "transformers made such a layer"
+    layer: Any = _filled(IndexedLayer(), keys, values)
+    if indexer_keys is not None:
+        layer.lazy_initialization_indexer(indexer_keys)
+        layer.indexer_keys = indexer_keys
+    layer.indexer_position_ids = position_ids
+    return layer
+
+
+def records_past(layer: DynamicLayer) -> bool:
+    """Return whether a sliding-window layer keeps rows before its window until `crop` (transformers 5.24)."""
+    return getattr(layer, "record_past", False)
 
 
 def _filled(layer: DynamicLayer, keys: Tensor | None, values: Tensor | None) -> DynamicLayer:

@@ -311,7 +311,8 @@ class Draft(ABC):
     def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...] | None:  # noqa: ARG002
         """Return the hidden states that features consist of, in transformers' numbering (0 is the embeddings).
 
-        None is the last hidden state, after the final norm.
+        None is the last hidden state, after the final norm. () is for drafts that read tokens only: features have F 0
+        then, or a size that the engine chooses.
 
         Args:
             target: the target's config.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..report import PhaseClock
 from ..targets.base import Engine
@@ -147,6 +148,10 @@ class PromptLookupDraft(Draft):
         if not 1 <= shortest <= longest:
             raise ValueError(f"shortest must be between 1 and longest ({longest}), got {shortest}.")
         self.longest, self.shortest = longest, shortest
+
+    def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...]:  # noqa: ARG002
+        """Return no layers: only tokens are read, so a target need not keep its hidden states."""
+        return ()
 
     def identity(self) -> list[Any]:
         """Return the lengths of matches."""

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..report import PhaseClock
 from ..runner import Pass, Predicted
-from ..targets.base import Engine, TargetModel, TargetSession
+from ..targets.base import Engine, ExtendingSession, TargetModel, TargetSession
 from ..targets.engine import engine_of
 from ..tree import DraftTree, TreeBudget
 from .base import Draft, Drafter, DraftError, Judge
@@ -40,9 +40,9 @@ SHORT_TEXT = 64
 class SmallModelRows:
     """One text in a session of the small model, and the tree that grows behind it; implements `RowStorage`.
 
-    As in a target's session, the last token of the text is the root of every tree: it is run with each tree, and its
-    row is kept when the text goes on. A level is run together with its ancestors, so a session needs to know whole
-    trees only.
+    As in a target's session, the last token of the text is the root of every tree, and its row is kept when the text
+    goes on. Where the session can extend a tree, the rows of what `read` ran and of earlier levels stay, and a level
+    runs its new nodes only. Elsewhere a level is run together with its ancestors.
 
     Args:
         engine: runs the small model.
@@ -53,6 +53,8 @@ class SmallModelRows:
         self._engine, self._max_nodes = engine, max(max_nodes, SHORT_TEXT)
         self._cache: Any = engine.cache(None)
         self._session: TargetSession | None = None
+        self._extending: ExtendingSession | None = None  # the same, if it is one
+        self._last_read: DraftTree | None = None  # its rows are not kept yet
         self._close: Callable[[], object] = lambda: None
         self._text: list[Tensor] = []  # all tokens, for the rare case that they have to be run again
         self.text_length = 0
@@ -84,6 +86,7 @@ class SmallModelRows:
             DraftError: the text has outgrown the model's positions.
         """
         root = self._text[-1:]
+        self._settle()
         self._text.append(tokens)
         self.text_length += len(tokens)
         new = torch.cat([*(last[-1:] for last in root), tokens])
@@ -92,9 +95,17 @@ class SmallModelRows:
         else:
             session = self._session
             self._check_positions(session)
-        output = session.score(_chain(new))
-        session.keep(list(range(len(new) - 1)))
+        chain = _chain(new)
+        output, self._last_read = session.score(chain), chain
+        if self._extending is None:
+            self._settle()
         return output.logits[-1:]
+
+    def _settle(self) -> None:
+        """Keep the rows of the text that `read` ran last, all but the root's."""
+        if self._session is not None and self._last_read is not None:
+            self._session.keep(list(range(len(self._last_read) - 1)))
+        self._last_read = None
 
     def score(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Run a level of the tree and return its logits (K, rows).
@@ -113,6 +124,9 @@ class SmallModelRows:
             torch.cat([self._tree.depths, self._tree.depths[parents] + 1]),
             torch.zeros(earlier + count, device=device),
         )
+        if self._extending is not None and self._last_read is not None:
+            whole = _below(self._last_read, tree)
+            return self._extending.extend(whole, len(whole) - count).logits
         needed = ancestors.any(dim=0)
         places, rows = needed.cumsum(0) - 1, needed.nonzero()[:, 0]
         parents = torch.cat([tree.parents[:1], places[tree.parents[rows[1:]]]])
@@ -131,6 +145,7 @@ class SmallModelRows:
         stack = ExitStack()
         session = stack.enter_context(self._engine.session(self._cache, max_nodes=self._max_nodes, feature_layers=()))
         self._session = session
+        self._extending = session if isinstance(session, ExtendingSession) and session.supports_tree else None
         self._close = weakref.finalize(self, stack.close)  # also when Python ends
         self._check_positions(session)
         session.prefill(tokens[None, :-1], None)
@@ -145,6 +160,14 @@ def _chain(tokens: Tensor) -> DraftTree:
     """Return a chain of tokens (n,) on their device; the first one is the root."""
     steps = torch.arange(len(tokens), device=tokens.device)
     return DraftTree(tokens, steps - 1, steps, torch.zeros(len(tokens), device=tokens.device))
+
+
+def _below(chain: DraftTree, tree: DraftTree) -> DraftTree:
+    """Return a tree whose root is the last token of a chain, with the chain above it."""
+    above = len(chain) - 1
+    shifted = tree.tokens, tree.parents + above, tree.depths + above, tree.scores
+    columns = zip((chain.tokens, chain.parents, chain.depths, chain.scores), shifted, strict=True)
+    return DraftTree(*(torch.cat([over, under[1:]]) for over, under in columns))
 
 
 class SmallModelRunner:
@@ -291,6 +314,10 @@ class SmallModelDraft(Draft):
         if target is self.model:
             raise ValueError("the target cannot be its own draft. Pass a smaller model.")
         self._shared_with(engine_of(target))
+
+    def feature_layers(self, target: PretrainedConfig) -> tuple[int, ...]:  # noqa: ARG002
+        """Return no layers: only tokens are read, so a target need not keep its hidden states."""
+        return ()
 
     def identity(self) -> list[Any]:
         """Return config, device and dtype of the model."""

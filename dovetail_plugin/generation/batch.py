@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from .. import compat
-from ..cache import cache_of_sequence, join_caches
 from ..report import GenerationReport
+from .batch_caches import cache_of_sequence, join_caches
 from .refusal import CannotDraft
 from .text import Text
 

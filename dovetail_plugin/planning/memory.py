@@ -290,7 +290,8 @@ def _layer_sizes(model: PreTrainedModel, weights_bytes: list[int], number_bytes:
             # Some kernels support only this dtype on meta.
             ids = torch.zeros(1, 1, dtype=torch.int64)
             model.to(torch.bfloat16)(ids, use_cache=True, **{cache_argument(model): cache})
-        numbers = [0 if kept.keys is None else kept.keys.numel() + kept.values.numel() for kept in cache.layers]
+        kept_rows = [(kept.keys, kept.values, getattr(kept, "indexer_keys", None)) for kept in cache.layers]
+        numbers = [sum(rows.numel() for rows in each if rows is not None) for each in kept_rows]
     except RuntimeError:  # some models read values, which do not exist on meta
         numbers = [Widths.of(model.config).key_value] * len(cache.layers)
     windows = [getattr(kept, "sliding_window", None) for kept in cache.layers]

@@ -5,7 +5,7 @@ Everything above works with these protocols alone and does not ask which library
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,23 @@ class TargetSession(Protocol):
 
     def keep(self, path: list[int]) -> None:
         """Commit these rows of the last `score`, in order, and drop the others."""
+
+
+@runtime_checkable
+class ExtendingSession(Protocol):
+    """A session that can score a tree in parts, where `supports_tree` is true. It has room for any number of nodes."""
+
+    def extend(self, tree: DraftTree, scored: int) -> TargetOutput:
+        """Score the nodes of a tree behind its first `scored` ones, and append their rows only.
+
+        Args:
+            tree: N nodes.
+            scored: nodes whose rows the passes since the last `keep` have appended. The rows of other nodes are
+                dropped. 0 scores the whole tree.
+
+        Returns:
+            Logits (N - scored, V) and features (N - scored, F). `keep` takes nodes of the whole tree.
+        """
 
 
 class Engine(Protocol):

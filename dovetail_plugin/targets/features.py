@@ -28,6 +28,7 @@ class FeatureReader:
     """
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] | None) -> None:
+        self._device = model.device
         if layers is None:
             self._modules: list[nn.Module] = [feature_module(model)]
             self._order = [0]
@@ -70,7 +71,7 @@ class FeatureReader:
     def take(self, rows: int) -> Tensor:
         """Return the features (rows, F) of the last rows of the passes in `reading`."""
         if not self._modules:
-            return torch.empty(rows, 0, device="cpu")
+            return torch.empty(rows, 0, device=self._device)
         states = [torch.cat(s) if len(s) > 1 else s[0] for s in self._states]
         device = states[-1].device
         chosen = [states[index][-rows:].to(device) for index in self._order]
@@ -92,17 +93,19 @@ def feature_module(model: PreTrainedModel) -> nn.Module:
     Raises:
         ValueError: the model has no such module.
     """
-    head = model.get_output_embeddings()
-    for module in itertools.chain((model.get_decoder(), model.base_model), _holders_of_layers(model)):
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    # Within the decoder first: a vision tower may have as many layers, and no text passes through it.
+    holders = itertools.chain(_holders_of_layers(model, decoder), _holders_of_layers(model, model))
+    for module in itertools.chain((decoder, model.base_model), holders):
         if module is not model and head not in module.modules():
             return module
     raise ValueError(f"{type(model).__name__} has no decoder apart from its head, so its features cannot be read.")
 
 
-def _holders_of_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the modules in which the list of decoder layers lies, from the outside in."""
+def _holders_of_layers(model: PreTrainedModel, part: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a part in which a list of as many layers as the decoder's lies, from the outside in."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for name, module in sorted(model.named_modules(), key=lambda named: named[0].count(".")):
+    for name, module in sorted(part.named_modules(), key=lambda named: named[0].count(".")):
         if name and any(isinstance(m, nn.ModuleList) and len(m) == count for m in list(module.modules())[1:]):
             yield module
 

@@ -67,7 +67,7 @@ def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support]
     with torch.random.fork_rng(devices=[]):  # a model in training draws numbers
         try:
             tokens = _tokens(model.config, config.vocab_size).to(model.device)
-            wanted = _one_by_one(tokens, full, open_session)
+            wanted, reads_past = _one_by_one(tokens, full, open_session)
         except Exception as error:  # whatever a model raises that was never tried
             raise ValueError(
                 f"{type(model).__name__} cannot be a target: a text of seven tokens fails with {type(error).__name__}: "
@@ -77,6 +77,8 @@ def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support]
         if attention_of(config) in TREE_ATTENTION and not _masks_by_row(model, config):
             forms.insert(0, _TREE)
         problems: list[str] = []
+        if reads_past:
+            forms, problems = [], ["its layers read earlier rows of the cache before they add those of the pass"]
         for form in forms:
             if _agrees(form, tokens, wanted, full, open_session, model, problems):
                 return replace(full, trees=form is _TREE)
@@ -87,15 +89,18 @@ def _found(model: PreTrainedModel, config: Any, open_session: Callable[[Support]
     )
 
 
-def _one_by_one(tokens: Tensor, full: Support, open_session: Callable[[Support], Any]) -> Tensor:
-    """Return the logits (3, V) of the last three tokens, each run alone, as plain generation does."""
+def _one_by_one(tokens: Tensor, full: Support, open_session: Callable[[Support], Any]) -> tuple[Tensor, bool]:
+    """Return the logits (3, V) of the last three tokens, each run alone, as plain generation does.
+
+    The second is whether the model reads its cache apart from adding to it (`cache.TextState.reads_past`).
+    """
     rows = []
     with open_session(full) as session:
         session.prefill(tokens[None, :4], None)
         for token in tokens[4:].tolist():
             rows.append(session.score(DraftTree.root(token)).logits)
             session.keep([0])
-    return torch.cat(rows)
+        return torch.cat(rows), session.rows.reads_past
 
 
 def _agrees(

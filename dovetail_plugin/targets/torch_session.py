@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import compat
-from ..cache import TextRows
 from ..tree import DraftTree, ancestor_mask
 from .base import TargetOutput
 from .features import FeatureReader
 from .positions import dynamic_from, levels_within, long_from, table_length
 from .support import Support
+from .text_rows import TextRows
 
 PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs with a value for each row of a pass in their last dimension."""
@@ -136,21 +136,26 @@ class TorchSession:
 
     def score(self, tree: DraftTree) -> TargetOutput:
         """Score a tree, which may be on any device."""
-        nodes, depth = len(tree), int(tree.depths.max())
-        chain = depth + 1 == nodes
+        return self.extend(tree, 0)
+
+    def extend(self, tree: DraftTree, scored: int) -> TargetOutput:
+        """Score a part of a tree; see `ExtendingSession.extend`. With 0 nodes scored it may be a chain everywhere."""
+        new, depth = len(tree) - scored, int(tree.depths.max())
+        chain = depth + 1 == len(tree) and not scored
         tokens = tree.tokens.to(self._ids.device)
         line = tokens if chain else tokens[_deepest_path(tree)]
-        inputs = self._prepare(torch.cat([self._ids, line[None]], dim=1), depth)
-        if not chain:
-            self._branch(inputs, tree, tokens, depth)
+        with self.rows.without_pass():
+            inputs = self._prepare(torch.cat([self._ids, line[None]], dim=1), depth)
+            if not chain:
+                self._branch(inputs, tree, tokens, depth, scored)
         if "logits_to_keep" in self._parameters:
-            inputs["logits_to_keep"] = nodes
-        with self._pass():
+            inputs["logits_to_keep"] = new
+        with self._pass(extended=scored):
             output = self.model(**inputs, return_dict=True)
-        if self._adopt(output) and nodes > 1:
+        if self._adopt(output) and len(tree) > 1:
             raise RuntimeError("the model began a new cache in a pass over several rows")
         self._scored, self._output = tokens, output
-        return TargetOutput(output.logits[0, -nodes:], self._reader.take(nodes))
+        return TargetOutput(output.logits[0, -new:], self._reader.take(new))
 
     def keep(self, path: list[int]) -> None:
         """Commit these rows of the last `score`, in order; drop the others."""
@@ -161,9 +166,9 @@ class TorchSession:
     # --- one pass ------------------------------------------------------------------------------
 
     @contextmanager
-    def _pass(self, *, keeps_all: bool = False) -> Iterator[None]:
+    def _pass(self, *, keeps_all: bool = False, extended: int = 0) -> Iterator[None]:
         with self._lock, self._reader.reading(), self._mode():
-            self.rows.begin_pass(keeps_all=keeps_all)
+            self.rows.begin_pass(keeps_all=keeps_all, extended=extended)
             yield
 
     def _next(self, output: Any, tokens: int) -> None:
@@ -180,8 +185,8 @@ class TorchSession:
         device = self.model.device
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
-    def _branch(self, inputs: dict[str, Any], tree: DraftTree, tokens: Tensor, depth: int) -> None:
-        """Turn the inputs of a chain of depth + 1 rows into those of a tree."""
+    def _branch(self, inputs: dict[str, Any], tree: DraftTree, tokens: Tensor, depth: int, scored: int) -> None:
+        """Turn the inputs of a chain of depth + 1 rows into those of a tree, whose first `scored` nodes are not run."""
         device = self.model.device
         depths, rows = tree.depths.to(device), depth + 1
         masks = compat.masks_of_pass(self.model, inputs, self._cache, rows)
@@ -189,11 +194,11 @@ class TorchSession:
             inputs["position_ids"] = torch.arange(self.committed, self.committed + rows, device=device)[None]
         for name, dimension in self._dimensions_of_rows(inputs, depth).items():
             before = inputs[name].shape[dimension] - rows  # some inputs have entries for the whole text
-            entries = torch.cat([torch.arange(before, device=device), before + depths])
+            entries = torch.cat([torch.arange(before, device=device), before + depths]) if before else depths[scored:]
             inputs[name] = inputs[name].index_select(dimension, entries)
-        inputs["input_ids"] = tokens.to(device)[None]
+        inputs["input_ids"] = tokens.to(device)[None, scored:]
         ancestors = ancestor_mask(tree.parents.to(device), depth)
-        made = {name: _tree_mask(mask, ancestors, depths, rows) for name, mask in masks.items()}
+        made = {name: _tree_mask(mask, ancestors, depths, rows)[:, :, scored:] for name, mask in masks.items()}
         inputs["attention_mask"] = made if len(made) > 1 else next(iter(made.values()))
 
     def _dimensions_of_rows(self, inputs: dict[str, Any], depth: int) -> dict[str, int]:

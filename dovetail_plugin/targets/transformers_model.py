@@ -18,7 +18,6 @@ from .torch_session import TorchSession
 
 REFUSED = {
     "doge": "what a token attends to beyond keep_window_size depends on the number of tokens in a pass",
-    "dory": "beyond a sliding window, its loops read rows of each other that depend on the number of tokens in a pass",
 }
 """Type of a text model -> why drafts are refused. A short pass does not show it."""
 

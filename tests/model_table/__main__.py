@@ -1,4 +1,4 @@
-"""Tries families: `python -m model_table [NAME ...]` prints what happened, `--write` renews table.json and the page.
+"""Tries families: `python -m model_table [NAME ...]` prints what happened, `--write` renews their rows and the page.
 
 Names are those of `Family.name`, with `[image]` behind them for a prompt with an image; all families without names.
 """
@@ -22,21 +22,27 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="model_table", description=__doc__)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--write", action="store_true", help="write table.json and docs/models.md (all families)")
+    parser.add_argument("--write", action="store_true", help="write what was tried to table.json and docs/models.md")
     parser.add_argument("--json", type=Path, help="write the outcomes to a file")
     parser.add_argument("--workers", type=int, default=1, help="processes at once")
     args = parser.parse_args()
-    if args.write and args.names:
-        parser.error("--write tries all families: leave out the names")
+    version, table_now = ".".join(transformers.__version__.split(".")[:2]), table.load()
+    if args.write and args.names and table_now["transformers"] != version:
+        parser.error(
+            f"the table is of transformers {table_now['transformers']}: leave out the names to renew all of it"
+        )
     asked = [(name.removesuffix("[image]"), "image" if name.endswith("[image]") else "text") for name in args.names]
     found = run(asked or table.cases(FAMILIES), args.workers)
     if args.json:
         args.json.write_text(json.dumps({label(*case): outcomes for case, outcomes in found.items()}, indent=1) + "\n")
     if args.write:
         verdicts: dict[str, dict[str, str]] = {}
-        for (name, kind), outcomes in found.items():
-            verdicts.setdefault(name, {})[kind] = table.verdict(name, kind, outcomes)
-        table.save(".".join(transformers.__version__.split(".")[:2]), verdicts)
+        for name, kind in table.cases(FAMILIES):
+            if (name, kind) in found:
+                verdicts.setdefault(name, {})[kind] = table.verdict(name, kind, found[name, kind])
+            elif kind in (known := table_now["verdicts"].get(name, {})):
+                verdicts.setdefault(name, {})[kind] = known[kind]
+        table.save(version, verdicts)
         page.write(table.load())
 
 

@@ -46,7 +46,11 @@ for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 FAMILIES = sorted(
     [Family(model_type, name) for model_type, names in CLASSES.items() for name in names]
-    + [Family(kind, min(CLASSES[kind]), variant) for kind, variant in (name.split("/") for name in VARIANTS)]
+    + [
+        Family(kind, min(CLASSES[kind]), variant)
+        for kind, variant in (n.split("/") for n in VARIANTS)
+        if kind in CLASSES
+    ]
 )
 
 

@@ -60,26 +60,18 @@ NO_IMAGE = {
 }
 """Vision-language family -> why the table has no image prompt for it."""
 
-INDEXED = "its cache keeps the keys of an index beside the rows, which Dovetail does not take back yet"
 CONVOLUTIONS = "its layers keep short convolutions, which Dovetail does not take back yet"
 
 REFUSED_ALTHOUGH_STOCK_IS_RIGHT: dict[str, str] = {
-    "dory": "its loops read rows of each other, and with trees beyond a window the text was wrong",
-    "dots3_note:Dots3NoteForCausalLM": INDEXED,
-    "dots3_note:Dots3NoteForConditionalGeneration": INDEXED,
-    "dots3_note_text": INDEXED,
-    "hy_v4_vl": INDEXED,
     "inkling2": CONVOLUTIONS,
     "inkling2_loop": CONVOLUTIONS,
     "inkling2_loop_text": CONVOLUTIONS,
     "inkling2_text": CONVOLUTIONS,
     "inkling_mm_model": CONVOLUTIONS,
     "inkling_text": CONVOLUTIONS,
-    "kosmos-2.5": "its features cannot be read: the module that has them is not called",
     "lfm2_moe": CONVOLUTIONS,
     "lfm3": CONVOLUTIONS,
     "lfm3_vl": CONVOLUTIONS,
-    "mistral_large4": INDEXED,
 }
 """Family -> why Dovetail refuses what transformers' prompt lookup can do."""
 

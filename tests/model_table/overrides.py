@@ -130,6 +130,7 @@ LONGROPE = rope(
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "dory/last_loop": {"recurrent_kv_cache_mode": "last_loop", "ngpt_alpha_init": 0.5},
     "falcon/alibi": {"alibi": True},
     "falcon/new_decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gpt2/reordered": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},

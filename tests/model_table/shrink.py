@@ -19,6 +19,9 @@ WINDOW = 16
 POSITIONS = 512
 """Rows of a table of learnt positions, and `max_position_embeddings`."""
 LAYERS, MOST_LAYERS = 4, 8
+INDEX_HEADS = 32
+"""Heads of an index of sparse attention. With few, many scores are zero together, and which of equal ones are chosen
+depends on the width of a pass: plain text has no definite answer there."""
 
 LAYER_COUNT = re.compile(
     r"(.*_)?(num_hidden_layers|num_layers|n_layers?|layers|depth|num_blocks|num_layers_per_stack)$"
@@ -36,6 +39,7 @@ RULES: list[tuple[str, int | None]] = [
     (r"(keep_window_size|local_attention|local_attention_window_len|local_attn_chunk_length)", WINDOW),
     (r"(lsh_attn_chunk_length|index_topk|mamba_chunk_size|chunk_size|conv_chunksize)", WINDOW),
     (r".*(mamba_n_heads|mamba_num_heads|n_mamba_heads)", 8),
+    (r"index_n_heads", INDEX_HEADS),
     (r".*(attention_)?heads(_per_layer)?|n_head|num_linear_heads", HEADS),
     (r".*head_dim(ension)?|d_kv|d_head|dim_head|kv_channels|attention_head_size|resampler_dim_head", HEAD_DIM),
     (r"mamba_d_head|mamba_headdim", HEAD_DIM),
