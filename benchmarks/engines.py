@@ -3,11 +3,12 @@
     python benchmarks/inflate.py --target ... --draft ... --shape 1b --out big
     dovetail export --target big/target --to openvino --weights int8 --out big/ov-int8
     python benchmarks/engines.py --target big/target --draft big/draft \\
+        --packed int8 --packed int4 \\
         --engine "openvino int8=big/ov-int8" --engine "openvino bf16=big/ov-fp32,inference_precision=bf16"
 
 Engines take turns pass by pass and prompt by prompt, so a slow period of the machine affects all of them alike.
 "torch" is transformers alone: `generate` and the model's own cache. "torch, dovetail" is the same model with this
-package's session. Let nothing else run on the machine meanwhile.
+package's session, and "packed" is that with `CpuWeights`. Let nothing else run on the machine meanwhile.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from common import argument_parser, parse_budget, positive, store
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from dovetail_plugin import DovetailDraft, TreeBudget
+from dovetail_plugin import CpuWeights, DovetailDraft, TreeBudget
 from dovetail_plugin.adapters import load_exported
 from dovetail_plugin.bench.compare import Comparison
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.compat import CACHE
+from dovetail_plugin.kernels.linear import KINDS
 from dovetail_plugin.targets.base import TargetSession
 from dovetail_plugin.targets.engine import engine_of
 from dovetail_plugin.tree import DraftTree
@@ -90,6 +92,12 @@ def load_contender(name: str, settings: dict[str, str], draft_dir: Path, budget:
     draft = DovetailDraft.from_pretrained(draft_dir)
     draft.runner = settings.get("runner", "auto")
     return Contender(name, target, draft, budget)
+
+
+def load_packed(kind: str, target: Path, draft: Path, budget: TreeBudget | None) -> Contender:
+    """Load the target with packed weights and its own copy of the draft."""
+    packed = AutoModelForCausalLM.from_pretrained(target, dtype="auto", quantization_config=CpuWeights(kind))
+    return Contender(f"packed {kind}", packed, DovetailDraft.from_pretrained(draft), budget)
 
 
 def stock_pass(model: Any, ids: torch.Tensor) -> TimedPass:
@@ -194,6 +202,7 @@ def main() -> None:
         metavar="NAME=DIR[,key=value...]",
         help="exported target to compare; can be repeated",
     )
+    add("--packed", choices=KINDS, action="append", default=[], help="the target with packed weights; can be repeated")
     add("--budget", type=parse_budget, default=None, help="nodes/depth/top_k (default: the policy chooses)")
     add("--count", type=positive, default=8, help="number of prompts")
     add("--new-tokens", type=positive, default=64, help="tokens to generate per prompt")
@@ -201,6 +210,7 @@ def main() -> None:
     args = parser.parse_args()
     stock = AutoModelForCausalLM.from_pretrained(args.target, dtype="auto")
     contenders = [Contender("torch, dovetail", stock, DovetailDraft.from_pretrained(args.draft), args.budget)]
+    contenders += [load_packed(kind, args.target, args.draft, args.budget) for kind in args.packed]
     contenders += [load_contender(name, settings, args.draft, args.budget) for name, settings in args.engine]
     passes = pass_ms(contenders, stock, args.repeats)
     prompts = load_prompts(None, AutoTokenizer.from_pretrained(args.target), args.count)

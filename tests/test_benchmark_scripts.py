@@ -60,7 +60,8 @@ def test_run(tmp_path):
 def test_engines(tmp_path):
     """Torch is compared with the engine under test."""
     options = ["--target", TARGET, "--draft", DRAFT, *ONE_SHORT_TEXT, "--repeats", "1"]
-    names = {"torch, dovetail"}
+    options += ["--packed", "int8"]
+    names = {"torch, dovetail", "packed int8"}
     if not engines.is_current("torch"):
         exported = engines.current().exporter.path(AutoModelForCausalLM.from_pretrained(TARGET, dtype="float32"))
         options += ["--engine", f"exported={exported},budget=4/3/1"]
@@ -129,7 +130,8 @@ def test_identity(tmp_path):
     )
     assert "4 prompts: " in printed
     assert sum(result["verdicts"].values()) == 4 and "different" not in result["verdicts"]
-    assert result["seconds_to_lone_seconds"] > 0
+    factors = result["seconds_to_lone_seconds"]
+    assert factors.keys() == {"draft", "plain"} and all(factor > 0 for factor in factors.values())
 
 
 @torch_only

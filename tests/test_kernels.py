@@ -20,7 +20,7 @@ from dovetail_plugin.kernels.packing import pack, packed_bytes, unpack
 
 pytestmark = pytest.mark.one_environment("depends on neither transformers nor an engine")
 
-SOURCES = Path(module.__file__).parent / "csrc"
+SOURCES = Path(module.__file__).parent / "c-src"
 BITS = {"int8": 32767, "int4": 127}
 
 
@@ -138,13 +138,18 @@ def test_zeros_and_tiny_numbers_give_zeros(kernels):
 
 
 def test_the_library_refuses_what_it_does_not_know(kernels):
-    packed = pack(torch.randn(16, 32), "int8")
+    packed = pack(torch.randn(16, 32), "int4")
     module.FORMATS["int3"] = 7
     try:
         with pytest.raises(KernelError, match="int3"):
             kernels.linear(torch.randn(1, 32), packed, 16, "int3")
     finally:
         del module.FORMATS["int3"]
+    for wrong in (packed[:-1], pack(torch.randn(16, 64), "int4"), pack(torch.randn(16, 32), "int8")):
+        with pytest.raises(ValueError, match="16 x 32"):
+            kernels.linear(torch.randn(1, 32), wrong, 16, "int4")
+    with pytest.raises(ValueError, match="16 x 32"):
+        kernels.linear(torch.randn(1, 32), packed, 16, "int4", torch.randn(8))
 
 
 @pytest.mark.parametrize(("kind", "largest"), [("int8", 0.5 / 127), ("int4", 0.2)])
@@ -226,6 +231,36 @@ def test_a_layer_says_what_is_wrong():
     packed = PackedLinear.of(torch.nn.Linear(32, 8).requires_grad_(False), "int8")
     with pytest.raises(InputError, match="32"):
         packed(torch.randn(2, 64))
+    with pytest.raises(TypeError, match="uint8"):
+        packed(torch.ones(2, 32, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"are \(8, 31\), and the config says \(8, 32\)"):
+        packed.pack_(torch.randn(8, 31))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_keeps_dtype_and_shape_of_its_weights_without_memory(kind):
+    packed = PackedLinear.of(torch.nn.Linear(100, 37).requires_grad_(False), kind)
+    x = torch.randn(2, 100)
+    right = packed(x)
+    for same in (packed, copy.deepcopy(packed), packed.to(torch.float32), packed.to("cpu"), packed.eval()):
+        assert same.weight.shape == (37, 100) and same.weight.untyped_storage().nbytes() == 4
+        assert torch.equal(same(x), right)
+    assert packed.packed_weight.dtype == torch.uint8
+    assert sum(parameter.numel() for parameter in packed.parameters()) == 37 * 100 + 37
+    packed.to(torch.bfloat16)
+    assert packed.weight.dtype == packed.bias.dtype == torch.bfloat16 and packed.weight.untyped_storage().nbytes() == 2
+    assert (packed(x) - right).abs().max() < 0.05
+    meta = copy.deepcopy(packed).to("meta")
+    assert meta.packed_weight.is_meta
+
+
+@pytest.mark.parametrize("asked", ["torch.compiler.is_compiling", "torch.jit.is_tracing"])
+def test_traces_and_compiled_graphs_multiply_in_torch(kernels, monkeypatch, asked):
+    """There the result of a call to the library would be a constant."""
+    packed = PackedLinear.of(torch.nn.Linear(100, 37).requires_grad_(False), "int8")
+    x = torch.randn(2, 100)
+    monkeypatch.setattr(asked, lambda: True)
+    assert torch.equal(packed(x), F.linear(x, packed.unpacked(), packed.bias))
 
 
 # --- the library -----------------------------------------------------------------------------------
@@ -234,7 +269,7 @@ def test_a_layer_says_what_is_wrong():
 def test_a_missing_or_broken_library_is_said_once(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "library.py"))
     assert library.__wrapped__() is None
-    assert "C compiler" in caplog.text
+    assert "install GCC 11" in caplog.text
     (tmp_path / "_library.so").write_bytes(b"no library")
     caplog.clear()
     assert library.__wrapped__() is None
@@ -244,11 +279,18 @@ def test_a_missing_or_broken_library_is_said_once(monkeypatch, tmp_path, caplog)
 
 def test_a_cpu_without_avx2_is_refused(kernels, monkeypatch):
     class Old:
+        def dovetail_interface(self):
+            return 1
+
         def dovetail_best_instructions(self):
             return -1
 
     monkeypatch.setattr(module.ctypes, "CDLL", lambda *_: Old())
+    monkeypatch.setattr(module, "INTERFACE", 1)
     with pytest.raises(KernelError, match="AVX2"):
+        Library(Path("any"))
+    monkeypatch.setattr(module, "INTERFACE", 2)
+    with pytest.raises(KernelError, match="other sources"):
         Library(Path("any"))
 
 

@@ -112,11 +112,15 @@ from .models import (
     layers_for,
     layers_in,
     mark_initialized,
+    mark_loaded,
+    modules_in_float32,
     records_past,
     require_file,
     stock_indexed_layer,
     stock_layer,
     stock_sliding_layer,
+    tied_names,
+    was_loaded,
 )
 from .names import CACHE, CACHE_NAMES, NAMES, missing_names
 
@@ -159,9 +163,11 @@ __all__ = [
     "layers_for",
     "layers_in",
     "mark_initialized",
+    "mark_loaded",
     "mask_length",
     "masks_of_pass",
     "missing_names",
+    "modules_in_float32",
     "not_sampling",
     "options_set",
     "output_of_generate",
@@ -176,7 +182,9 @@ __all__ = [
     "stock_layer",
     "stock_sliding_layer",
     "take_cache",
+    "tied_names",
     "version_of",
     "warn_untested",
+    "was_loaded",
     "with_next_tokens",
 ]

@@ -92,6 +92,27 @@ def _filled(layer: DynamicLayer, keys: Tensor | None, values: Tensor | None) -> 
     return layer
 
 
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters that are tied to others, or others to them."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*tied.keys(), *tied.values()}
+
+
+def modules_in_float32(model: PreTrainedModel) -> set[str]:
+    """Return parts of the names of modules whose weights the authors of a model keep in float32."""
+    return {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+
+
+def was_loaded(parameter: Tensor) -> bool:
+    """Return whether a parameter comes from a checkpoint, while a model is loaded."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def mark_loaded(parameter: Any) -> None:
+    """Say that a parameter comes from a checkpoint, so that transformers does not initialize it."""
+    parameter._is_hf_initialized = True
+
+
 def mark_initialized(parameter: nn.Parameter) -> None:
     """Have `initialize_weights` leave this parameter as it is."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]

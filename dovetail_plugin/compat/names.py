@@ -54,6 +54,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "PreTrainedModel.post_init": (),
     "PreTrainedModel._keys_to_ignore_on_load_unexpected": (),
     "PreTrainedModel._supports_sdpa": (),
+    "PreTrainedModel._keep_in_fp32_modules": (),
+    "PreTrainedModel._keep_in_fp32_modules_strict": (),
     # called or read here
     "GenerationMixin._prefill": ("input_ids", "generation_config", "model_kwargs"),
     "GenerationMixin._update_model_kwargs_for_generation": ("outputs", "model_kwargs"),

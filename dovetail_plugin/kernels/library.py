@@ -1,7 +1,7 @@
 """The library of CPU kernels: finding it, what it runs on, and its two functions for tensors.
 
-The library is plain C (see csrc/) and knows neither Python nor torch, so one file serves every version of both. It runs
-in the threads of torch's own OpenMP library. Threads of a second one would wait for those of torch at each step.
+The library is plain C (see c-src/) and knows neither Python nor torch, so one file serves every version of both. It
+runs in the threads of torch's own OpenMP library. Threads of a second one would wait for those of torch at each step.
 """
 
 import ctypes
@@ -30,6 +30,18 @@ INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni")
 GROUP = 32
 """Inputs that share a scale."""
 
+PANEL = 16
+"""Outputs that are packed together."""
+
+INTERFACE = 1
+"""Number of the functions' signatures, as in c-src/kernels.h."""
+
+
+def packed_bytes(outputs: int, inputs: int, kind: str) -> int:
+    """Return the size of packed weights (outputs, inputs), in bytes."""
+    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+    return panels * groups * PANEL * (2 + (GROUP if kind == "int8" else GROUP // 2))
+
 
 class KernelError(DovetailError, RuntimeError):
     """The library of kernels refused a call."""
@@ -43,7 +55,7 @@ class Library:
 
     Raises:
         OSError: the file cannot be loaded.
-        KernelError: this CPU lacks AVX2, FMA or F16C.
+        KernelError: the file was built from other sources, or has no kernels for this CPU.
 
     Attributes:
         instructions: set that the kernels use, one of `available`. May be set.
@@ -53,9 +65,13 @@ class Library:
 
     def __init__(self, file: Path) -> None:
         self._library = ctypes.CDLL(str(file))
+        if self._library.dovetail_interface() != INTERFACE:
+            raise KernelError("the CPU kernels were built from other sources. Install dovetail_plugin again.")
         best = self._library.dovetail_best_instructions()
         if best < 0:
-            raise KernelError("the CPU kernels need an x86-64 CPU with AVX2, FMA and F16C.")
+            raise KernelError(
+                "the CPU kernels need an x86-64 CPU with AVX2, FMA and F16C, and a build by GCC 11 or later."
+            )
         has_avx_vnni = bool(self._library.dovetail_has_avx_vnni())
         self.available = tuple(
             name for number, name in enumerate(INSTRUCTIONS[: best + 1]) if name != "avx_vnni" or has_avx_vnni
@@ -88,9 +104,12 @@ class Library:
             (N, M) in the dtype of x.
 
         Raises:
-            KernelError: the library does not know a format, dtype or set of instructions.
+            KernelError: the library does not know the format, the dtype or the set of instructions.
+            ValueError: a tensor has another size than the others say.
         """
         rows, inputs = x.shape
+        if packed.numel() != packed_bytes(outputs, inputs, kind) or (bias is not None and bias.numel() != outputs):
+            raise ValueError(f"packed weights or bias are not those of {outputs} x {inputs} weights in {kind}.")
         groups = -(-inputs // GROUP)
         out = torch.empty(rows, outputs, dtype=x.dtype, device="cpu")
         if not rows:
@@ -128,8 +147,8 @@ def library() -> Library | None:
     files = sorted(Path(__file__).parent.glob("_library*.so"))
     if not files:
         logger.warning(
-            "the CPU kernels of dovetail_plugin were not built, so packed weights run in torch, which is slower. "
-            "Install a C compiler (gcc) and dovetail_plugin again."
+            "the CPU kernels of dovetail_plugin were not built, so packed weights run in torch, which is slower. They "
+            "are for Linux on x86-64: install GCC 11 or later, and dovetail_plugin again."
         )
         return None
     try:
@@ -144,9 +163,9 @@ def _torch_parallel_regions() -> int | None:
 
     GNU's and LLVM's libraries have a function of this name with the same arguments.
     """
-    names = ["libgomp.so.1", "libiomp5.so", "libomp.so"]
     directory = Path(torch.__file__).parent / "lib"
-    names += [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in directory.glob(pattern)]
+    names = [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in directory.glob(pattern)]
+    names += ["libgomp.so.1", "libiomp5.so", "libomp.so"]  # of the system, or of conda
     if sys.platform == "win32":
         return None
     for name in names:

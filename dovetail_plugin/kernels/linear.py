@@ -1,5 +1,6 @@
 """A linear layer with packed weights."""
 
+import copy
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ KINDS = tuple(FORMATS)
 class PackedLinear(nn.Module):
     """A linear layer whose weights are packed for the CPU kernels.
 
-    The result of a row has the same bits, whatever other rows a pass has. Without the library of kernels, on other
-    devices and where a gradient is wanted, torch multiplies with the unpacked weights.
+    With the kernels, the result of a row has the same bits whatever other rows a pass has. Without them, on other
+    devices, and where a gradient or a trace is wanted, torch multiplies with the unpacked weights.
 
     Args:
         in_features: K.
@@ -31,9 +32,13 @@ class PackedLinear(nn.Module):
         InputError: there is no such kind.
 
     Attributes:
-        weight: packed weights, one dimension of uint8. Until `pack_` is called: (M, K) of a float dtype.
+        weight: (M, K) of a float dtype. When the weights are packed, a placeholder without memory whose numbers are
+            NaN: models read the dtype and shape of their weights.
+        packed_weight: (bytes,) uint8, or None until the weights are packed.
         bias: (M,) or None.
     """
+
+    packed_weight: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, kind: str, dtype: torch.dtype | None = None
@@ -46,58 +51,85 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias: nn.Parameter | None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_buffer("packed_weight", None)
 
     @classmethod
     def of(cls, linear: nn.Linear, kind: str) -> "PackedLinear":
         """Pack the weights of a linear layer; its bias is shared."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=False, kind=kind, dtype=linear.weight.dtype)
-        made.weight = nn.Parameter(linear.weight, requires_grad=False)
         made.bias = linear.bias
-        made.pack_()
+        made.pack_(linear.weight)
         return made.train(linear.training)
 
     @property
     def is_packed(self) -> bool:
         """Whether the weights are packed."""
-        return not self.weight.is_floating_point()
+        return self.packed_weight is not None
 
-    def packed(self, weight: Tensor) -> nn.Parameter:
-        """Return what `weight` becomes for weights (M, K) of a float dtype.
+    def pack_(self, weight: Tensor) -> None:
+        """Take over the numbers of `weight` (M, K), which does not change.
 
         Raises:
-            InputError: see `packing.pack`.
+            InputError: `weight` has another shape; or see `packing.pack`.
         """
-        return nn.Parameter(pack(weight, self.kind), requires_grad=False)
-
-    def pack_(self) -> None:
-        """Pack the weights, if they are not yet. The tensor that held them does not change."""
-        if not self.is_packed:
-            self.weight = self.packed(self.weight)
+        if weight.shape != (self.out_features, self.in_features):
+            raise InputError(
+                f"the weights are {tuple(weight.shape)}, and the config says {(self.out_features, self.in_features)}."
+            )
+        self.packed_weight = pack(weight, self.kind)
+        self._hold_place(weight.dtype)
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights (M, K) that the packed ones stand for."""
-        if not self.is_packed:
+        if self.packed_weight is None:
             return self.weight.to(dtype)
-        return unpack(self.weight, self.out_features, self.in_features, self.kind).to(dtype)
+        return unpack(self.packed_weight, self.out_features, self.in_features, self.kind, dtype)
+
+    def _hold_place(self, dtype: torch.dtype) -> None:
+        nothing = torch.full((), torch.nan, dtype=dtype, device="cpu").expand(self.out_features, self.in_features)
+        self.weight = nn.Parameter(nothing, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        """Move or cast the layer. The placeholder is made anew, because a copy of it would take memory."""
+        if self.packed_weight is None:
+            return super()._apply(fn, recurse)
+        dtype = fn(torch.empty(0, dtype=self.weight.dtype)).dtype
+        del self.weight
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._hold_place(dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        if self.packed_weight is not None:
+            memo[id(self.weight)] = self.weight  # it holds nothing
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias: (..., M) in the dtype of x (..., K)."""
+        if not x.is_floating_point():
+            raise TypeError(f"a linear layer multiplies floating-point numbers, got {x.dtype}.")
         kernels = library() if self._fits_kernels(x) else None
-        if kernels is None:
+        if kernels is None or self.packed_weight is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.unpacked(x.dtype), bias)
         rows = x.reshape(-1, self.in_features)
         dtype = rows.dtype if rows.dtype in NUMBER_TYPES else torch.float32
         bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
-        out = kernels.linear(rows.to(dtype).contiguous(), self.weight, self.out_features, self.kind, bias)
+        out = kernels.linear(rows.to(dtype).contiguous(), self.packed_weight, self.out_features, self.kind, bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _fits_kernels(self, x: Tensor) -> bool:
         if x.shape[-1] != self.in_features:
             raise InputError(f"a layer for rows of {self.in_features} numbers got rows of {x.shape[-1]}.")
-        plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and self.weight.device.type == "cpu"
-        return plain and self.is_packed and not (x.requires_grad and torch.is_grad_enabled())
+        if self.packed_weight is None or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False
+        plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" == self.packed_weight.device.type
+        return plain and not (x.requires_grad and torch.is_grad_enabled())
 
     def extra_repr(self) -> str:
         """Return sizes and kind, for `print`."""

@@ -1,26 +1,17 @@
-"""Weights to packed weights and back. csrc/kernels.h describes the order of the bytes."""
+"""Weights to packed weights and back. c-src/kernels.h describes the order of the bytes."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .library import GROUP
-
-PANEL = 16
-"""Outputs that are packed together."""
+from .library import GROUP, PANEL, packed_bytes
 
 ROWS_AT_ONCE = 2048
 """Outputs that are packed at a time, which bounds the memory that packing takes."""
 
 CANDIDATES = tuple(1 - step / 40 for step in range(9))
 """Int4 scales that are tried, in units of the one at which the largest weight is a number itself."""
-
-
-def packed_bytes(outputs: int, inputs: int, kind: str) -> int:
-    """Return the size of packed weights (outputs, inputs), in bytes."""
-    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
-    return panels * groups * PANEL * (2 + (GROUP if kind == "int8" else GROUP // 2))
 
 
 def pack(weight: Tensor, kind: str) -> Tensor:
@@ -44,7 +35,10 @@ def pack(weight: Tensor, kind: str) -> Tensor:
         groups = _in_groups(rows.detach().to(device="cpu", dtype=torch.float32))
         scale, numbers = _int8(groups) if kind == "int8" else _int4(groups)
         if not bool(scale.isfinite().all()):
-            raise InputError("weights are infinite, NaN or too large for scales in half precision. Use dtype float.")
+            raise InputError(
+                "weights are infinite, NaN or too large for scales in half precision. Name the layer in "
+                "modules_to_not_convert."
+            )
         parts = _scale_bytes(scale), (_int8_bytes if kind == "int8" else _int4_bytes)(numbers)
         part = torch.cat(parts, dim=-1).flatten()
         packed[at : at + len(part)] = part
@@ -52,9 +46,18 @@ def pack(weight: Tensor, kind: str) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, outputs: int, inputs: int, kind: str) -> Tensor:
-    """Return the weights (outputs, inputs) float32 that packed weights stand for, on their device."""
-    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+def unpack(packed: Tensor, outputs: int, inputs: int, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weights (outputs, inputs) that packed weights stand for, on their device in `dtype`."""
+    weights = torch.empty(outputs, inputs, dtype=dtype, device=packed.device)
+    panels = packed.view(-(-outputs // PANEL), -1).split(ROWS_AT_ONCE // PANEL)
+    for part, some in zip(weights.split(ROWS_AT_ONCE), panels, strict=True):
+        part.copy_(_unpacked(some, -(-inputs // GROUP), kind)[: len(part), :inputs])
+    return weights
+
+
+def _unpacked(packed: Tensor, groups: int, kind: str) -> Tensor:
+    """Return the weights (16 * panels, 32 * groups) float32 of whole panels, one in each row of `packed`."""
+    panels = len(packed)
     parts = packed.view(panels, groups, -1)
     scale = parts[..., : 2 * PANEL].contiguous().view(torch.float16).float().transpose(1, 2)  # (panels, 16, groups)
     body = parts[..., 2 * PANEL :]
@@ -64,8 +67,7 @@ def unpack(packed: Tensor, outputs: int, inputs: int, kind: str) -> Tensor:
     else:
         halves = torch.stack([body & 15, body >> 4], dim=2).view(panels, groups, 2, GROUP // 8, PANEL, 4)
         numbers = halves.permute(0, 4, 1, 3, 2, 5).reshape(panels, PANEL, groups, GROUP).float() - 8
-    weights = (numbers * scale[..., None]).reshape(panels * PANEL, groups * GROUP)
-    return weights[:outputs, :inputs].contiguous()
+    return (numbers * scale[..., None]).reshape(panels * PANEL, groups * GROUP)
 
 
 def _in_groups(rows: Tensor) -> Tensor:

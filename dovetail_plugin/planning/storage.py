@@ -163,7 +163,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], MatrixFormat]] = {
     "compressed-tensors": _compressed_tensors,
     METHOD: lambda fields: MatrixFormat({"int8": 8, "int4": 4}[fields["weights"]], 32, 16),
 }
-"""`quant_method` of a `quantization_config` -> format of its matrices. Embedding and head are not quantized."""
+"""`quant_method` of a `quantization_config` -> format of its matrices. Embedding and head are counted in `dtype`."""
 
 
 def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:

@@ -7,7 +7,7 @@ matrix when it has been read. Then one matrix at a time exists in the checkpoint
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -24,15 +24,16 @@ METHOD = "dovetail"
 class CpuWeights(QuantizationConfigMixin):
     """Asks `from_pretrained` to pack the linear layers of a model for the CPU kernels.
 
-    The layers read their weights once for all rows of a pass. The result of a row does not depend on other rows, to
-    the bit. Activations are quantized for each row and each 32 inputs, with 16 bits for "int8" and 8 bits for "int4".
+    The CPU kernels read the weights once for all rows of a pass, and the result of a row does not depend on other
+    rows, to the bit. Activations are quantized for each row and each 32 inputs, with 16 bits for "int8" and 8 bits for
+    "int4".
 
         target = AutoModelForCausalLM.from_pretrained(ID, quantization_config=CpuWeights("int8"))
 
     Args:
         weights: "int8": 8.5 bits a weight, numbers as in GGUF's Q8_0. "int4": 4.5 bits, numbers as in Q4_0.
-        modules_to_not_convert: names of linear layers that stay as they are, or beginnings of such names. The output
-            head is packed, too, unless it is named here.
+        modules_to_not_convert: names, or parts of names, of modules whose linear layers stay as they are. The output
+            head is packed, too, unless it is named here. Layers that the model keeps in float32 are never packed.
 
     Raises:
         InputError: there is no such kind of weights.
@@ -64,21 +65,34 @@ class CpuWeightsQuantizer(HfQuantizer):
             raise InputError('CpuWeights packs weights for the CPU. Pass device_map="cpu", or no device_map.')
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        """Return whether a parameter is the weight of a layer that packs it."""
+        """Return whether a parameter is the weight of a layer that packs it.
+
+        Weights that are tied to others are loaded as they are, so that transformers can compare and tie them.
+        """
         owner, name = param_name.rpartition(".")[::2]
-        return name == "weight" and isinstance(model.get_submodule(owner), PackedLinear)
+        tied = compat.tied_names(model)
+        return name == "weight" and param_name not in tied and isinstance(model.get_submodule(owner), PackedLinear)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
+        kept = [*config.modules_to_not_convert, *compat.modules_in_float32(model)]
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not _is_named(name, config.modules_to_not_convert):
+            if type(module) is nn.Linear and not _is_named(name, kept):
                 model.set_submodule(name, _replacement(module, config.weights))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for module in model.modules():  # heads whose weights are those of the embedding, and weights that were missing
-            if isinstance(module, PackedLinear):
-                module.pack_()
+        """Pack the weights that are tied to the embedding, and those that the checkpoint lacks."""
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        std = getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
+        for module in model.modules():
+            if not isinstance(module, PackedLinear) or module.is_packed:
+                continue
+            if id(module.weight) not in embeddings and not compat.was_loaded(module.weight):
+                module.weight.data.normal_(std=std)
+                if module.bias is not None and not compat.was_loaded(module.bias):
+                    module.bias.data.zero_()
+            module.pack_(module.weight)
         return model
 
     def get_quantize_ops(self) -> "Pack":
@@ -99,31 +113,49 @@ class Pack(compat.ConversionOps):
     """Packs the matrix of one layer."""
 
     def convert(
-        self, input_dict: dict[str, Any], *_: Any, model: nn.Module, full_layer_name: str, **__: Any
+        self,
+        input_dict: dict[str, Any],
+        *_: Any,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **__: Any,
     ) -> dict[str, Any]:
-        """Return the name of the parameter with its packed weights.
+        """Pack matrices into their layers, and return what else the file held for them.
 
         Args:
-            input_dict: one name with a matrix (M, K), or with a list of one.
+            input_dict: names with a matrix (M, K) each, or with a list of one. Converters of a model may have made
+                several of one that was stored.
             model: that is loaded.
-            full_layer_name: the parameter's name in the model.
+            full_layer_name: the parameter's name in the model, if there is one matrix only.
+            missing_keys: names that are not loaded yet.
         """
-        weight: Tensor | list[Tensor] = next(iter(input_dict.values()))
-        matrix = weight[0] if isinstance(weight, list) else weight
-        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-        assert isinstance(layer, PackedLinear)
-        return {full_layer_name: layer.packed(matrix)}
+        rest = {}
+        for key, value in input_dict.items():
+            name = full_layer_name if len(input_dict) == 1 else key
+            owner, kind = name.rpartition(".")[::2]
+            layer = model.get_submodule(owner)
+            if kind != "weight" or not isinstance(layer, PackedLinear):
+                rest[name] = value
+                continue
+            layer.pack_(value[0] if isinstance(value, list) else value)
+            compat.mark_loaded(layer.weight)
+            (missing_keys or set()).discard(name)
+        return rest
 
 
 def _is_cpu(device: Any) -> bool:
     """Return whether an entry of a device_map stands for the CPU on this machine."""
+    if isinstance(device, int):
+        return False
     if device in (None, "auto", "balanced", "sequential"):
         return device is None or not torch.cuda.is_available()
     return device != "disk" and torch.device(device).type == "cpu"
 
 
-def _is_named(name: str, beginnings: list[str]) -> bool:
-    return any(name == beginning or name.startswith(beginning + ".") for beginning in beginnings)
+def _is_named(name: str, parts: list[str]) -> bool:
+    """Return whether one of `parts` is a part of a name, of one or more whole words between dots."""
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _replacement(linear: nn.Linear, kind: str) -> PackedLinear:

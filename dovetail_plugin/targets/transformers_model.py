@@ -80,7 +80,7 @@ class TorchEngine:
                 "model.eval() first."
             )
         feature_module(model)
-        self.tables()
+        self._table_modules()
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the model."""
@@ -92,19 +92,23 @@ class TorchEngine:
         Raises:
             ValueError: one of them is quantized by something else, or missing.
         """
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        embedding, head = self._table_modules()
         if isinstance(head, PackedLinear):
-            head = linear_of(head, self.model.dtype)
-        for what, module in (("input embedding", embedding), ("output head", head)):
-            weight = getattr(module, "weight", None)
-            if weight is None or not weight.is_floating_point():
-                raise ValueError(f"the target's {what} has no floating-point weight that the draft could share.")
+            head = linear_of(head, head.weight.dtype)
         tied = head.weight.data_ptr() == embedding.weight.data_ptr() and head.weight.device.type != "meta"
         return Tables(
             embedding.weight.detach(),
             embedding.weight.detach() if tied else head.weight.detach(),
             None if getattr(head, "bias", None) is None else head.bias.detach(),
         )
+
+    def _table_modules(self) -> tuple[Any, Any]:
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        for what, module in (("input embedding", embedding), ("output head", head)):
+            weight = getattr(module, "weight", None)
+            if weight is None or not weight.is_floating_point():
+                raise ValueError(f"the target's {what} has no floating-point weight that the draft could share.")
+        return embedding, head
 
     def cache(self, given: Cache | None) -> Cache:
         """Return `given`, or a new `DynamicCache`.

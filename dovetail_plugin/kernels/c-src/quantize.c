@@ -1,7 +1,7 @@
 /* Activations to integers, and conversions of floats. Needs AVX2. */
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#ifdef HAS_KERNELS
 #pragma GCC target("avx2,f16c,fma")
 #include <immintrin.h>
 

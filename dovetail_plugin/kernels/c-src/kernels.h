@@ -26,6 +26,17 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* GCC's way to choose instructions for a file is used, and AVX-VNNI needs GCC 11. Other compilers make a library that
+ * says it has no kernels. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 11
+#define HAS_KERNELS 1
+#endif
+#endif
+
+/* Number of the functions' signatures; raised with each change, so that a library of an earlier build is not called. */
+enum { INTERFACE = 1 };
+
 enum { PANEL = 16, GROUP = 32 };
 enum format { INT8 = 0, INT4 = 1 };
 enum number_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

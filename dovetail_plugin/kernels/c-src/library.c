@@ -9,10 +9,13 @@ typedef void parallel_function(void (*work)(void *), void *data, unsigned thread
 
 static parallel_function *run_parallel;
 
+/* Returns the number of the interface; see kernels.h. */
+EXPORT int dovetail_interface(void) { return INTERFACE; }
+
 /* Gives the library torch's threads: the address of GOMP_parallel, or NULL for one thread. */
 EXPORT void dovetail_use_threads(parallel_function *function) { run_parallel = function; }
 
-#if defined(__x86_64__)
+#ifdef HAS_KERNELS
 
 /* Returns the number of the best set of instructions that this CPU and its system have, or -1. */
 EXPORT int dovetail_best_instructions(void) {
@@ -105,7 +108,7 @@ static void in_threads(void (*work)(void *), void *data, int threads) {
  * out           [rows][outputs] of `type`
  * instructions  number of a set that this CPU has
  *
- * Returns 0, or -1 if a number of a format, type or set of instructions is not one of this library's.
+ * Returns 0, or -1 if a number of a format, type or set of instructions is not one of this library's, or a size is 0.
  */
 EXPORT int dovetail_linear(const void *weights, int64_t outputs, int64_t groups, int format, const void *numbers,
                            const float *scales, const int32_t *offsets, int64_t rows, const void *bias, void *out,
@@ -113,6 +116,7 @@ EXPORT int dovetail_linear(const void *weights, int64_t outputs, int64_t groups,
     const struct kernel *kernels[] = {avx2_kernels, avx_vnni_kernels, avx512_kernels};
     if (format < INT8 || format > INT4 || type < FLOAT32 || type > FLOAT16) return -1;
     if (instructions < AVX2 || instructions > AVX512_VNNI) return -1;
+    if (outputs < 1 || groups < 1 || rows < 1 || threads < 1) return -1;
     struct linear job = {
         .weights = weights,
         .outputs = outputs,

@@ -1,7 +1,7 @@
 /* Kernels for CPUs with AVX-VNNI and without AVX-512: products are added in one instruction. */
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#ifdef HAS_KERNELS
 #pragma GCC target("avx2,avxvnni,f16c,fma")
 
 #define ADD_PAIRS(left, right, a, b, pair)                       \

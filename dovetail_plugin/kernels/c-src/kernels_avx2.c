@@ -5,7 +5,7 @@
  */
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#ifdef HAS_KERNELS
 #pragma GCC target("avx2,f16c,fma")
 
 #define ADD_PAIRS(left, right, a, b, pair)                                                          \

@@ -1,7 +1,7 @@
 /* Kernels for CPUs with AVX-512 VNNI: one register holds the sums of a row and a panel. */
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#ifdef HAS_KERNELS
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
 #include <immintrin.h>
 
