@@ -66,6 +66,12 @@ def _measurements_of_this_test(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def offline_hub(monkeypatch):
+    """The hub says at once that it cannot be reached; without a network it tries again for half a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
 def fixed_budget(monkeypatch):
     """Every draft proposes the same tree in each round, so rounds do not depend on the machine's speed."""
     budget = TreeBudget()

@@ -299,7 +299,7 @@ def test_prompts_that_the_template_refuses(here, capsys):
     assert "prompts.jsonl, line 2: the tokenizer cannot encode the chat" in line
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "offline_hub")
 @pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes(message, capsys):
     """Each ends with status 2 and one line that says what to change."""

@@ -39,6 +39,7 @@ def test_weights_are_looked_at_where_they_are(name, tmp_path):
     assert load_draft_config(str(directory)).to_dict() == expected
 
 
+@pytest.mark.usefixtures("offline_hub")
 def test_files_and_mistakes(tmp_path):
     made = checkpoints.eagle3()
     file = tmp_path / "head.json"

@@ -175,6 +175,7 @@ def test_training_starts_from_a_draft(source, runs, tmp_path):
     assert record(config.out)["config"]["init_from"] == "finished"
 
 
+@pytest.mark.usefixtures("offline_hub")
 def test_a_draft_that_cannot_be_trained_on(source, runs, tmp_path, capsys, monkeypatch):
     taken = str(runs / "finished")
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"blocks is 3, and .*finished has 1\. Leave"):
