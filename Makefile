@@ -44,7 +44,7 @@ TESTS = test test-oldest test-openvino test-openvino-runtime test-onnxruntime te
 
 # --- environments --------------------------------------------------------------------------------
 
-# The library of CPU kernels lies in the checkout, so one environment builds it for all of them.
+# The library of CPU kernels lies in the checkout, and every environment that is set up builds it there again.
 KERNELS = $(wildcard dovetail_plugin/kernels/c-src/*)
 
 setup: .venv/installed

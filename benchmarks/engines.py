@@ -30,7 +30,7 @@ from dovetail_plugin.adapters import load_exported
 from dovetail_plugin.bench.compare import Comparison
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.compat import CACHE
-from dovetail_plugin.kernels.linear import KINDS
+from dovetail_plugin.kernels import KINDS
 from dovetail_plugin.targets.base import TargetSession
 from dovetail_plugin.targets.engine import engine_of
 from dovetail_plugin.tree import DraftTree

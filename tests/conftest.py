@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import random
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from families import tiny_target
 from helpers import save_pair
 from support import environments
 from support.clock import FakeClock
+from support.drafts import write_draft
+from support.training import write_files, write_runs
 from support.trees import random_tree
 
 from dovetail_plugin import DovetailDraft, Draft, TreeBudget
@@ -69,6 +72,36 @@ def _measurements_of_this_test(monkeypatch, tmp_path):
 def offline_hub(monkeypatch):
     """The hub says at once that it cannot be reached; without a network it tries again for half a minute."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def training_files(tmp_path_factory):
+    """A directory with a target and its tokenizer, and 16 chats. It is not to be changed."""
+    return write_files(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def training_runs(training_files, tmp_path_factory):
+    """A finished run of 4 steps in `finished`, and one of 6 steps that was interrupted after 3 in `unfinished`."""
+    return write_runs(training_files, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def copied_run(training_runs, tmp_path):
+    """A function that copies one of the runs; returns its directory."""
+    return lambda name: shutil.copytree(training_runs / name, tmp_path / name)
+
+
+@pytest.fixture(scope="session")
+def valid_draft(llama, tmp_path_factory):
+    """A directory with a draft of two blocks for `llama`. It is not to be changed."""
+    return write_draft(tmp_path_factory.mktemp("draft"), llama)
+
+
+@pytest.fixture
+def copied_draft(valid_draft, tmp_path):
+    """A copy of it, to be broken."""
+    return shutil.copytree(valid_draft, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support import checkpoints
 from support.checkpoints import H, Published, block, eagle, eagle3, paper, weight
-from support.faults import MIB, WEIGHTS, at_most, refused, write_draft
+from support.faults import MIB, WEIGHTS, at_most, refused
 from transformers import AutoModelForCausalLM
 
 import dovetail_plugin
@@ -19,18 +18,6 @@ from dovetail_plugin.errors import InputError, MissingFileError
 from dovetail_plugin.planning.draft_config import load_draft_config
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, llama):
-    """A directory with a valid draft of two blocks."""
-    return write_draft(tmp_path_factory.mktemp("saved"), llama)
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    """A copy of it, to be broken."""
-    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 def change(directory, **fields):
@@ -109,47 +96,47 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("what", FIELDS)
-def test_field(what, copied):
+def test_field(what, copied_draft):
     field, value, match = FIELDS[what]
     if what == "dynamic with heads of two":
-        change(copied, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+        change(copied_draft, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
         field, match = "rope_parameters", "rope_parameters cannot be used"
         value = 2
-        change(copied, head_dim=value)
+        change(copied_draft, head_dim=value)
     else:
-        change(copied, **{field: value})
-    message = refused(copied, match)
+        change(copied_draft, **{field: value})
+    message = refused(copied_draft, match)
     assert "config" in message
     assert field in message or what == "deep"
 
 
 @pytest.mark.parametrize("what", [what for what in FIELDS if what not in ("deep", "dynamic with heads of two")])
-def test_field_through_the_auto_class(what, copied):
+def test_field_through_the_auto_class(what, copied_draft):
     """transformers reads the file itself there."""
     field, value, match = FIELDS[what]
-    change(copied, **{field: value})
+    change(copied_draft, **{field: value})
     with pytest.raises(InputError, match=match) as raised:
-        AutoModelForCausalLM.from_pretrained(copied)
-    assert str(copied) in str(raised.value)
+        AutoModelForCausalLM.from_pretrained(copied_draft)
+    assert str(copied_draft) in str(raised.value)
 
 
-def test_fields_that_no_draft_has(copied, saved, llama, caplog):
+def test_fields_that_no_draft_has(copied_draft, valid_draft, llama, caplog):
     """They cannot replace methods of the config or lead to other files; one line names them."""
     extra = {"to_dict": 3, "feature_size": 9, "attribute_map": "x", "transformers_weights": "../x.safetensors"}
-    change(copied, **extra, per_layer_config={"0": {"hidden_size": 3}}, note="mine", layer_types=7)
-    draft = DovetailDraft.from_pretrained(copied)
+    change(copied_draft, **extra, per_layer_config={"0": {"hidden_size": 3}}, note="mine", layer_types=7)
+    draft = DovetailDraft.from_pretrained(copied_draft)
     assert draft.config.to_dict()["hidden_size"] == 32 and draft.config.feature_size == 32
     assert [r.getMessage() for r in caplog.records if "no draft has" in r.getMessage() and "to_dict" in r.getMessage()]
-    wanted = DovetailDraft.from_pretrained(saved).state_dict()
+    wanted = DovetailDraft.from_pretrained(valid_draft).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in draft.state_dict().items())
 
 
-def test_arguments_replace_fields(saved):
-    draft = DovetailDraft.from_pretrained(saved, logit_scale=0.5, attn_implementation="eager")
+def test_arguments_replace_fields(valid_draft):
+    draft = DovetailDraft.from_pretrained(valid_draft, logit_scale=0.5, attn_implementation="eager")
     assert (draft.config.logit_scale, draft.config._attn_implementation) == (0.5, "eager")
-    assert draft.name_or_path == str(saved)
-    refused(saved, "logit_scale must be", logit_scale="x")
-    refused(saved, "num_hidden_layers=9, and its weights have 2 blocks", num_hidden_layers=9)
+    assert draft.name_or_path == str(valid_draft)
+    refused(valid_draft, "logit_scale must be", logit_scale="x")
+    refused(valid_draft, "num_hidden_layers=9, and its weights have 2 blocks", num_hidden_layers=9)
 
 
 @pytest.mark.parametrize(("field", "value"), [("hidden_size", "32"), ("calibration", "x"), ("dtype", "zzz")])
@@ -174,16 +161,16 @@ def test_config_made_by_hand(field, value):
     ],
     ids=["empty", "start", "cut", "utf-16", "null", "list", "deep list", "deep object", "digits", "large"],
 )
-def test_config_that_is_not_json(content, match, copied):
-    (copied / "config.json").write_bytes(content)
-    assert "config" in refused(copied, match)
+def test_config_that_is_not_json(content, match, copied_draft):
+    (copied_draft / "config.json").write_bytes(content)
+    assert "config" in refused(copied_draft, match)
 
 
-def test_config_missing_or_no_file(copied):
-    (copied / "config.json").unlink()
-    refused(copied, "has no config.json", MissingFileError)
-    os.mkfifo(copied / "config.json")  # reading it would wait for ever
-    refused(copied, "has no config.json", MissingFileError)
+def test_config_missing_or_no_file(copied_draft):
+    (copied_draft / "config.json").unlink()
+    refused(copied_draft, "has no config.json", MissingFileError)
+    os.mkfifo(copied_draft / "config.json")  # reading it would wait for ever
+    refused(copied_draft, "has no config.json", MissingFileError)
 
 
 # --- configs of other projects ----------------------------------------------------------------------------

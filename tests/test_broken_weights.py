@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 import zipfile
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from families import VOCAB, prompt, tiny_target
 from safetensors.torch import load_file, save_file
 from support.checkpoints import KEPT, H, eagle, eagle3, paper
-from support.faults import MIB, WEIGHTS, at_most, refused, write_draft
+from support.faults import MIB, WEIGHTS, at_most, refused
 
 from dovetail_plugin import AutoDraft, DovetailDraft
 from dovetail_plugin.drafts.checkpoints.load import TOKEN_ORDER
@@ -19,18 +18,6 @@ from dovetail_plugin.drafts.checkpoints.read import UnknownFormat
 from dovetail_plugin.errors import InputError, MissingFileError
 
 pytestmark = pytest.mark.torch_only("about loading, which is the same for every engine")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, llama):
-    """A directory with a valid draft of two blocks."""
-    return write_draft(tmp_path_factory.mktemp("saved"), llama)
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    """A copy of it, to be broken."""
-    return shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
 # --- tokens ---------------------------------------------------------------------------------------------
@@ -66,18 +53,18 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("what", ORDERS)
-def test_token_order(what, copied):
+def test_token_order(what, copied_draft):
     content, match = ORDERS[what]
-    (copied / TOKEN_ORDER).write_bytes(content())
-    assert TOKEN_ORDER in refused(copied, match)
+    (copied_draft / TOKEN_ORDER).write_bytes(content())
+    assert TOKEN_ORDER in refused(copied_draft, match)
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, ">i4"])
-def test_token_order_of_other_types(kind, copied, llama):
+def test_token_order_of_other_types(kind, copied_draft, llama):
     order = np.random.default_rng(1).permutation(VOCAB)
-    np.save(copied / TOKEN_ORDER, order.astype(kind))
-    draft = DovetailDraft.from_pretrained(copied, draft_vocab_size=20)
-    (copied / TOKEN_ORDER).unlink()  # it was read at load
+    np.save(copied_draft / TOKEN_ORDER, order.astype(kind))
+    draft = DovetailDraft.from_pretrained(copied_draft, draft_vocab_size=20)
+    (copied_draft / TOKEN_ORDER).unlink()  # it was read at load
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(llama.generate(prompt(), assistant_model=draft, **options), llama.generate(prompt(), **options))
     assert draft.token_ids.tolist() == sorted(order[:20].tolist())
@@ -109,10 +96,10 @@ def test_token_ids(ids, match, tmp_path):
 # --- weight files -----------------------------------------------------------------------------------------
 
 
-def test_dtypes(copied):
-    tensors = load_file(copied / WEIGHTS)
-    save_file(tensors | {"fusion.W_1": tensors["fusion.W_1"].to(torch.int8)}, copied / WEIGHTS)
-    refused(copied, r"fusion.W_1 is stored as torch.int8.*Quantized drafts are not supported")
+def test_dtypes(copied_draft):
+    tensors = load_file(copied_draft / WEIGHTS)
+    save_file(tensors | {"fusion.W_1": tensors["fusion.W_1"].to(torch.int8)}, copied_draft / WEIGHTS)
+    refused(copied_draft, r"fusion.W_1 is stored as torch.int8.*Quantized drafts are not supported")
 
 
 def test_interrupted_downloads(tmp_path):
@@ -159,14 +146,14 @@ def test_pickles_of_other_things(content, tmp_path):
     refused(tmp_path, "other things than named tensors")
 
 
-def test_pickled_drafts_of_this_project(copied):
-    file = copied / "pytorch_model.bin"
-    wanted = load_file(copied / WEIGHTS)
+def test_pickled_drafts_of_this_project(copied_draft):
+    file = copied_draft / "pytorch_model.bin"
+    wanted = load_file(copied_draft / WEIGHTS)
     torch.save(wanted, file)
-    (copied / WEIGHTS).unlink()
-    assert all(torch.equal(t, wanted[n]) for n, t in DovetailDraft.from_pretrained(copied).state_dict().items())
+    (copied_draft / WEIGHTS).unlink()
+    assert all(torch.equal(t, wanted[n]) for n, t in DovetailDraft.from_pretrained(copied_draft).state_dict().items())
     torch.save(wanted | {"fusion.W_1": torch.zeros(1, 1).expand(32, 32)}, file)
-    refused(copied, "fewer bytes than its shape needs")
+    refused(copied_draft, "fewer bytes than its shape needs")
 
 
 @pytest.mark.parametrize(
@@ -182,12 +169,12 @@ def test_pickled_drafts_of_this_project(copied):
     ],
 )
 @pytest.mark.parametrize("ours", [True, False])
-def test_index_that_leads_elsewhere(shard, match, ours, tmp_path, copied):
+def test_index_that_leads_elsewhere(shard, match, ours, tmp_path, copied_draft):
     directory = tmp_path / "draft"
     directory.mkdir()
     if ours:
-        (directory / "config.json").write_bytes((copied / "config.json").read_bytes())
-        tensors = load_file(copied / WEIGHTS)
+        (directory / "config.json").write_bytes((copied_draft / "config.json").read_bytes())
+        tensors = load_file(copied_draft / WEIGHTS)
     else:
         made = eagle()
         (directory / "config.json").write_text(json.dumps(made.config))
@@ -220,9 +207,9 @@ def test_a_tensor_in_two_files(tmp_path):
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_variants(ours, tmp_path, copied):
+def test_variants(ours, tmp_path, copied_draft):
     if ours:
-        directory, file = copied, WEIGHTS
+        directory, file = copied_draft, WEIGHTS
     else:
         directory, file = eagle().write(tmp_path), "model.safetensors"
     (directory / file).rename(directory / "model.fp16.safetensors")
@@ -241,7 +228,7 @@ def test_a_small_language_model_is_not_read_as_a_draft(tmp_path, monkeypatch):
         AutoDraft.from_pretrained(str(tmp_path))
 
 
-def test_a_target_of_another_size_is_an_input_error(saved):
-    draft = DovetailDraft.from_pretrained(saved)
+def test_a_target_of_another_size_is_an_input_error(valid_draft):
+    draft = DovetailDraft.from_pretrained(valid_draft)
     with pytest.raises(InputError, match="vocabulary is 97, the target's is 50"):
         draft.attach(tiny_target("llama", vocab_size=50))

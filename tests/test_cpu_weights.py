@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from families import CASES, prompt, tiny_model
+from safetensors.torch import load_file, save_file
 from support.bundled import DRAFT, TARGET
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dovetail_plugin import CpuWeights, DeviceSplitPolicy, DovetailDraft, PromptLookupDraft, TreeBudget
 from dovetail_plugin.cli import main
 from dovetail_plugin.errors import InputError
-from dovetail_plugin.kernels.linear import KINDS, PackedLinear
+from dovetail_plugin.kernels import KINDS
+from dovetail_plugin.kernels.linear import PackedLinear
 from dovetail_plugin.kernels.packing import pack, unpack
 from dovetail_plugin.targets.cpu_weights import Pack
 from dovetail_plugin.targets.layers_on_gpu import place_layers
@@ -85,8 +87,6 @@ def test_tied_heads(kind, tmp_path):
 
 def test_weights_that_a_checkpoint_lacks(tmp_path, caplog):
     """They are made at random, as without packing, and packed too."""
-    from safetensors.torch import load_file, save_file
-
     tiny_model("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # they lie in the file
@@ -101,6 +101,16 @@ def test_weights_that_a_checkpoint_lacks(tmp_path, caplog):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises((InputError, RuntimeError)):
         load(tmp_path, "int8")
+
+
+def test_biases_that_a_checkpoint_lacks_are_zero(tmp_path):
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.self_attn.k_proj.bias"
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items() if key != name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = load(tmp_path, "int8")
+    assert not model.model.layers[1].self_attn.k_proj.bias.any()
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.bias, tensors[name.replace("k_proj", "q_proj")])
 
 
 def test_matrices_that_a_converter_makes_of_one():
@@ -167,6 +177,8 @@ def test_mistakes(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="int8, int4"):
         CpuWeights("int3")
+    with pytest.raises(TypeError, match="modules_to_convert"):
+        CpuWeights("int8", modules_to_convert=[])
     with pytest.raises(InputError, match="device_map"):
         load(tmp_path, "int8", device_map={"": "cuda:0"})
     model = load(tmp_path, "int8")

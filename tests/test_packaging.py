@@ -27,7 +27,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 needs_tomllib = pytest.mark.skipif(tomllib is None, reason="Python 3.10 has no tomllib to read pyproject.toml with")
-LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.so")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
 
 
@@ -90,6 +90,12 @@ def test_the_wheel_holds_every_package(built):
         assert str(package.relative_to(ROOT)) in files
     for module in (ROOT / "adapters").rglob("*.py"):
         assert f"dovetail_plugin/{module.relative_to(ROOT)}" in files
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="gcc on Linux builds the kernels")
+def test_the_wheel_holds_the_kernels(built):
+    """The build goes on without them where they cannot be built, so an error in them would not stop it."""
+    assert "dovetail_plugin/kernels/_library.abi3.so" in built.wheel_files()
 
 
 def test_the_wheel_holds_data_and_licenses(built):

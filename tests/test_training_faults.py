@@ -22,8 +22,6 @@ from support.training import (
     history,
     interrupted_after,
     weights,
-    write_files,
-    write_runs,
 )
 
 from dovetail_plugin import DovetailDraft, files
@@ -34,28 +32,6 @@ from dovetail_plugin.training import state, train
 pytestmark = pytest.mark.usefixtures("fixed_budget")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A directory with a target and its tokenizer, and 16 chats."""
-    return write_files(tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def runs(source, tmp_path_factory):
-    """A finished run of 4 steps in `finished`, and one of 6 steps that was interrupted after 3 in `unfinished`."""
-    return write_runs(source, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def out(runs, tmp_path):
-    """A function that copies one of the runs; returns its directory."""
-
-    def copied(name):
-        return shutil.copytree(runs / name, tmp_path / name)
-
-    return copied
-
-
 # --- full disks and kills ----------------------------------------------------------------------------
 
 
@@ -64,9 +40,9 @@ def full(*_args, **_kwargs):
 
 
 @pytest.mark.parametrize("second", ["save_file", "replace"])
-def test_a_full_disk_leaves_the_last_state(source, runs, tmp_path, monkeypatch, second):
+def test_a_full_disk_leaves_the_last_state(training_files, training_runs, tmp_path, monkeypatch, second):
     """The second state cannot be written; the run resumes from the first one."""
-    config, saves = config_for(source, tmp_path / "new", steps=4, save_every=1), []
+    config, saves = config_for(training_files, tmp_path / "new", steps=4, save_every=1), []
     owner = {"save_file": state, "replace": os}[second]
     real = getattr(owner, second)
 
@@ -82,20 +58,20 @@ def test_a_full_disk_leaves_the_last_state(source, runs, tmp_path, monkeypatch, 
     with interrupted_after(None) as rest:
         train(config, resume=True)
     assert rest.steps in ([1, 2, 3], [2, 3])
-    assert_same(weights(config.out), weights(runs / "finished"), atol=1e-6, rtol=1e-6)
+    assert_same(weights(config.out), weights(training_runs / "finished"), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["new", "finished"])
-def test_a_full_disk_at_the_end_leaves_what_was_there(source, out, tmp_path, monkeypatch, name):
-    directory = out(name) if name == "finished" else tmp_path / name
+def test_a_full_disk_at_the_end_leaves_what_was_there(training_files, copied_run, tmp_path, monkeypatch, name):
+    directory = copied_run(name) if name == "finished" else tmp_path / name
     before = content(directory)
     steps, options = (6, {"resume": True}) if name == "finished" else (4, {})
     with monkeypatch.context() as patch:
         patch.setattr("dovetail_plugin.training.output.plot_history", full)
         with pytest.raises(WriteError, match=f"{name} cannot be written: the disk is full"):
-            train(config_for(source, directory, steps=steps, save_every=99), **options)
+            train(config_for(training_files, directory, steps=steps, save_every=99), **options)
     assert content(directory) == before and directory.exists() == (name == "finished")
-    train(config_for(source, directory, steps=steps, save_every=99), **options)
+    train(config_for(training_files, directory, steps=steps, save_every=99), **options)
     assert len(history(directory)["steps"]) == steps
 
 
@@ -114,14 +90,16 @@ main({arguments!r})
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize(("module", "name"), [("state", "save_file"), ("output", "plot_history")])
-def test_a_killed_run_resumes(source, out, module, name):
+def test_a_killed_run_resumes(training_files, copied_run, module, name):
     """Killed while it writes its second state, or the finished draft."""
-    directory = out("unfinished")
-    code = KILL.format(module=module, name=name, arguments=command_for(config_for(source, directory), "--resume"))
+    directory = copied_run("unfinished")
+    code = KILL.format(
+        module=module, name=name, arguments=command_for(config_for(training_files, directory), "--resume")
+    )
     done = run_python("-c", code, cwd=directory)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (directory / "config.json").exists()
-    train(config_for(source, directory), resume=True)
+    train(config_for(training_files, directory), resume=True)
     assert history(directory)["steps"] == [1, 2, 3, 4, 5, 6]
     assert not (directory / "resume").exists()
 
@@ -130,9 +108,9 @@ def test_a_killed_run_resumes(source, out, module, name):
 
 
 @pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
-def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monkeypatch, part):
+def test_code_that_comes_with_a_target_is_not_run(training_files, tmp_path, capsys, monkeypatch, part):
     """And nobody is asked on standard input."""
-    target = shutil.copytree(source / "target", tmp_path / "target")
+    target = shutil.copytree(training_files / "target", tmp_path / "target")
     file, name = ("config.json", "code.Config") if part == "AutoConfig" else ("tokenizer_config.json", ["code.T", None])
     stored = json.loads((target / file).read_text()) | {"auto_map": {part: name}}
     if part == "AutoConfig":
@@ -142,7 +120,7 @@ def test_code_that_comes_with_a_target_is_not_run(source, tmp_path, capsys, monk
     (target / file).write_text(json.dumps(stored))
     (target / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
-    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
+    config = dataclasses.replace(config_for(training_files, tmp_path / "new", steps=1), target=str(target))
     with contextlib.suppress(ValueError):  # transformers may take a tokenizer of its own instead
         train(config)
     if part == "AutoConfig":
@@ -160,15 +138,15 @@ class Model(LlamaForCausalLM):
 """
 
 
-def test_code_that_comes_with_a_target_is_run_if_allowed(source, tmp_path, monkeypatch):
+def test_code_that_comes_with_a_target_is_run_if_allowed(training_files, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
-    target = shutil.copytree(source / "target", tmp_path / "target")
+    target = shutil.copytree(training_files / "target", tmp_path / "target")
     stored = json.loads((target / "config.json").read_text())
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (target / "config.json").write_text(json.dumps(stored | own))
     (target / "own.py").write_text(OWN_CLASSES)
-    config = dataclasses.replace(config_for(source, tmp_path / "new", steps=1), target=str(target))
+    config = dataclasses.replace(config_for(training_files, tmp_path / "new", steps=1), target=str(target))
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         train(config)
     assert main(command_for(config, "--trust-remote-code")) == 0
@@ -192,22 +170,22 @@ ACCELERATE = (
 """Files that accelerate's `load_state` reads, pickles among them."""
 
 
-def test_no_pickle_in_a_state_is_run(source, out, tmp_path):
+def test_no_pickle_in_a_state_is_run(training_files, copied_run, tmp_path):
     """Neither in files that accelerate would read, nor in place of those of the state."""
-    directory, ran = out("unfinished"), tmp_path / "ran"
+    directory, ran = copied_run("unfinished"), tmp_path / "ran"
     pickle.loads(pickle.dumps(Hostile(ran))).close()
     ran.unlink()  # it works where it is run
     for name in ACCELERATE:
         (directory / "resume" / name).write_bytes(pickle.dumps(Hostile(ran)))
     with interrupted_after(4):
-        train(config_for(source, directory), resume=True)
+        train(config_for(training_files, directory), resume=True)
     assert not ran.exists()
     for name in ("state-00000004.safetensors", "progress.json", "README.txt"):
         copied = shutil.copytree(directory, tmp_path / f"with {name}")
         for hostile in (pickle.dumps(Hostile(ran)), torch_pickle(Hostile(ran), tmp_path)):
             (copied / "resume" / name).write_bytes(hostile)
             with pytest.raises((InputError, OccupiedError), match="resume"):
-                train(config_for(source, copied), resume=True)
+                train(config_for(training_files, copied), resume=True)
     assert not ran.exists()
 
 
@@ -216,9 +194,9 @@ def torch_pickle(value, tmp_path):
     return (tmp_path / "pickle").read_bytes()
 
 
-def test_a_state_that_does_not_fit(source, out):
+def test_a_state_that_does_not_fit(training_files, copied_run):
     """With right checksums, but other tensors or none."""
-    directory = out("unfinished") / "resume"
+    directory = copied_run("unfinished") / "resume"
     file = directory / "state-00000002.safetensors"
     progress = json.loads((directory / "progress.json").read_text())
 
@@ -230,12 +208,12 @@ def test_a_state_that_does_not_fit(source, out):
     save_file({"draft.norm": torch.zeros(3)}, file)
     sign()
     with pytest.raises(InputError, match=r"state-00000002\.safetensors does not fit the draft of this run: draft\."):
-        train(config_for(source, directory.parent), resume=True)
+        train(config_for(training_files, directory.parent), resume=True)
     file.unlink()
     with pytest.raises(MissingFileError, match=r"state-00000002\.safetensors is missing"):
-        train(config_for(source, directory.parent), resume=True)
+        train(config_for(training_files, directory.parent), resume=True)
     progress["progress"]["file"] = "../../secret.safetensors"
     progress["sha256"] = state._digest(progress["progress"])
     (directory / "progress.json").write_text(json.dumps(progress))
     with pytest.raises(InputError, match="does not describe the state of a run"):
-        train(config_for(source, directory.parent), resume=True)
+        train(config_for(training_files, directory.parent), resume=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import byte_target, byte_tokenizer, chat, write_jsonl
 from support.faults import damage
-from support.training import assert_same, config_for, interrupted_after, record, weights, write_files
+from support.training import assert_same, config_for, interrupted_after, record, weights
 
 from dovetail_plugin import DovetailDraft, DovetailError
 from dovetail_plugin.training import features, output, state, train
@@ -97,25 +97,20 @@ def test_features(seeds, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def unfinished(source, tmp_path_factory):
+def unfinished(training_files, tmp_path_factory):
     """The output directory of a run that was interrupted after 3 of 6 steps."""
     directory = tmp_path_factory.mktemp("runs") / "unfinished"
     with interrupted_after(3):
-        train(config_for(source, directory))
+        train(config_for(training_files, directory))
     return directory
 
 
 @pytest.mark.parametrize("seeds", SHORT)
-def test_states(seeds, source, unfinished, tmp_path):
+def test_states(seeds, training_files, unfinished, tmp_path):
     """Draft, optimizer and history are those that were saved; without `progress.json` the run starts again."""
 
     def restored(out):
-        before = output.look(config_for(source, out), resume=True, overwrite=False)
+        before = output.look(config_for(training_files, out), resume=True, overwrite=False)
         if before.state is None:
             return None
         draft = DovetailDraft.for_target(byte_target())
@@ -138,12 +133,12 @@ def test_states(seeds, source, unfinished, tmp_path):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seeds", [range(20 * part, 20 * part + 20) for part in range(4)], ids=str)
-def test_resuming(seeds, source, unfinished, tmp_path):
+def test_resuming(seeds, training_files, unfinished, tmp_path):
     """The whole run, to its end."""
-    train(config_for(source, tmp_path / "right"))
+    train(config_for(training_files, tmp_path / "right"))
 
     def attempt(copy):
-        train(config_for(source, copy), resume=True)
+        train(config_for(training_files, copy), resume=True)
         assert_same(weights(copy), weights(tmp_path / "right"), atol=1e-6, rtol=1e-6)
         return record(copy)["history"]["steps"] == [1, 2, 3, 4, 5, 6]
 
@@ -151,15 +146,15 @@ def test_resuming(seeds, source, unfinished, tmp_path):
 
 
 @pytest.mark.parametrize("seeds", SHORT)
-def test_the_record_of_a_finished_run(seeds, source, unfinished, tmp_path):
+def test_the_record_of_a_finished_run(seeds, training_files, unfinished, tmp_path):
     """A run is finished, or is not taken for one."""
     finished = Path(shutil.copytree(unfinished, tmp_path / "finished"))
-    train(config_for(source, finished), resume=True)
+    train(config_for(training_files, finished), resume=True)
     (tmp_path / "valid").mkdir()
     shutil.copy(finished / "training.json", tmp_path / "valid")
 
     def attempt(copy):
-        before = output.look(config_for(source, copy, steps=6), resume=True, overwrite=False)
+        before = output.look(config_for(training_files, copy, steps=6), resume=True, overwrite=False)
         return before.is_finished(6) or not (copy / "training.json").exists()
 
     outcome(seeds, tmp_path / "valid", tmp_path, attempt)

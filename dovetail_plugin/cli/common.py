@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..kernels import KINDS
+
 MOST_THREADS = 1024
 MOST_NEW_TOKENS = 10_000_000
 """More than the context of any model; memory for the text is reserved when generation starts."""
@@ -20,9 +22,6 @@ MOST_BLOCKS = 6
 """Decoder blocks of the largest drafts that the method describes."""
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-PACKED = ("int8", "int4")
-"""Kinds of `CpuWeights`."""
-
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 """Options of `generate` that have no effect on greedy decoding."""
 
@@ -166,7 +165,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weights",
-        choices=PACKED,
+        choices=KINDS,
         help="quantize the target while it is loaded and run it with the CPU kernels: faster passes, a slightly other "
         "model; default: the weights as they are",
     )

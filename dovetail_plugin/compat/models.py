@@ -10,7 +10,6 @@ from transformers.utils import cached_file
 SharedLayer: type | None = getattr(cache_utils, "DummyLayer", None)
 """Class of cache layers that read the rows of another layer and hold none; None before transformers had one."""
 
-
 IndexedLayer: type | None = getattr(cache_utils, "DynamicIndexedLayer", None)
 """Class of cache layers with the keys of an index beside the rows; None before transformers had one."""
 
@@ -108,13 +107,8 @@ def was_loaded(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def mark_loaded(parameter: Any) -> None:
-    """Say that a parameter comes from a checkpoint, so that transformers does not initialize it."""
-    parameter._is_hf_initialized = True
-
-
 def mark_initialized(parameter: nn.Parameter) -> None:
-    """Have `initialize_weights` leave this parameter as it is."""
+    """Have transformers leave a parameter as it is: it comes from a checkpoint, or has its first numbers."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DovetailError
+from . import KINDS
 
 logger = logging.getLogger(__name__)
-
-FORMATS = {"int8": 0, "int4": 1}
-"""Format of weights -> its number in the library."""
 
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtype of activations and results -> its number in the library."""
@@ -33,7 +31,7 @@ GROUP = 32
 PANEL = 16
 """Outputs that are packed together."""
 
-INTERFACE = 1
+INTERFACE = 2
 """Number of the functions' signatures, as in c-src/kernels.h."""
 
 
@@ -67,15 +65,12 @@ class Library:
         self._library = ctypes.CDLL(str(file))
         if self._library.dovetail_interface() != INTERFACE:
             raise KernelError("the CPU kernels were built from other sources. Install dovetail_plugin again.")
-        best = self._library.dovetail_best_instructions()
-        if best < 0:
+        found = self._library.dovetail_instructions()
+        if not found:
             raise KernelError(
                 "the CPU kernels need an x86-64 CPU with AVX2, FMA and F16C, and a build by GCC 11 or later."
             )
-        has_avx_vnni = bool(self._library.dovetail_has_avx_vnni())
-        self.available = tuple(
-            name for number, name in enumerate(INSTRUCTIONS[: best + 1]) if name != "avx_vnni" or has_avx_vnni
-        )
+        self.available = tuple(name for number, name in enumerate(INSTRUCTIONS) if found >> number & 1)
         self.instructions = self.available[-1]
         pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._quantize = self._library.dovetail_quantize
@@ -104,8 +99,8 @@ class Library:
             (N, M) in the dtype of x.
 
         Raises:
-            KernelError: the library does not know the format, the dtype or the set of instructions.
             ValueError: a tensor has another size than the others say.
+            KernelError: the library refuses the call.
         """
         rows, inputs = x.shape
         if packed.numel() != packed_bytes(outputs, inputs, kind) or (bias is not None and bias.numel() != outputs):
@@ -119,7 +114,7 @@ class Library:
         buffer = torch.empty(bytes_of_numbers + 8 * count, dtype=torch.uint8, device="cpu")
         numbers = buffer.data_ptr()
         scales, offsets = numbers + bytes_of_numbers, numbers + bytes_of_numbers + 4 * count
-        type_, format_, threads = NUMBER_TYPES[x.dtype], FORMATS[kind], torch.get_num_threads()
+        type_, format_, threads = NUMBER_TYPES[x.dtype], KINDS.index(kind), torch.get_num_threads()
         failed = self._quantize(x.data_ptr(), type_, rows, inputs, format_, numbers, scales, offsets, threads)
         failed = failed or self._linear(
             packed.data_ptr(),
@@ -163,11 +158,11 @@ def _torch_parallel_regions() -> int | None:
 
     GNU's and LLVM's libraries have a function of this name with the same arguments.
     """
+    if sys.platform == "win32":
+        return None
     directory = Path(torch.__file__).parent / "lib"
     names = [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in directory.glob(pattern)]
     names += ["libgomp.so.1", "libiomp5.so", "libomp.so"]  # of the system, or of conda
-    if sys.platform == "win32":
-        return None
     for name in names:
         try:  # only what is loaded already
             loaded = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)

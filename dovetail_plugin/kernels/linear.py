@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .library import FORMATS, NUMBER_TYPES, library
+from . import KINDS
+from .library import NUMBER_TYPES, library
 from .packing import pack, unpack
-
-KINDS = tuple(FORMATS)
-"""Kinds of packed weights."""
 
 
 class PackedLinear(nn.Module):
@@ -135,13 +133,3 @@ class PackedLinear(nn.Module):
         """Return sizes and kind, for `print`."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, kind={self.kind!r}"
-
-
-def linear_of(packed: PackedLinear, dtype: torch.dtype, device: Any = "cpu") -> nn.Linear:
-    """Return a linear layer with the unpacked weights, in `dtype` on `device`."""
-    with torch.device("meta"):
-        made = nn.Linear(packed.in_features, packed.out_features, bias=False, dtype=dtype)
-    made.weight = nn.Parameter(packed.unpacked(dtype).to(device), requires_grad=False)
-    if packed.bias is not None:
-        made.bias = nn.Parameter(packed.bias.to(dtype).to(device), requires_grad=False)
-    return made.train(packed.training)

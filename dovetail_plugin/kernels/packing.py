@@ -10,8 +10,8 @@ from .library import GROUP, PANEL, packed_bytes
 ROWS_AT_ONCE = 2048
 """Outputs that are packed at a time, which bounds the memory that packing takes."""
 
-CANDIDATES = tuple(1 - step / 40 for step in range(9))
-"""Int4 scales that are tried, in units of the one at which the largest weight is a number itself."""
+CANDIDATES = tuple(1 - step / 40 for step in range(1, 9))
+"""Further int4 scales that are tried, in units of the one at which the largest weight is a number itself."""
 
 
 def pack(weight: Tensor, kind: str) -> Tensor:
@@ -90,21 +90,21 @@ def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
     The weight of the largest magnitude is eight steps below zero, where there is one step more than above.
     """
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
-    best_scale, best_numbers = largest.half(), None
-    best_error = None
+    scale = largest.half()
+    numbers, error = _rounded(groups, scale)
     for candidate in CANDIDATES:
-        scale = (largest * candidate).half()
-        numbers = _divided(groups, scale).round_().clamp_(-8, 7)
-        error = (numbers * scale.float()[..., None]).sub_(groups).square_().sum(-1)
-        if best_numbers is None or best_error is None:
-            best_scale, best_numbers, best_error = scale, numbers, error
-            continue
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_numbers = torch.where(better[..., None], numbers, best_numbers)
-        best_error = torch.where(better, error, best_error)
-    assert best_numbers is not None
-    return best_scale, (best_numbers + 8).to(torch.uint8)
+        other_scale = (largest * candidate).half()
+        other_numbers, other_error = _rounded(groups, other_scale)
+        better = other_error < error
+        scale, error = torch.where(better, other_scale, scale), torch.where(better, other_error, error)
+        numbers = torch.where(better[..., None], other_numbers, numbers)
+    return scale, (numbers + 8).to(torch.uint8)
+
+
+def _rounded(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers -8 to 7 (panels, 16, groups, 32) and their squared errors (panels, 16, groups), as float32."""
+    numbers = _divided(groups, scale).round_().clamp_(-8, 7)
+    return numbers, (numbers * scale.float()[..., None]).sub_(groups).square_().sum(-1)
 
 
 def _divided(groups: Tensor, scale: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import compat
 from ..errors import InputError
-from ..kernels.linear import KINDS, PackedLinear
+from ..kernels import KINDS
+from ..kernels.linear import PackedLinear
 
 METHOD = "dovetail"
 """Name of the quantization method in configs."""
@@ -34,23 +35,24 @@ class CpuWeights(QuantizationConfigMixin):
         weights: "int8": 8.5 bits a weight, numbers as in GGUF's Q8_0. "int4": 4.5 bits, numbers as in Q4_0.
         modules_to_not_convert: names, or parts of names, of modules whose linear layers stay as they are. The output
             head is packed, too, unless it is named here. Layers that the model keeps in float32 are never packed.
+        quant_method: name of the method, as transformers finds it in configs.
 
     Raises:
         InputError: there is no such kind of weights.
     """
 
-    def __init__(self, weights: str = "int8", modules_to_not_convert: list[str] | None = None, **_: Any) -> None:
+    def __init__(
+        self, weights: str = "int8", modules_to_not_convert: list[str] | None = None, quant_method: str = METHOD
+    ) -> None:
         if weights not in KINDS:
             raise InputError(f"weights must be one of {', '.join(KINDS)}, got {weights!r}.")
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = quant_method
         self.weights = weights
         self.modules_to_not_convert = list(modules_to_not_convert or [])
 
 
 class CpuWeightsQuantizer(HfQuantizer):
     """Replaces linear layers before the weights are loaded, and packs each matrix when it has been read."""
-
-    requires_calibration = False
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse devices other than the CPU, and checkpoints that hold packed weights already.
@@ -82,16 +84,18 @@ class CpuWeightsQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Pack the weights that are tied to the embedding, and those that the checkpoint lacks."""
+        """Pack the weights that are tied to the embedding, and initialize what the checkpoint lacks."""
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         std = getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
         for module in model.modules():
-            if not isinstance(module, PackedLinear) or module.is_packed:
+            if not isinstance(module, PackedLinear):
+                continue
+            if module.bias is not None and not compat.was_loaded(module.bias):
+                module.bias.data.zero_()
+            if module.is_packed:
                 continue
             if id(module.weight) not in embeddings and not compat.was_loaded(module.weight):
                 module.weight.data.normal_(std=std)
-                if module.bias is not None and not compat.was_loaded(module.bias):
-                    module.bias.data.zero_()
             module.pack_(module.weight)
         return model
 
@@ -139,7 +143,7 @@ class Pack(compat.ConversionOps):
                 rest[name] = value
                 continue
             layer.pack_(value[0] if isinstance(value, list) else value)
-            compat.mark_loaded(layer.weight)
+            compat.mark_initialized(layer.weight)
             (missing_keys or set()).discard(name)
         return rest
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..cache import refuse_reason
 from ..compat import Cache, DynamicCache, StaticCache, keeps_recurrent_state, layers_for
-from ..kernels.linear import PackedLinear, linear_of
+from ..kernels.linear import PackedLinear
 from .base import Tables
 from .features import feature_module
 from .positions import table_length
@@ -93,14 +93,10 @@ class TorchEngine:
             ValueError: one of them is quantized by something else, or missing.
         """
         embedding, head = self._table_modules()
-        if isinstance(head, PackedLinear):
-            head = linear_of(head, head.weight.dtype)
-        tied = head.weight.data_ptr() == embedding.weight.data_ptr() and head.weight.device.type != "meta"
-        return Tables(
-            embedding.weight.detach(),
-            embedding.weight.detach() if tied else head.weight.detach(),
-            None if getattr(head, "bias", None) is None else head.bias.detach(),
-        )
+        table, bias = embedding.weight.detach(), getattr(head, "bias", None)
+        weight = head.unpacked(head.weight.dtype) if isinstance(head, PackedLinear) else head.weight.detach()
+        tied = weight.data_ptr() == table.data_ptr() and weight.device.type != "meta"
+        return Tables(table, table if tied else weight, None if bias is None else bias.detach())
 
     def _table_modules(self) -> tuple[Any, Any]:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()

@@ -1,7 +1,10 @@
 """Random drafts of the tiny Llama, and text for them."""
 
+from pathlib import Path
+
 import torch
 from families import prompt, tiny_target
+from transformers import PreTrainedModel
 
 from dovetail_plugin import DovetailDraft
 
@@ -17,3 +20,10 @@ def make_draft(fusion="dgf", blocks=1, seed=0):
 def text_and_features(length=6):
     generator = torch.Generator().manual_seed(2)
     return prompt(length + 1)[0], torch.randn(length, 32, generator=generator)
+
+
+def write_draft(directory: Path, target: PreTrainedModel) -> Path:
+    """Write a valid draft of two blocks for a target; returns the directory."""
+    torch.manual_seed(5)
+    DovetailDraft.for_target(target, blocks=2).save_pretrained(directory)
+    return directory

@@ -14,19 +14,11 @@ import torch
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from dovetail_plugin import DovetailDraft, DovetailError
 from dovetail_plugin.errors import InputError
 
 WEIGHTS, MIB = "model.safetensors", 2**20
-
-
-def write_draft(directory: Path, target: PreTrainedModel) -> Path:
-    """Write a valid draft of two blocks for a target; returns the directory."""
-    torch.manual_seed(5)
-    DovetailDraft.for_target(target, blocks=2).save_pretrained(directory)
-    return directory
 
 
 class TensorBytes(TorchDispatchMode):

@@ -4,8 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-int dovetail_best_instructions(void);
-int dovetail_has_avx_vnni(void);
+int dovetail_instructions(void);
 int dovetail_quantize(const void *, int, int64_t, int64_t, int, void *, float *, int32_t *, int);
 int dovetail_linear(const void *, int64_t, int64_t, int, const void *, const float *, const int32_t *, int64_t,
                     const void *, void *, int, int, int);
@@ -38,8 +37,8 @@ int main(void) {
                     float *scales = malloc(count * 4);
                     int32_t *offsets = malloc(count * 4);
                     if (dovetail_quantize(in, type, rows, inputs, format, numbers, scales, offsets, 1)) return 1;
-                    for (int set = 0; set <= dovetail_best_instructions(); set++) {
-                        if (set == 1 && !dovetail_has_avx_vnni()) continue;
+                    for (int set = 0; set < 3; set++) {
+                        if (!(dovetail_instructions() >> set & 1)) continue;
                         if (dovetail_linear(weights, outputs, groups, format, numbers, scales, offsets, rows,
                                             rows % 2 ? bias : NULL, out, type, set, 1))
                             return 1;

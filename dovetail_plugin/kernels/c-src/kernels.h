@@ -35,9 +35,9 @@
 #endif
 
 /* Number of the functions' signatures; raised with each change, so that a library of an earlier build is not called. */
-enum { INTERFACE = 1 };
+enum { INTERFACE = 2 };
 
-enum { PANEL = 16, GROUP = 32 };
+enum { PANEL = 16, GROUP = 32, MOST_ROWS = 12 /* of one call of a kernel */ };
 enum format { INT8 = 0, INT4 = 1 };
 enum number_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum instructions { AVX2 = 0, AVX_VNNI = 1, AVX512_VNNI = 2 };
@@ -63,7 +63,7 @@ typedef void panel_function(const uint8_t *panel, int64_t groups, const struct a
 
 struct kernel {
     panel_function *run;
-    int64_t most_rows; /* of one call */
+    int64_t most_rows; /* of one call, at most MOST_ROWS */
 };
 
 extern const struct kernel avx2_kernels[2], avx_vnni_kernels[2], avx512_kernels[2];

@@ -52,7 +52,7 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
             add_group(left[r], left_scales, scales[r], sums + r * PANEL);
             add_group(right[r], right_scales, scales[r], sums + r * PANEL + 8);
         }
-        panel += PANEL * 2 + PANEL * GROUP;
+        panel += group_bytes(INT8);
         pairs += in->rows * (GROUP / 2);
         scales += in->rows;
     }
@@ -95,19 +95,12 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
         _mm_prefetch((const char *)(panel + 2048), _MM_HINT_T0);
         int4_half(panel, 0, fours, scales, offsets, sums, rows);
         int4_half(panel, 1, fours, scales, offsets, sums, rows);
-        panel += PANEL * 2 + PANEL * GROUP / 2;
+        panel += group_bytes(INT4);
         fours += in->rows * (GROUP / 4);
         scales += in->rows;
         offsets += in->rows;
     }
 }
 
-static void int8_panel(const uint8_t *panel, int64_t groups, const struct activations *in, int64_t first, int64_t count,
-                       float *sums) {
-    EACH_COUNT_TO_4(int8_rows)
-}
-
-static void int4_panel(const uint8_t *panel, int64_t groups, const struct activations *in, int64_t first, int64_t count,
-                       float *sums) {
-    EACH_COUNT_TO_8(int4_rows)
-}
+PANEL_FUNCTION(int8_panel, COUNTS_TO_4, int8_rows)
+PANEL_FUNCTION(int4_panel, COUNTS_TO_8, int4_rows)

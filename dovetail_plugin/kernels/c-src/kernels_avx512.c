@@ -5,13 +5,21 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
 #include <immintrin.h>
 
-enum { MOST_ROWS = 12 };
-
 /* With few rows each row has several chains of sums, because an addition takes longer than two rows take turns. */
 #define CHAINS(rows) ((rows) >= 8 ? 1 : (rows) >= 3 ? 2 : 4)
 
-static inline __attribute__((always_inline)) __m512 scales_of(const uint8_t *group) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)group));
+/* Adds the chains of each row, and the sum of the group to the float sums of the rows. */
+static inline __attribute__((always_inline)) void add_group(const uint8_t *group, const __m512i *parts, const int chains,
+                                                            const float *scales, __m512 *sums, const int rows) {
+    const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)group));
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        __m512i sum = parts[r * chains];
+#pragma GCC unroll 4
+        for (int c = 1; c < chains; c++) sum = _mm512_add_epi32(sum, parts[r * chains + c]);
+        const __m512 scale = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales[r]));
+        sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
+    }
 }
 
 static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel, int64_t groups,
@@ -38,16 +46,8 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
                 parts[i] = _mm512_dpwssd_epi32(parts[i], w, _mm512_set1_epi32(pairs[r * (GROUP / 2) + p]));
             }
         }
-        const __m512 weight_scales = scales_of(panel);
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            __m512i sum = parts[r * chains];
-#pragma GCC unroll 4
-            for (int c = 1; c < chains; c++) sum = _mm512_add_epi32(sum, parts[r * chains + c]);
-            const __m512 scale = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales[r]));
-            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
-        }
-        panel += PANEL * 2 + PANEL * GROUP;
+        add_group(panel, parts, chains, scales, sums, rows);
+        panel += group_bytes(INT8);
         pairs += in->rows * (GROUP / 2);
         scales += in->rows;
     }
@@ -89,16 +89,8 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
                 parts[j] = _mm512_dpbusd_epi32(parts[j], next_four, _mm512_set1_epi32(a[1]));
             }
         }
-        const __m512 weight_scales = scales_of(panel);
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            __m512i sum = parts[r * chains];
-#pragma GCC unroll 4
-            for (int c = 1; c < chains; c++) sum = _mm512_add_epi32(sum, parts[r * chains + c]);
-            const __m512 scale = _mm512_mul_ps(weight_scales, _mm512_set1_ps(scales[r]));
-            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
-        }
-        panel += PANEL * 2 + PANEL * GROUP / 2;
+        add_group(panel, parts, chains, scales, sums, rows);
+        panel += group_bytes(INT4);
         fours += in->rows * (GROUP / 4);
         scales += in->rows;
         offsets += in->rows;
@@ -109,15 +101,8 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
 
 #include "each_count.h"
 
-static void int8_panel(const uint8_t *panel, int64_t groups, const struct activations *in, int64_t first, int64_t count,
-                       float *sums) {
-    EACH_COUNT_TO_12(int8_rows)
-}
-
-static void int4_panel(const uint8_t *panel, int64_t groups, const struct activations *in, int64_t first, int64_t count,
-                       float *sums) {
-    EACH_COUNT_TO_12(int4_rows)
-}
+PANEL_FUNCTION(int8_panel, COUNTS_TO_12, int8_rows)
+PANEL_FUNCTION(int4_panel, COUNTS_TO_12, int4_rows)
 
 const struct kernel avx512_kernels[2] = {{int8_panel, MOST_ROWS}, {int4_panel, MOST_ROWS}};
 #endif

@@ -17,20 +17,13 @@ EXPORT void dovetail_use_threads(parallel_function *function) { run_parallel = f
 
 #ifdef HAS_KERNELS
 
-/* Returns the number of the best set of instructions that this CPU and its system have, or -1. */
-EXPORT int dovetail_best_instructions(void) {
+/* Returns the sets of instructions that this CPU and its system have: bit n is set for number n. 0: there is none. */
+EXPORT int dovetail_instructions(void) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return -1;
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return AVX512_VNNI;
-    return __builtin_cpu_supports("avxvnni") ? AVX_VNNI : AVX2;
-}
-
-/* Returns whether the CPU has AVX-VNNI; with AVX-512 VNNI it need not. */
-EXPORT int dovetail_has_avx_vnni(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avxvnni") != 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+    const int avx512 = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return 1 << AVX2 | (__builtin_cpu_supports("avxvnni") != 0) << AVX_VNNI | avx512 << AVX512_VNNI;
 }
 
 /* A product of rows with weights; see `dovetail_linear`. */
@@ -67,7 +60,7 @@ static void store(const struct linear *job, int64_t panel, int64_t first, int64_
 /* Computes some panels for all rows. The rows take turns with the panels, so that both are read from a cache. */
 static void some_panels(const struct linear *job, int64_t from, int64_t to) {
     const int64_t rows = job->in.rows, most = job->kernel->most_rows, calls = (rows + most - 1) / most;
-    float sums[16 * PANEL];
+    float sums[MOST_ROWS * PANEL];
     for (int64_t c = 0; c < calls; c++) { /* near-equal parts of the rows */
         const int64_t first = rows * c / calls, count = rows * (c + 1) / calls - first;
         for (int64_t p = from; p < to; p++) {
@@ -197,7 +190,6 @@ EXPORT int dovetail_quantize(const void *in, int type, int64_t rows, int64_t inp
 
 #else
 
-EXPORT int dovetail_best_instructions(void) { return -1; }
-EXPORT int dovetail_has_avx_vnni(void) { return 0; }
+EXPORT int dovetail_instructions(void) { return 0; }
 
 #endif
