@@ -91,16 +91,28 @@ def generate(target: Any, draft: DovetailDraft | None, input_ids: Tensor, new_to
 def seconds_to_lone_seconds(
     target: Any, draft: DovetailDraft | None, ids: list[Tensor], new_tokens: int, threads: int
 ) -> float:
-    """Return the seconds of `threads` threads divided by those of one thread, for the same calls of `generate`."""
+    """Return the seconds of `threads` threads divided by those of one thread, for the same calls of `generate`.
 
-    def seconds(pool: ThreadPoolExecutor) -> float:
+    The one thread is the main one, and the others have ended before it runs: a thread's OpenMP threads live as long as
+    it does, and with more of them than cores OpenMP lets each sleep where it waits, which slows down a lone call, too.
+    """
+
+    def one(prompt: Tensor) -> None:
+        generate(target, draft, prompt, new_tokens)
+
+    def lone() -> float:
         start_s = time.perf_counter()
-        list(pool.map(lambda one: generate(target, draft, one, new_tokens), ids))
+        for prompt in ids:
+            one(prompt)
         return time.perf_counter() - start_s
 
-    with ThreadPoolExecutor(1) as lone, ThreadPoolExecutor(threads) as several:
-        seconds(several)  # starts the threads of each thread
-        return statistics.median(seconds(several) / seconds(lone) for _ in range(REPEATS))
+    def several() -> float:
+        start_s = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, ids))
+        return time.perf_counter() - start_s
+
+    return statistics.median(several() / lone() for _ in range(REPEATS))
 
 
 def finished(file: Path) -> dict[int, tuple[str, str]]:

@@ -1,5 +1,8 @@
 """Weights to packed weights and back. c-src/kernels.h describes the order of the bytes."""
 
+import mmap
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +12,9 @@ from .library import GROUP, PANEL, packed_bytes
 
 ROWS_AT_ONCE = 2048
 """Outputs that are packed at a time, which bounds the memory that packing takes."""
+
+HUGE_PAGE = 2 << 20
+"""Bytes of a huge page on x86-64."""
 
 CANDIDATES = tuple(1 - step / 40 for step in range(1, 9))
 """Further int4 scales that are tried, in units of the one at which the largest weight is a number itself."""
@@ -29,7 +35,7 @@ def pack(weight: Tensor, kind: str) -> Tensor:
         InputError: weights are infinite, NaN or too large for scales in half precision.
     """
     outputs, inputs = weight.shape
-    packed = torch.empty(packed_bytes(outputs, inputs, kind), dtype=torch.uint8, device="cpu")
+    packed = memory_for(packed_bytes(outputs, inputs, kind))
     at = 0
     for rows in weight.split(ROWS_AT_ONCE):
         groups = _in_groups(rows.detach().to(device="cpu", dtype=torch.float32))
@@ -44,6 +50,20 @@ def pack(weight: Tensor, kind: str) -> Tensor:
         packed[at : at + len(part)] = part
         at += len(part)
     return packed
+
+
+def memory_for(size: int) -> Tensor:
+    """Return (size,) uint8 for packed weights on the CPU, in huge pages where the system has them.
+
+    A pass reads all weights once, and a stream over small pages waits for the address of each: 5 to 13 % of a product
+    of one row, measured. torch's memory may have been used before, and then it keeps its small pages.
+    """
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without huge pages
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, outputs: int, inputs: int, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:

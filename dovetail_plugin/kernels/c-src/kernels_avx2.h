@@ -39,7 +39,7 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) left[r] = right[r] = _mm256_setzero_si256();
         const uint8_t *numbers = panel + PANEL * 2;
-        _mm_prefetch((const char *)(panel + 2048), _MM_HINT_T0);
+        prefetch_group(panel, INT8);
 #pragma GCC unroll 2
         for (int p = 0; p < GROUP / 2; p++) {
             const __m256i a = widened(numbers + p * 32), b = widened(numbers + p * 32 + 16);
@@ -92,7 +92,7 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
     const float *scales = in->scales + first;
     const int32_t *offsets = in->offsets + first;
     for (int64_t g = 0; g < groups; g++) {
-        _mm_prefetch((const char *)(panel + 2048), _MM_HINT_T0);
+        prefetch_group(panel, INT4);
         int4_half(panel, 0, fours, scales, offsets, sums, rows);
         int4_half(panel, 1, fours, scales, offsets, sums, rows);
         panel += group_bytes(INT4);

@@ -36,7 +36,7 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
 #pragma GCC unroll 48
         for (int i = 0; i < rows * chains; i++) parts[i] = _mm512_setzero_si512();
         const uint8_t *numbers = panel + PANEL * 2;
-        _mm_prefetch((const char *)(panel + 4096), _MM_HINT_T0);
+        prefetch_group(panel, INT8);
 #pragma GCC unroll 16
         for (int p = 0; p < GROUP / 2; p++) {
             const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(numbers + p * 32)));
@@ -75,7 +75,7 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
             for (int c = 1; c < chains; c++) parts[r * chains + c] = _mm512_setzero_si512();
         }
         const uint8_t *numbers = panel + PANEL * 2;
-        _mm_prefetch((const char *)(panel + 4096), _MM_HINT_T0);
+        prefetch_group(panel, INT4);
 #pragma GCC unroll 4
         for (int v = 0; v < GROUP / 8; v++) {
             const __m512i both = _mm512_loadu_si512(numbers + v * 64);
