@@ -1,6 +1,7 @@
 """The CPU kernels against slow references, on every set of instructions that this CPU has, and a layer made of them."""
 
 import copy
+import io
 import pickle
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from dovetail_plugin.kernels import KINDS
 from dovetail_plugin.kernels import library as module
 from dovetail_plugin.kernels.library import GROUP, KernelError, Library, library
 from dovetail_plugin.kernels.linear import PackedLinear
-from dovetail_plugin.kernels.packing import pack, packed_bytes, unpack
+from dovetail_plugin.kernels.packing import HUGE_PAGE, pack, packed_bytes, unpack
 
 pytestmark = pytest.mark.one_environment("depends on neither transformers nor an engine")
 
@@ -270,6 +271,22 @@ def test_a_missing_or_broken_library_is_said_once(monkeypatch, tmp_path, caplog)
     assert library.__wrapped__() is None
     assert "slower" in caplog.text
     assert library() is library(), "the answer is kept"
+
+
+def test_weights_in_huge_pages_are_tensors_like_others():
+    weight = torch.randn(1040, 2112)
+    packed = pack(weight, "int8")
+    assert packed.nbytes > HUGE_PAGE
+    with io.BytesIO() as file:
+        torch.save(packed, file)
+        file.seek(0)
+        loaded = torch.load(file)
+    numbers = unpack(packed, 1040, 2112, "int8")
+    for copied in (loaded, packed.clone(), copy.deepcopy(packed)):
+        assert torch.equal(unpack(copied, 1040, 2112, "int8"), numbers)
+    view, first = packed[:64], packed[:64].tolist()
+    del packed, copied
+    assert view.tolist() == first, "a view keeps the memory"
 
 
 def test_a_cpu_without_avx2_is_refused(kernels, monkeypatch):
