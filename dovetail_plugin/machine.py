@@ -79,6 +79,16 @@ def memory_bytes() -> int | None:
         return None
 
 
+def last_cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Return the size of the largest cache of the first processor; 0 if the system does not report it.
+
+    Args:
+        root: directory in which the system lists the caches of the processor.
+    """
+    found = (re.fullmatch(r"(\d+)([KM])\s*", file.read_text()) for file in root.glob("index*/size"))
+    return max((int(size[1]) << {"K": 10, "M": 20}[size[2]] for size in found if size), default=0)
+
+
 def free_vram_bytes() -> int:
     """Return the free memory of the first GPU; 0 without a GPU."""
     return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else 0

@@ -103,17 +103,18 @@ class BenchResult:
             share = ms / self.round_ms if self.round_ms else 0.0
             lines.append(f"{'  ' + phase + ', ms per round':24}{ms:20.2f}{share:10.1%}")
         lines.append(f"{'  round, ms':24}{self.round_ms:20.2f}")
-        return "\n".join([*lines, self._about_texts()])
-
-    def _about_texts(self) -> str:
         if self.synthetic_acceptance is not None:
-            return f"SYNTHETIC: acceptance simulated at {self.synthetic_acceptance:.2f}"
+            return "\n".join([*lines, f"SYNTHETIC: acceptance simulated at {self.synthetic_acceptance:.2f}"])
+        return "\n".join([*lines, f"{'texts':24}{self.about_texts():>30}"])
+
+    def about_texts(self) -> str:
+        """How many texts are the same with the draft and without."""
         texts = f"{self.identical} of {self.prompts} identical"
         if self.ties:
             texts += f", {self.ties} diverge at a tie of the target"
         if self.differences:
             texts += f", {self.differences} DIFFER"
-        return f"{'texts':24}{texts:>30}"
+        return texts
 
     def json_line(self) -> str:
         """All figures with command, versions and machine, as one line of JSON."""

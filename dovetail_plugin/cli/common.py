@@ -21,6 +21,11 @@ MOST_NEW_TOKENS = 10_000_000
 MOST_BLOCKS = 6
 """Decoder blocks of the largest drafts that the method describes."""
 
+OPENVINO = "openvino"
+"""Name in --engines for the target, exported to OpenVINO in int8 for the comparison."""
+ALL_ENGINES = (*KINDS, OPENVINO)
+"""Names that --engines takes."""
+
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 """Options of `generate` that have no effect on greedy decoding."""
@@ -125,6 +130,36 @@ def size(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a size such as 4GiB")
     return text
+
+
+def engine_names(text: str) -> list[str] | str:
+    """Names of engines, separated by commas, or "all"."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in (*ALL_ENGINES, "all")]:
+        raise argparse.ArgumentTypeError(f"there is no engine {unknown[0]!r}; give {', '.join(ALL_ENGINES)} or all")
+    return "all" if "all" in names else names
+
+
+def parse_engine(text: str) -> tuple[str, dict[str, str]]:
+    """An exported target: "NAME=DIR,key=value,..." -> the name and the settings, with DIR (or a hub id) as "dir".
+
+    Settings that are not passed to the engine's `from_pretrained`: `budget` ("nodes/depth/top_k" or "policy"), `runner`
+    (of the draft) and `group` (the group size of OpenVINO's dynamic quantization).
+    """
+    name, _, rest = text.partition("=")
+    parts = rest.split(",")
+    pairs = [part.partition("=") for part in parts[1:]]
+    if not parts[0] or not all(value for _, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid engine; give NAME=DIR or NAME=DIR,key=value,...")
+    settings = {"dir": parts[0]} | {key: value for key, _, value in pairs}
+    if settings.get("budget", "policy") != "policy":
+        from ..tree import TreeBudget
+
+        try:
+            TreeBudget.parse(settings["budget"])
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return name, settings
 
 
 # --- options -----------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_model("--target", args.target, read_config)  # optimum reads the rest, by the options that it is given
     module, package = NEEDS[args.to]
-    if not _is_there(module):
+    if not is_installed(module):
         raise ImportError(
             f"--to {args.to} needs {package}, which is not installed. The versions that work together are in "
             "docs/adapters.md of a checkout of Dovetail."
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     refuse_occupied(out)
     with contextlib.suppress(_Failed), whole_directory(out) as part:
-        status = subprocess.run(optimum_command(args, weights, part), check=False, env=_environment()).returncode
+        status = run_optimum(args, weights, part)
         if status != 0:
             raise _Failed
     return status
@@ -102,12 +102,25 @@ def optimum_command(args: argparse.Namespace, weights: str, out: Path) -> list[s
     return [*command, *args.passed_on, str(out)]
 
 
+def run_optimum(args: argparse.Namespace, weights: str, out: Path, output: Any = None) -> int:
+    """Export to the directory `out`, and return the exit status of optimum.
+
+    Args:
+        args: with `target`, `to` and `passed_on`.
+        weights: one of `WEIGHTS`.
+        out: directory that optimum makes.
+        output: file for what optimum prints on its standard output; default: that of this process.
+    """
+    command = optimum_command(args, weights, out)
+    return subprocess.run(command, check=False, env=_environment(), stdout=output).returncode
+
+
 def _environment() -> dict[str, str]:
     """This environment; Python processes that optimum starts leave out the current directory, from 3.11 on."""
     return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 
-def _is_there(module: str) -> bool:
+def is_installed(module: str) -> bool:
     """Return whether a module is installed. None is imported, and the current directory does not count."""
     here = os.path.realpath(os.getcwd())
     path: Any = [place for place in sys.path if os.path.isabs(place) and os.path.realpath(place) != here]

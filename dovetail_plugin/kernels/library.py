@@ -25,13 +25,16 @@ NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni")
 """Sets of instructions by their number in the library, from slow to fast."""
 
+MIXES = ("int8", "int4", "float")
+"""Mixes of instructions by their number in the library; those of the kinds of weights, and fused multiply-adds."""
+
 GROUP = 32
 """Inputs that share a scale."""
 
 PANEL = 16
 """Outputs that are packed together."""
 
-INTERFACE = 2
+INTERFACE = 3
 """Number of the functions' signatures, as in c-src/kernels.h."""
 
 
@@ -61,6 +64,9 @@ class Library:
         threaded: whether it runs in torch's threads; else in the calling one.
     """
 
+    products = ("_linear",)
+    """Attributes with the functions that multiply and do not quantize. Benchmarks replace them to time them."""
+
     def __init__(self, file: Path) -> None:
         self._library = ctypes.CDLL(str(file))
         if self._library.dovetail_interface() != INTERFACE:
@@ -80,6 +86,9 @@ class Library:
             *(pointer, size, size, integer, pointer, pointer, pointer, size, pointer, pointer),
             *(integer, integer, integer),
         ]
+        self._multiply, self._read = self._library.dovetail_multiply, self._library.dovetail_read
+        self._multiply.argtypes, self._multiply.restype = [integer, integer, size, integer], size
+        self._read.argtypes = [pointer, size, integer]
         self._library.dovetail_use_threads.argtypes = [pointer]
         parallel = _torch_parallel_regions()
         self.threaded = parallel is not None
@@ -134,6 +143,37 @@ class Library:
         if failed:
             raise KernelError(f"the CPU kernels refused weights in {kind} and activations in {x.dtype}.")
         return out
+
+    def multiply(self, mix: str, instructions: str, tasks: int) -> int:
+        """Multiply as fast as this CPU can, for benchmarks.
+
+        Args:
+            mix: one of `MIXES`: the instructions that a kernel needs for each number.
+            instructions: one of `available`.
+            tasks: 1 or more; one takes a thread some microseconds.
+
+        Returns:
+            The number of products that were added to sums.
+
+        Raises:
+            KernelError: this CPU does not have the instructions, or there are no tasks.
+        """
+        if instructions not in self.available:
+            raise KernelError(f"this CPU has {', '.join(self.available)}, and not {instructions}.")
+        numbers = MIXES.index(mix), INSTRUCTIONS.index(instructions)
+        done = self._multiply(*numbers, tasks, torch.get_num_threads())
+        if done < 0:
+            raise KernelError(f"the number of tasks must be at least 1, got {tasks}.")
+        return done
+
+    def read(self, buffer: Tensor) -> None:
+        """Read a contiguous tensor on the CPU once, in torch's threads, for benchmarks.
+
+        Raises:
+            KernelError: it is empty.
+        """
+        if self._read(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads()):
+            raise KernelError("there is nothing to read in an empty tensor.")
 
 
 @functools.cache

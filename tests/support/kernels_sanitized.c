@@ -9,6 +9,9 @@ int dovetail_quantize(const void *, int, int64_t, int64_t, int, void *, float *,
 int dovetail_linear(const void *, int64_t, int64_t, int, const void *, const float *, const int32_t *, int64_t,
                     const void *, void *, int, int, int);
 
+int64_t dovetail_multiply(int, int, int64_t, int);
+int dovetail_read(const void *, int64_t, int);
+
 static uint32_t state = 1;
 
 static uint8_t *random_bytes(size_t count) {
@@ -47,6 +50,14 @@ int main(void) {
                     free(weights), free(in), free(bias), free(out), free(numbers), free(scales), free(offsets);
                 }
         }
+    }
+    for (int set = 0; set < 3; set++)
+        for (int mix = 0; mix < 3; mix++)
+            if (dovetail_instructions() >> set & 1 && dovetail_multiply(mix, set, 2, 1) < 1) return 1;
+    for (int64_t count = 1; count < 2 << 20; count += 99991) {
+        uint8_t *bytes = random_bytes(count);
+        if (dovetail_read(bytes, count, 1)) return 1;
+        free(bytes);
     }
     printf("%ld\n", calls);
     return 0;

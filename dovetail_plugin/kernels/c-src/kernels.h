@@ -35,7 +35,7 @@
 #endif
 
 /* Number of the functions' signatures; raised with each change, so that a library of an earlier build is not called. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 enum { PANEL = 16, GROUP = 32, MOST_ROWS = 12 /* of one call of a kernel */ };
 enum format { INT8 = 0, INT4 = 1 };
@@ -81,6 +81,9 @@ extern const struct kernel avx2_kernels[2], avx_vnni_kernels[2], avx512_kernels[
 /* Quantizes one group of 32 floats for INT8 and INT4 weights. */
 void quantize_16_bits(const float *values, int16_t *numbers, float *scale);
 void quantize_8_bits(const float *values, int8_t *numbers, float *scale, int32_t *offset);
+
+/* Calls `work` in up to `threads` of torch's threads, if there are any; it takes its part of the work itself. */
+void in_threads(void (*work)(void *), void *data, int threads);
 
 /* Converts `count` numbers from or to floats; `count` is a multiple of 8. */
 void to_floats(const void *from, enum number_type type, int64_t count, float *to);

@@ -86,7 +86,7 @@ static int worth(int64_t bytes, int threads) {
     return most < threads ? (most > 1 ? (int)most : 1) : threads;
 }
 
-static void in_threads(void (*work)(void *), void *data, int threads) {
+void in_threads(void (*work)(void *), void *data, int threads) {
     if (run_parallel && threads > 1)
         run_parallel(work, data, (unsigned)threads, 0);
     else
