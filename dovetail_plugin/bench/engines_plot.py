@@ -57,7 +57,9 @@ def _draw_passes(panel: Any, result: EnginesResult) -> None:
     panel.set_xlabel("rows of a pass (N)")
     panel.set_ylabel("ms")
     panel.set_title(f"A pass behind {result.context} tokens (dashed: floor)")
-    panel.legend(loc="upper left", fontsize=9)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
+    panel.legend(loc="upper left", fontsize=9, ncols=2)
     panel.grid(alpha=0.3, which="both")
 
 
@@ -72,7 +74,8 @@ def _draw_speeds(panel: Any, result: EnginesResult) -> None:
         panel.bar_label(bars, [f"{speed:.1f}" for speed in speeds], padding=3)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
-    panel.margins(x=0.15)
+    most = max(max(text.plain_tokens_per_s, text.draft_tokens_per_s) for text in result.texts.values())
+    panel.set_xlim(0, 1.5 * most)  # room for the legend
     panel.set_xlabel("median tokens/s, prompt included")
     panel.set_title("Whole generations")
     panel.legend(loc="lower right")

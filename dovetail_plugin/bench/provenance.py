@@ -10,7 +10,17 @@ from typing import Any
 
 from .. import machine
 
-PACKAGES = ("dovetail-plugin", "torch", "transformers", "accelerate", "safetensors", "openvino", "nncf", "onnxruntime")
+PACKAGES = (
+    "dovetail-plugin",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "openvino",
+    "nncf",
+    "onnxruntime",
+    "gguf",
+)
 """Packages whose versions are stored with results, if they are installed."""
 
 
