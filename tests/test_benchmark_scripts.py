@@ -4,7 +4,6 @@ The command line of `inflate.py`, which measures nothing, is tested in test_infl
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 
@@ -12,6 +11,9 @@ import engines
 import pytest
 from helpers import ROOT, run_python
 from transformers import AutoModelForCausalLM
+
+from dovetail_plugin.cli.common import parse_engine
+from dovetail_plugin.kernels import KINDS
 
 BENCHMARKS = ROOT / "benchmarks"
 PAIR = ROOT / "examples" / "tiny_pair"
@@ -67,10 +69,26 @@ def test_engines(tmp_path):
         options += ["--engine", f"exported={exported},budget=4/3/1"]
         names.add("exported")
     printed, result = run_script("engines.py", *options, directory=tmp_path)
-    assert "| ms per pass, 128 tokens of context | N=1 " in printed and "| torch, dovetail | policy |" in printed
-    assert result["pass_ms"].keys() == names | {"torch"}
+    assert "| ms per pass, 128 tokens of context | N=1 " in printed and "| torch, dovetail " in printed
+    assert result["passes"]["pass_ms"].keys() == names | {"torch"}
     assert result["texts"].keys() == names
     assert all(text["identical"] + text["ties"] == 1 for text in result["texts"].values())
+
+
+@torch_only
+def test_quality(tmp_path):
+    """Of the same function, the planted outliers only make quantized weights worse."""
+    printed, bundled, outliers = run_script("quality.py", "--count", "2", "--tokens", "24", directory=tmp_path)
+    assert "| bundled target " in printed and "| outliers target " in printed
+    for result in (bundled, outliers):
+        figures = result["quality"]
+        assert figures.keys() >= {"fp32", *(f"packed {kind}" for kind in KINDS)}
+        assert figures["fp32"]["kl"] == 0 and figures["fp32"]["agreement"] == 1
+        assert all(row["tokens"] == 46 and row["perplexity"] > 1 for row in figures.values())
+        assert 0 < figures["packed int8"]["kl"] < figures["packed int4"]["kl"] < 1
+    ours, planted = bundled["quality"], outliers["quality"]
+    assert planted["fp32"]["perplexity"] == pytest.approx(ours["fp32"]["perplexity"], rel=1e-4)
+    assert planted["packed int8"]["kl"] > 3 * ours["packed int8"]["kl"]
 
 
 @torch_only
@@ -176,22 +194,12 @@ def test_good_arguments():
     assert common.output_file("out.jsonl").name == "out.jsonl"
 
 
-@pytest.fixture(scope="module")
-def parse_engine():
-    """The function of benchmarks/engines.py, whose name a module of the tests has too."""
-    spec = importlib.util.spec_from_file_location("benchmark_of_engines", BENCHMARKS / "engines.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module.parse_engine
-
-
-def test_engine_settings(parse_engine):
+def test_engine_settings():
     name, settings = parse_engine("openvino int8=some/dir,budget=8/4/3,group=32")
     assert (name, settings) == ("openvino int8", {"dir": "some/dir", "budget": "8/4/3", "group": "32"})
 
 
 @pytest.mark.parametrize("text", ["openvino", "openvino=", "openvino=dir,group", "openvino=dir,budget=8/4"])
-def test_bad_engines_are_refused(parse_engine, text):
+def test_bad_engines_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_engine(text)

@@ -1,0 +1,391 @@
+"""`dovetail bench --engines`: limits of the machine, the kernels' own time, floors, tables, memory, refusals."""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from families import prompt, tiny_model
+from helpers import PAIR, SHORT, refusal
+from transformers import AutoModelForCausalLM
+
+from dovetail_plugin import CpuWeights, DovetailDraft, machine
+from dovetail_plugin.bench import engines_plot, roofline
+from dovetail_plugin.bench.engines import Contender, Floors, aligned, compare_engines, linear_bytes, linear_numbers
+from dovetail_plugin.bench.engines_memory import engines_bytes, exported_bytes, refuse_without_memory
+from dovetail_plugin.bench.roofline import MIX_OF, Roofline, kernel_time, measure
+from dovetail_plugin.cli import engines as loading
+from dovetail_plugin.cli import export, main
+from dovetail_plugin.cli.common import ALL_ENGINES, engine_names
+from dovetail_plugin.errors import InputError
+from dovetail_plugin.kernels import KINDS
+from dovetail_plugin.kernels.library import MIXES, KernelError, library
+from dovetail_plugin.kernels.linear import PackedLinear
+
+PEAKS = {"avx2": {"int8": 100e9, "int4": 200e9, "float": 50e9}}
+LIMITS = Roofline(20e9, PEAKS, "avx2", 1 << 20)
+GREEDY = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+
+@pytest.fixture
+def kernels():
+    found = library()
+    if found is None:
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
+    return found
+
+
+# --- limits of the machine ---------------------------------------------------------------------------
+
+
+def test_limits_are_measured_for_all_instructions(kernels):
+    found = measure(kernels, seconds=0.002, size=1 << 20)
+    assert found.multiply_adds_per_s.keys() == set(kernels.available)
+    assert all(speeds.keys() == set(MIXES) for speeds in found.multiply_adds_per_s.values())
+    assert all(speed > 1e8 for speeds in found.multiply_adds_per_s.values() for speed in speeds.values())
+    assert found.read_bytes_per_s > 1e8 and found.buffer_bytes == 1 << 20
+    assert found.instructions == kernels.instructions
+
+
+def test_every_step_is_counted(kernels):
+    """256 rounds of 16 steps: the wider the registers, and the narrower the numbers, the more products in a step."""
+    products = {(name, mix): kernels.multiply(mix, name, 3) for name in kernels.available for mix in MIXES}
+    for (name, mix), done in products.items():
+        registers, bits = (16, 512) if name == "avx512_vnni" else (12, 256)
+        assert done == 3 * 256 * 16 * registers * bits // {"int8": 16, "int4": 8, "float": 32}[mix]
+
+
+def test_the_library_refuses_measurements_that_cannot_be(kernels):
+    with pytest.raises(KernelError, match="and not neon"):
+        kernels.multiply("int8", "neon", 1)
+    with pytest.raises(KernelError, match="at least 1, got 0"):
+        kernels.multiply("int8", kernels.available[0], 0)
+    with pytest.raises(KernelError, match="empty"):
+        kernels.read(torch.empty(0))
+
+
+def test_a_buffer_that_does_not_fit_is_refused(kernels, monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1000)
+    with pytest.raises(InputError, match="4096 bytes, and 1000 bytes of memory are free"):
+        measure(kernels, size=4096)
+
+
+def test_the_buffer_is_larger_than_the_last_cache(monkeypatch, tmp_path):
+    for name, size in (("index0", "48K"), ("index3", "480M"), ("index9", "odd")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(f"{size}\n")
+    assert machine.last_cache_bytes(tmp_path) == 480 << 20
+    assert machine.last_cache_bytes(tmp_path / "index0") == 0
+    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 480 << 20)
+    assert roofline.buffer_bytes() == 960 << 20
+    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
+    assert roofline.buffer_bytes() == roofline.LEAST_BUFFER
+
+
+def test_floors_of_given_limits():
+    assert LIMITS.memory_ms(10**9) == 50.0
+    assert LIMITS.arithmetic_ms(8 * 10**9, "int8") == 80.0
+    assert LIMITS.arithmetic_ms(8 * 10**9, "int4") == 40.0
+    assert LIMITS.arithmetic_ms(8 * 10**9, None) is None
+    assert set(KINDS) & set(MIX_OF)
+    slow = Roofline(10e9, {"avx2": {"int8": 300e9, "int4": 1e9, "float": 1e9}}, "avx2", 1 << 20)
+    best = LIMITS.best_of(slow)
+    assert best.read_bytes_per_s == 20e9
+    assert best.multiply_adds_per_s == {"avx2": {"int8": 300e9, "int4": 200e9, "float": 50e9}}
+    assert LIMITS.lines().splitlines() == [
+        "read bandwidth: 20.0 GB/s",
+        "billions of multiply-adds/s, avx2 (in use): int8 100, int4 200, float 50",
+    ]
+
+
+def test_the_higher_floor_counts():
+    floors = Floors(10.0, {1: 2.0, 8: 16.0})
+    assert [(floors.ms(n), floors.limit(n)) for n in (1, 8)] == [(10.0, "memory"), (16.0, "arithmetic")]
+    assert (Floors(10.0, None).ms(8), Floors(10.0, None).limit(8)) == (10.0, "memory")
+
+
+# --- the kernels' own time ---------------------------------------------------------------------------
+
+
+class Clock:
+    """Kernels and a clock that only moves while they work."""
+
+    products = ("_linear",)
+
+    def __init__(self):
+        self.now = 0.0
+
+    def _linear(self, seconds):
+        self.now += seconds
+        return -1
+
+
+def test_only_products_in_the_block_are_measured(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: clock.now)
+    own = clock._linear
+    clock._linear(5.0)
+    with contextlib.suppress(KeyError), kernel_time(clock) as measured:
+        assert clock._linear(2.0) == -1
+        clock.now += 10.0
+        clock._linear(0.5)
+        raise KeyError
+    clock._linear(7.0)
+    assert measured.seconds == 2.5
+    assert clock._linear == own
+    with kernel_time(None) as nothing:
+        assert nothing.seconds == 0.0
+
+
+def test_layers_are_measured(kernels):
+    layer, x = PackedLinear.of(torch.nn.Linear(64, 64).requires_grad_(False), "int8"), torch.randn(2, 64)
+    right = layer(x)
+    with kernel_time(kernels) as measured:
+        assert torch.equal(layer(x), right)
+    inside = measured.seconds
+    layer(x)
+    assert measured.seconds == inside > 0
+
+
+# --- the comparison ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The result for a tiny Llama in torch and with packed weights."""
+    directory = tmp_path_factory.mktemp("target")
+    stock = tiny_model("llama", eos_token_id=None)
+    stock.save_pretrained(directory)
+    packed = AutoModelForCausalLM.from_pretrained(directory, quantization_config=CpuWeights("int8"))
+    torch.manual_seed(7)
+    draft = DovetailDraft.for_target(stock)
+    contenders = [
+        Contender("torch, dovetail", stock, copy.deepcopy(draft), None, linear_bytes(stock), "float"),
+        Contender("packed int8", packed, copy.deepcopy(draft), None, linear_bytes(packed), "int8"),
+        Contender("unknown", stock, copy.deepcopy(draft), None, None, None),
+    ]
+    calls = []
+
+    def limits(found):
+        calls.append(found)
+        return LIMITS
+
+    options = dict(context=5, repeats=2, row_counts=(1, 3), measure_limits=limits)
+    result = compare_engines(contenders, stock, [prompt(9)], GREEDY, kernels=library() or Clock(), **options)
+    assert len(calls) == 2, "the machine is measured before the passes and after them"
+    return result
+
+
+def test_every_engine_has_its_passes_and_texts(compared):
+    names = ["torch, dovetail", "packed int8", "unknown"]
+    assert list(compared.passes.pass_ms) == ["torch", *names]
+    assert all(list(ms) == [1, 3] and min(ms.values()) > 0 for ms in compared.passes.pass_ms.values())
+    assert list(compared.texts) == names and compared.differences == 0
+    assert all(text.new_tokens == 6 for text in compared.texts.values())
+    assert list(compared.floors) == names[:2]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_rest_of_a_pass_is_what_the_kernels_leave(compared):
+    passes = compared.passes
+    assert list(passes.kernels_ms) == list(passes.other_ms) == ["packed int8"]
+    for rows, whole in passes.pass_ms["packed int8"].items():  # medians of two passes are means
+        assert passes.kernels_ms["packed int8"][rows] + passes.other_ms["packed int8"][rows] == pytest.approx(whole)
+
+
+def test_floors_come_from_the_weights(compared):
+    llama = tiny_model("llama", eos_token_id=None)
+    numbers = sum(p.numel() for name, p in llama.named_parameters() if name.endswith(("proj.weight", "head.weight")))
+    assert compared.multiply_adds == linear_numbers(llama) == numbers
+    assert linear_bytes(llama) == 4 * numbers
+    assert compared.floors["torch, dovetail"].memory_ms == pytest.approx(1e3 * 4 * numbers / 20e9)
+    assert compared.floors["packed int8"].arithmetic_ms[3] == pytest.approx(1e3 * 3 * numbers / 100e9)
+
+
+def test_tables(compared):
+    text = compared.table()
+    lines = text.splitlines()
+    assert lines[0] == "read bandwidth: 20.0 GB/s"
+    titles = [line.split("|")[1].strip() for before, line in pairwise(lines) if not before]
+    assert titles[0] == "ms per pass, 5 tokens of context"
+    assert titles[1] == "times the floor (m: memory, a: arithmetic)"
+    assert titles[-1] == "engine"
+    assert "V(3)/V(1)" in text and "1 of 1 identical" in text
+    for table in text.split("\n\n")[1:]:
+        assert len({len(line) for line in table.splitlines()}) == 1
+    assert aligned([["a", "bcd"], ["ef", "g"]]).splitlines() == ["| a  | bcd |", "|----|-----|", "| ef | g   |"]
+
+
+def test_the_line_of_json(compared):
+    line = json.loads(compared.json_line())
+    assert line["passes"]["pass_ms"]["packed int8"].keys() == {"1", "3"}
+    assert line["roofline"]["read_bytes_per_s"] == 20e9
+    assert line["floors"]["packed int8"].keys() == {"memory_ms", "arithmetic_ms"}
+    assert line["texts"]["unknown"]["prompts"] == 1
+    assert line.keys() >= {"command", "git", "versions", "machine", "context", "multiply_adds"}
+
+
+def test_the_picture(compared, tmp_path):
+    passes, speeds = engines_plot.picture(compared).axes
+    labels = [text.get_text() for text in passes.get_legend().get_texts()]
+    assert labels == list(compared.passes.pass_ms)
+    assert len(passes.lines) == len(labels) + len(compared.floors)
+    assert list(passes.lines[0].get_ydata()) == list(compared.passes.pass_ms["torch"].values())
+    widths = [bar.get_width() for bar in speeds.patches]
+    texts = compared.texts.values()
+    assert widths == [t.plain_tokens_per_s for t in texts] + [t.draft_tokens_per_s for t in texts]
+    engines_plot.draw(tmp_path / "e.svg", compared)
+    assert (tmp_path / "e.svg").stat().st_size > 1000
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_packed_weights_are_those_of_a_loaded_model(tmp_path):
+    for tied in (False, True):
+        model = tiny_model("llama", eos_token_id=None, tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path)
+        parts = engines_bytes(model.config, dtype="auto", kinds=["int4"], exported={}, draft_bytes=50, context=10)
+        packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CpuWeights("int4"))
+        held = sum(tensor.untyped_storage().nbytes() for tensor in (*packed.parameters(), *packed.buffers()))
+        assert parts["int4"] == pytest.approx(held, rel=0.1)
+        assert parts["torch"] >= sum(p.nbytes for p in model.parameters())
+        assert parts["drafts"] == 2 * 50 + model.lm_head.weight.nbytes
+
+
+def test_what_does_not_fit_is_refused_with_its_bytes(monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 3000)
+    refuse_without_memory({"torch": 2000, "int8": 1000})
+    with pytest.raises(InputError, match=r"takes 3001 bytes \(torch 2.0 KiB, int8 1.0 KiB\), and 3000 bytes"):
+        refuse_without_memory({"torch": 2000, "int8": 1001})
+
+
+def test_bytes_of_exported_weights(tmp_path):
+    for name, size in (("openvino_model.bin", 7), ("openvino_model.xml", 100), ("model.onnx", 20)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert exported_bytes(tmp_path) == 27
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+QUICK = (*PAIR, *SHORT, "--count", "1", "--repeats", "1", "--context", "8")
+
+
+@pytest.fixture
+def quick_limits(monkeypatch):
+    """The command takes given limits, because measuring takes seconds."""
+    given = functools.partial(compare_engines, measure_limits=lambda _: LIMITS)
+    monkeypatch.setattr(loading, "compare_engines", given)
+
+
+@pytest.mark.usefixtures("kernels", "quick_limits")
+def test_command(here, capsys):
+    options = ("--engines", "int8", "--plot", "e.png", "--out", "e.jsonl")
+    assert main(["bench", *QUICK, *options]) == 0
+    printed = capsys.readouterr()
+    assert "| packed int8" in printed.out and "| torch, dovetail" in printed.out and "int4 " not in printed.out[200:]
+    assert printed.err.strip().splitlines()[-1] == "plot: e.png"
+    assert (here / "e.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((here / "e.jsonl").read_text())
+    assert result["context"] == 8
+    assert list(result["passes"]["pass_ms"]["torch"]) == ["1", "2", "4", "8", "16", "32"]
+    assert result["settings"]["target"] == "target" and result["settings"]["left_out"] == {}
+
+
+@pytest.mark.usefixtures("kernels", "quick_limits")
+def test_all_engines_are_those_that_are_installed(here, capsys, monkeypatch):
+    monkeypatch.setattr(export, "is_installed", lambda name: False)
+    assert main(["bench", *QUICK, "--engines", "--json"]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert list(result["texts"]) == ["torch, dovetail", *(f"packed {kind}" for kind in KINDS)]
+    assert result["settings"]["left_out"] == {"openvino": "openvino is not installed"}
+    assert "left out: openvino (openvino is not installed)" in printed.err
+
+
+MISTAKES = {
+    "--context is for the comparison of engines; add --engines": ["--context", "8"],
+    "--engine is for the comparison of engines; add --engines": ["--engine", "a=b"],
+    "--weights does not go with --engines": ["--engines", "--weights", "int8"],
+    "--synthetic-acceptance does not go with --engines": ["--engines", "--synthetic-acceptance", "0.5"],
+    "there is no engine 'int5'; give int8": ["--engines", "int8,int5"],
+    "'a' is not a valid engine; give NAME=DIR": ["--engines", "--engine", "a"],
+    "two engines have the same name": ["--engines", "--engine", "a=target", "--engine", "a=draft"],
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes(message, capsys):
+    assert message in refusal(capsys, "bench", *PAIR, *MISTAKES[message])
+
+
+@pytest.mark.usefixtures("here")
+def test_engines_that_were_named_must_be_there(capsys, monkeypatch):
+    monkeypatch.setattr(loading, "library", lambda: None)
+    line = refusal(capsys, "bench", *QUICK, "--engines", "int8")
+    assert "--engines int8: the CPU kernels were not built." in line
+
+
+@pytest.mark.usefixtures("here", "kernels")
+def test_too_little_memory_is_refused_before_models_are_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 4096)
+    monkeypatch.setattr(loading, "load_language_model", None)
+    line = refusal(capsys, "bench", *QUICK, "--engines", "int8")
+    assert "and 4096 bytes of memory are free" in line and "int8 " in line
+
+
+def test_names_of_engines():
+    assert engine_names("int8, openvino") == ["int8", "openvino"]
+    assert engine_names("int8,all") == "all"
+    assert set(KINDS) < set(ALL_ENGINES)
+    with pytest.raises(argparse.ArgumentTypeError):
+        engine_names("")
+
+
+# --- the export for a comparison ---------------------------------------------------------------------
+
+
+def request(**changes):
+    return argparse.Namespace(
+        **{"target": ".", "engines": ["openvino"], "engine": [], "trust_remote_code": False} | changes
+    )
+
+
+def test_openvino_is_exported_where_optimum_is_installed(monkeypatch, tmp_path):
+    installed = {"openvino", "optimum.intel"}
+    monkeypatch.setattr(export, "is_installed", lambda name: name in installed)
+    assert loading.choose(request()).export
+    with pytest.raises(ValueError, match="only a target in a directory"):
+        loading.choose(request(target="no/such"))
+    installed.remove("optimum.intel")
+    assert "optimum-intel" in loading.choose(request(engines="all")).left_out["openvino"]
+    (tmp_path / "openvino_model.xml").touch()
+    named = request(engines="all", engine=[("mine", {"dir": str(tmp_path)})])
+    chosen = loading.choose(named)
+    assert chosen.exported == {"mine": {"dir": str(tmp_path)}} and not chosen.export
+
+
+def test_the_export_is_removed_after_the_comparison(monkeypatch, capsys):
+    def exported(args, weights, out, output):
+        assert (args.to, weights) == ("openvino", "int8") and args.passed_on == ["--trust-remote-code"]
+        out.mkdir()
+        return status
+
+    monkeypatch.setattr(export, "run_optimum", exported)
+    status, chosen = 0, loading.Chosen(export=True)
+    with loading._exported(request(trust_remote_code=True), chosen) as found:
+        place = loading.Path(found["openvino"]["dir"])
+        assert place.is_dir()
+    assert not place.exists() and chosen.exported == {}
+    status = 1
+    with (
+        pytest.raises(ValueError, match="cannot be exported to OpenVINO"),
+        loading._exported(request(trust_remote_code=True), chosen),
+    ):
+        pass
+    assert "exporting . to OpenVINO" in capsys.readouterr().err
