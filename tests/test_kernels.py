@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gguf_files import random_blocks
 
 from dovetail_plugin.errors import InputError
-from dovetail_plugin.kernels import KINDS
+from dovetail_plugin.kernels import FORMATS, KINDS
 from dovetail_plugin.kernels import library as module
-from dovetail_plugin.kernels.library import GROUP, KernelError, Library, library
+from dovetail_plugin.kernels.library import BLOCK, GROUP, SCALES_OF_BLOCKS, WIDE, KernelError, Library, library
+from dovetail_plugin.kernels.gguf_blocks import repack
 from dovetail_plugin.kernels.linear import PackedLinear
 from dovetail_plugin.kernels.packing import HUGE_PAGE, pack, packed_bytes, unpack
 
 pytestmark = pytest.mark.one_environment("depends on neither transformers nor an engine")
 
 SOURCES = Path(module.__file__).parent / "c-src"
-BITS = {"int8": 32767, "int4": 127}
 
 
 @pytest.fixture
@@ -36,11 +37,18 @@ def kernels(monkeypatch):
     return found
 
 
+def packed_at_random(outputs: int, inputs: int, kind: str) -> torch.Tensor:
+    """Return packed weights of any format; the seed is torch's."""
+    if kind in KINDS:
+        return pack(torch.randn(outputs, inputs), kind)
+    return repack(random_blocks(kind.upper(), outputs, inputs), kind.upper())
+
+
 def quantized(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Return what the kernels make of activations (N, K), as float64."""
     inputs = x.shape[1]
     groups = F.pad(x.double(), (0, -inputs % GROUP)).unflatten(1, (-1, GROUP))
-    scale = groups.abs().amax(-1, keepdim=True) / BITS[kind]
+    scale = groups.abs().amax(-1, keepdim=True) / (32767 if kind in WIDE else 127)
     numbers = torch.where(scale > 0, groups / scale.clamp_min(1e-300), 0).round()
     return (numbers * scale).flatten(1)[:, :inputs]
 
@@ -50,7 +58,7 @@ def quantized(x: torch.Tensor, kind: str) -> torch.Tensor:
     outputs=st.integers(1, 70),
     inputs=st.integers(1, 200),
     rows=st.integers(1, 64),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(FORMATS),
     seed=st.integers(0, 1000),
     with_bias=st.booleans(),
 )
@@ -59,10 +67,12 @@ def test_every_kernel_gives_the_product_and_the_same_bits(outputs, inputs, rows,
     if found is None:
         pytest.skip("this CPU has no AVX2, or there is no compiler")
     torch.manual_seed(seed)
-    weight, x = torch.randn(outputs, inputs), torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]
-    bias = torch.randn(outputs) if with_bias else None
-    packed = pack(weight, kind)
-    exact = quantized(x, kind) @ unpack(packed, outputs, inputs, kind).double().T + (0 if bias is None else bias)
+    inputs = (inputs + 66) // 67 * BLOCK if kind in SCALES_OF_BLOCKS else inputs
+    x, bias = torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None], torch.randn(outputs)
+    bias = bias if with_bias else None
+    packed = packed_at_random(outputs, inputs, kind)
+    weight = unpack(packed, outputs, inputs, kind)
+    exact = quantized(x, kind) @ weight.double().T + (0 if bias is None else bias)
     first, before = None, found.instructions
     try:
         for instructions in found.available:
@@ -70,7 +80,7 @@ def test_every_kernel_gives_the_product_and_the_same_bits(outputs, inputs, rows,
             out = found.linear(x, packed, outputs, kind, bias)
             size = (x.abs() @ weight.abs().T).double() + (1e-30 if bias is None else bias.abs())
             # Numbers on the edge between two may be rounded to either in float32.
-            assert ((out - exact).abs() / size).max() < (1e-4 if kind == "int8" else 5e-3)
+            assert ((out - exact).abs() / size).max() < (1e-4 if kind in WIDE else 5e-3)
             first = out if first is None else first
             assert torch.equal(out, first), instructions
             alone = torch.cat([found.linear(row[None], packed, outputs, kind, bias) for row in x])
@@ -79,10 +89,10 @@ def test_every_kernel_gives_the_product_and_the_same_bits(outputs, inputs, rows,
         found.instructions = before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_threads_do_not_change_a_bit(kernels, kind):
     torch.manual_seed(0)
-    packed, x = pack(torch.randn(1000, 512), kind), torch.randn(5, 512)
+    packed, x = packed_at_random(1000, 512, kind), torch.randn(5, 512)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
@@ -108,19 +118,20 @@ def test_work_is_done_in_the_threads_of_torch(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_half_precision_is_rounded_once(kernels, kind, dtype):
     torch.manual_seed(0)
-    packed, x, bias = pack(torch.randn(50, 100), kind), torch.randn(3, 100).to(dtype), torch.randn(50).to(dtype)
+    packed, x, bias = packed_at_random(50, 256, kind), torch.randn(3, 256).to(dtype), torch.randn(50).to(dtype)
     wide = kernels.linear(x.float(), packed, 50, kind, bias.float())
     assert torch.equal(kernels.linear(x, packed, 50, kind, bias), wide.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_numbers_that_are_not_finite_stay_in_their_row(kernels, kind, dtype):
     torch.manual_seed(0)
-    packed, x = pack(torch.randn(20, 70), kind), torch.randn(4, 70).to(dtype)
+    inputs = 256 if kind in SCALES_OF_BLOCKS else 70
+    packed, x = packed_at_random(20, inputs, kind), torch.randn(4, inputs).to(dtype)
     right = kernels.linear(x, packed, 20, kind)
     x[1, 3], x[2, 65] = torch.nan, torch.inf
     out = kernels.linear(x, packed, 20, kind)
@@ -129,10 +140,11 @@ def test_numbers_that_are_not_finite_stay_in_their_row(kernels, kind, dtype):
 
 
 def test_zeros_and_tiny_numbers_give_zeros(kernels):
+    for kind in FORMATS:
+        x = torch.zeros(3, 256)
+        x[1], x[2] = 1e-42, 1e-31
+        assert torch.equal(kernels.linear(x, packed_at_random(20, 256, kind), 20, kind), torch.zeros(3, 20))
     packed = pack(torch.randn(20, 64), "int8")
-    x = torch.zeros(3, 64)
-    x[1], x[2] = 1e-42, 1e-31
-    assert torch.equal(kernels.linear(x, packed, 20, "int8"), torch.zeros(3, 20))
     assert torch.equal(
         kernels.linear(torch.ones(1, 64), pack(torch.zeros(20, 64), "int4"), 20, "int4")[0], torch.zeros(20)
     )
@@ -146,8 +158,16 @@ def test_the_library_refuses_what_does_not_fit(kernels):
             kernels.linear(torch.randn(1, 32), wrong, 16, "int4")
     with pytest.raises(ValueError, match="16 x 32"):
         kernels.linear(torch.randn(1, 32), packed, 16, "int4", torch.randn(8))
+    with pytest.raises(ValueError, match="multiple of 256 inputs, got 128"):
+        kernels.linear(torch.randn(1, 128), packed_at_random(16, 256, "q4_k"), 16, "q4_k")
     with pytest.raises(KernelError, match="int4"):
         kernels.linear(torch.randn(1, 0), packed[:0], 16, "int4")
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_no_weights_are_quantized_to_the_formats_of_files(kind):
+    with pytest.raises(InputError, match="int8, int4"):
+        pack(torch.randn(16, 256), kind)
 
 
 @pytest.mark.parametrize(("kind", "largest"), [("int8", 0.5 / 127), ("int4", 0.2)])
@@ -224,6 +244,8 @@ def test_gradients_go_through(kernels):
 def test_a_layer_says_what_is_wrong():
     with pytest.raises(InputError, match="int8, int4"):
         PackedLinear(4, 4, bias=False, kind="int5")
+    with pytest.raises(InputError, match=r"are 2368 bytes, got \(2367,\)"):
+        PackedLinear(256, 9, bias=False, kind="q4_k").take_(torch.zeros(2367, dtype=torch.uint8), torch.float32)
     packed = PackedLinear.of(torch.nn.Linear(32, 8).requires_grad_(False), "int8")
     with pytest.raises(InputError, match="32"):
         packed(torch.randn(2, 64))
@@ -321,4 +343,4 @@ def test_the_kernels_pass_the_sanitizers(kernels, tmp_path):
     ]
     subprocess.run(command, check=True)
     ran = subprocess.run([program], check=True, capture_output=True, text=True)
-    assert int(ran.stdout) >= 6 * 2 * 3 * len(kernels.available)
+    assert int(ran.stdout) >= (7 * 2 + 2) * 3 * len(kernels.available)

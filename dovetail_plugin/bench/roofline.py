@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .. import machine
 from ..errors import InputError
 from ..kernels.library import MIXES, Library
+from ..kernels.packing import memory_for
 
 LEAST_BUFFER = 256 << 20
 """Bytes that are read at least, so that opening the threads' region takes no share of the time."""
@@ -93,7 +92,7 @@ def measure(kernels: Library, *, seconds: float = 0.2, size: int | None = None) 
             f"measuring the read bandwidth takes a buffer of {size} bytes, and {free} bytes of memory are free. "
             "Close other programs."
         )
-    buffer = torch.full((size,), 1, dtype=torch.uint8)  # written, because untouched pages are not in memory
+    buffer = memory_for(size).fill_(1)  # written, because untouched pages are not in memory
     read_s = _fastest(lambda: kernels.read(buffer), seconds)
     peaks = {name: {mix: _peak(kernels, mix, name, seconds) for mix in MIXES} for name in kernels.available}
     return Roofline(size / read_s, peaks, kernels.instructions, size)

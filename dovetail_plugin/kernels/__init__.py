@@ -1,4 +1,7 @@
 """Products with packed weights on a CPU: the C library, packing, and the linear layer made of both."""
 
 KINDS = ("int8", "int4")
-"""Kinds of packed weights, by their number in the library. This file loads no torch, for the command line."""
+"""Kinds of packed weights that any weights can be quantized to. This file loads no torch, for the command line."""
+
+FORMATS = (*KINDS, "q4_k", "q6_k")
+"""All kinds of packed weights, by their number in the library. The last two come from GGUF files only."""

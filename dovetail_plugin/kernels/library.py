@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DovetailError
-from . import KINDS
+from . import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,35 @@ MIXES = ("int8", "int4", "float")
 GROUP = 32
 """Inputs that share a scale."""
 
+BLOCK = 256
+"""Inputs of a block of "q4_k" and "q6_k", whose groups share scales of their scales."""
+
 PANEL = 16
 """Outputs that are packed together."""
+
+WIDE = ("int8", "q6_k")
+"""Kinds with a byte for each weight, whose activations have 16 bits. The others have half a byte and 8 bits."""
+
+SCALES_OF_BLOCKS = {"q4_k": 2, "q6_k": 1}
+"""Kind with blocks -> half-precision numbers of each block and output."""
 
 INTERFACE = 3
 """Number of the functions' signatures, as in c-src/kernels.h."""
 
 
 def packed_bytes(outputs: int, inputs: int, kind: str) -> int:
-    """Return the size of packed weights (outputs, inputs), in bytes."""
+    """Return the size of packed weights (outputs, inputs), in bytes.
+
+    Raises:
+        ValueError: `inputs` is not a multiple of 256, and the kind has blocks of 256.
+    """
     panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
-    return panels * groups * PANEL * (2 + (GROUP if kind == "int8" else GROUP // 2))
+    group_bytes = PANEL * (2 + (GROUP if kind in WIDE else GROUP // 2))
+    if kind not in SCALES_OF_BLOCKS:
+        return panels * groups * group_bytes
+    if inputs % BLOCK:
+        raise ValueError(f"weights in {kind} have a multiple of {BLOCK} inputs, got {inputs}.")
+    return panels * groups * group_bytes + panels * (inputs // BLOCK) * PANEL * 2 * SCALES_OF_BLOCKS[kind]
 
 
 class KernelError(DovetailError, RuntimeError):
@@ -101,7 +119,7 @@ class Library:
             x: (N, K) float32, bfloat16 or float16 on the CPU, contiguous.
             packed: what `packing.pack` made of weights (M, K).
             outputs: M.
-            kind: "int8" or "int4", the format of `packed`.
+            kind: one of `FORMATS`, the format of `packed`.
             bias: (M,) in the dtype of x, contiguous, or None.
 
         Returns:
@@ -119,11 +137,11 @@ class Library:
         if not rows:
             return out
         count = groups * rows
-        bytes_of_numbers = count * GROUP * (2 if kind == "int8" else 1)
+        bytes_of_numbers = count * GROUP * (2 if kind in WIDE else 1)
         buffer = torch.empty(bytes_of_numbers + 8 * count, dtype=torch.uint8, device="cpu")
         numbers = buffer.data_ptr()
         scales, offsets = numbers + bytes_of_numbers, numbers + bytes_of_numbers + 4 * count
-        type_, format_, threads = NUMBER_TYPES[x.dtype], KINDS.index(kind), torch.get_num_threads()
+        type_, format_, threads = NUMBER_TYPES[x.dtype], FORMATS.index(kind), torch.get_num_threads()
         failed = self._quantize(x.data_ptr(), type_, rows, inputs, format_, numbers, scales, offsets, threads)
         failed = failed or self._linear(
             packed.data_ptr(),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from . import KINDS
-from .library import NUMBER_TYPES, library
+from . import FORMATS, KINDS
+from .library import NUMBER_TYPES, library, packed_bytes
 from .packing import pack, unpack
 
 
@@ -23,7 +23,7 @@ class PackedLinear(nn.Module):
         in_features: K.
         out_features: M.
         bias: whether there is a bias.
-        kind: "int8" or "int4".
+        kind: "int8" or "int4", or one of the other `FORMATS`, whose bytes come from elsewhere: see `take_`.
         dtype: of the weights before they are packed, and of the bias.
 
     Raises:
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         self, in_features: int, out_features: int, *, bias: bool, kind: str, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
+        if kind not in FORMATS:
             raise InputError(f"there is no kind of packed weights {kind!r}. Use one of {', '.join(KINDS)}.")
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
         weight = torch.empty(out_features, in_features, dtype=dtype)
@@ -77,6 +77,25 @@ class PackedLinear(nn.Module):
             )
         self.packed_weight = pack(weight, self.kind)
         self._hold_place(weight.dtype)
+
+    def take_(self, packed: Tensor, dtype: torch.dtype) -> None:
+        """Take over weights that are packed already, without a copy.
+
+        Args:
+            packed: (bytes,) uint8, in the layer's kind.
+            dtype: that the layer's weights are to have for models that ask.
+
+        Raises:
+            InputError: these are not as many bytes as the layer's weights have.
+        """
+        size = packed_bytes(self.out_features, self.in_features, self.kind)
+        if packed.shape != (size,) or packed.dtype != torch.uint8:
+            raise InputError(
+                f"{self.out_features} x {self.in_features} weights in {self.kind} are {size} bytes, got "
+                f"{tuple(packed.shape)} numbers of {packed.dtype}."
+            )
+        self.packed_weight = packed
+        self._hold_place(dtype)
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights (M, K) that the packed ones stand for."""

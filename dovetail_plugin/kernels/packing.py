@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from .library import GROUP, PANEL, packed_bytes
+from . import KINDS
+from .library import BLOCK, GROUP, PANEL, SCALES_OF_BLOCKS, packed_bytes
 
 ROWS_AT_ONCE = 2048
 """Outputs that are packed at a time, which bounds the memory that packing takes."""
@@ -32,8 +33,10 @@ def pack(weight: Tensor, kind: str) -> Tensor:
         (`packed_bytes`,) uint8 on the CPU.
 
     Raises:
-        InputError: weights are infinite, NaN or too large for scales in half precision.
+        InputError: weights are infinite, NaN or too large for scales in half precision, or the kind is another one.
     """
+    if kind not in KINDS:
+        raise InputError(f"weights can be quantized to {', '.join(KINDS)}, not to {kind!r}.")
     outputs, inputs = weight.shape
     packed = memory_for(packed_bytes(outputs, inputs, kind))
     at = 0
@@ -45,8 +48,7 @@ def pack(weight: Tensor, kind: str) -> Tensor:
                 "weights are infinite, NaN or too large for scales in half precision. Name the layer in "
                 "modules_to_not_convert."
             )
-        parts = _scale_bytes(scale), (_int8_bytes if kind == "int8" else _int4_bytes)(numbers)
-        part = torch.cat(parts, dim=-1).flatten()
+        part = in_panels(scale, numbers)
         packed[at : at + len(part)] = part
         at += len(part)
     return packed
@@ -71,23 +73,61 @@ def unpack(packed: Tensor, outputs: int, inputs: int, kind: str, dtype: torch.dt
     weights = torch.empty(outputs, inputs, dtype=dtype, device=packed.device)
     panels = packed.view(-(-outputs // PANEL), -1).split(ROWS_AT_ONCE // PANEL)
     for part, some in zip(weights.split(ROWS_AT_ONCE), panels, strict=True):
-        part.copy_(_unpacked(some, -(-inputs // GROUP), kind)[: len(part), :inputs])
+        weights_of_panels = _unpacked_blocks if kind in SCALES_OF_BLOCKS else _unpacked
+        part.copy_(weights_of_panels(some, -(-inputs // GROUP), kind)[: len(part), :inputs])
     return weights
+
+
+def in_panels(scale: Tensor, numbers: Tensor) -> Tensor:
+    """Return the packed bytes of weights scale * numbers, for the kinds without blocks.
+
+    Args:
+        scale: (panels, 16, groups) float16.
+        numbers: (panels, 16, groups, 32), int8 for "int8"; for "int4" uint8, 0 to 15, which stand for -8 to 7.
+    """
+    return torch.cat([_bytes_by_output(scale), _number_bytes(numbers)], dim=-1).flatten()
+
+
+def blocks_in_panels(scales: list[Tensor], factors: list[Tensor], numbers: Tensor) -> Tensor:
+    """Return the packed bytes of the kinds with blocks; c-src/kernels.h says what they stand for.
+
+    Args:
+        scales: one or two (panels, 16, blocks) float16: of the weights, and of the minima.
+        factors: two (panels, 16, groups) of 8 bits: of the weights and of the minima, or of both halves of a group.
+        numbers: (panels, 16, groups, 32), uint8 0 to 15 for "q4_k" and int8 for "q6_k".
+    """
+    panels, _, groups, _ = numbers.shape
+    of_groups = torch.cat([*map(_bytes_by_output, factors), _number_bytes(numbers)], dim=-1)
+    of_blocks = of_groups.view(panels, groups // (BLOCK // GROUP), -1)
+    return torch.cat([*map(_bytes_by_output, scales), of_blocks], dim=-1).flatten()
 
 
 def _unpacked(packed: Tensor, groups: int, kind: str) -> Tensor:
     """Return the weights (16 * panels, 32 * groups) float32 of whole panels, one in each row of `packed`."""
     panels = len(packed)
     parts = packed.view(panels, groups, -1)
-    scale = parts[..., : 2 * PANEL].contiguous().view(torch.float16).float().transpose(1, 2)  # (panels, 16, groups)
-    body = parts[..., 2 * PANEL :]
-    if kind == "int8":
-        pairs = body.contiguous().view(torch.int8).view(panels, groups, GROUP // 2, PANEL, 2)
-        numbers = pairs.permute(0, 3, 1, 2, 4).reshape(panels, PANEL, groups, GROUP).float()
-    else:
-        halves = torch.stack([body & 15, body >> 4], dim=2).view(panels, groups, 2, GROUP // 8, PANEL, 4)
-        numbers = halves.permute(0, 4, 1, 3, 2, 5).reshape(panels, PANEL, groups, GROUP).float() - 8
+    scale, body = _by_output(parts[..., : 2 * PANEL], torch.float16), parts[..., 2 * PANEL :]
+    numbers = _int8_numbers(body) if kind == "int8" else _int4_numbers(body) - 8
     return (numbers * scale[..., None]).reshape(panels * PANEL, groups * GROUP)
+
+
+def _unpacked_blocks(packed: Tensor, groups: int, kind: str) -> Tensor:
+    """Return the weights (16 * panels, 32 * groups) float32 of whole panels, one in each row of `packed`."""
+    panels, blocks, of_block = len(packed), groups * GROUP // BLOCK, BLOCK // GROUP
+    parts = packed.view(panels, blocks, -1)
+    scale_bytes = 2 * PANEL * SCALES_OF_BLOCKS[kind]
+    scales = _by_output(parts[..., :scale_bytes].reshape(panels, -1, 2 * PANEL), torch.float16)
+    scales = scales.view(panels, PANEL, blocks, -1).repeat_interleave(of_block, dim=2)  # (panels, 16, groups, 1 or 2)
+    of_groups = parts[..., scale_bytes:].reshape(panels, groups, -1)
+    first, second, body = of_groups.split([PANEL, PANEL, of_groups.shape[-1] - 2 * PANEL], dim=-1)
+    if kind == "q4_k":
+        factor, of_minimum = _by_output(first, torch.uint8), _by_output(second, torch.uint8)
+        scale, minimum = scales[..., 0] * factor, scales[..., 1] * of_minimum
+        weights = _int4_numbers(body) * scale[..., None] - minimum[..., None]
+    else:
+        factors = torch.stack([_by_output(first, torch.int8), _by_output(second, torch.int8)], dim=-1)
+        weights = _int8_numbers(body) * (scales * factors).repeat_interleave(GROUP // 2, dim=-1)
+    return weights.reshape(panels * PANEL, groups * GROUP)
 
 
 def _in_groups(rows: Tensor) -> Tensor:
@@ -133,9 +173,33 @@ def _divided(groups: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, groups / scale)
 
 
-def _scale_bytes(scale: Tensor) -> Tensor:
-    """Return (panels, groups, 32) uint8."""
-    return scale.transpose(1, 2).contiguous().view(torch.uint8)
+def _bytes_by_output(numbers: Tensor) -> Tensor:
+    """Return (panels, groups, bytes) uint8 of numbers (panels, 16, groups)."""
+    return numbers.transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def _by_output(body: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers (panels, 16, groups) float32 of bytes (panels, groups, ...); `_bytes_by_output` backwards."""
+    return body.contiguous().view(dtype).float().transpose(1, 2)
+
+
+def _number_bytes(numbers: Tensor) -> Tensor:
+    """Return (panels, groups, bytes) uint8 of numbers (panels, 16, groups, 32)."""
+    return _int8_bytes(numbers) if numbers.dtype == torch.int8 else _int4_bytes(numbers)
+
+
+def _int8_numbers(body: Tensor) -> Tensor:
+    """Return numbers (panels, 16, groups, 32) float32 of bytes; `_int8_bytes` backwards."""
+    panels, groups = body.shape[:2]
+    pairs = body.contiguous().view(torch.int8).view(panels, groups, GROUP // 2, PANEL, 2)
+    return pairs.permute(0, 3, 1, 2, 4).reshape(panels, PANEL, groups, GROUP).float()
+
+
+def _int4_numbers(body: Tensor) -> Tensor:
+    """Return numbers 0 to 15 (panels, 16, groups, 32) float32 of bytes; `_int4_bytes` backwards."""
+    panels, groups = body.shape[:2]
+    halves = torch.stack([body & 15, body >> 4], dim=2).view(panels, groups, 2, GROUP // 8, PANEL, 4)
+    return halves.permute(0, 4, 1, 3, 2, 5).reshape(panels, PANEL, groups, GROUP).float()
 
 
 def _int8_bytes(numbers: Tensor) -> Tensor:

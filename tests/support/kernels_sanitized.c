@@ -5,8 +5,8 @@
 #include <stdlib.h>
 
 int dovetail_instructions(void);
-int dovetail_quantize(const void *, int, int64_t, int64_t, int, void *, float *, int32_t *, int);
-int dovetail_linear(const void *, int64_t, int64_t, int, const void *, const float *, const int32_t *, int64_t,
+int dovetail_quantize(const void *, int, int64_t, int64_t, int, void *, float *, void *, int);
+int dovetail_linear(const void *, int64_t, int64_t, int, const void *, const float *, const void *, int64_t,
                     const void *, void *, int, int, int);
 
 int64_t dovetail_multiply(int, int, int64_t, int);
@@ -24,13 +24,19 @@ static uint8_t *random_bytes(size_t count) {
 }
 
 int main(void) {
-    const int64_t shapes[][2] = {{1, 1}, {15, 31}, {16, 32}, {17, 33}, {40, 96}, {100, 257}};
+    const int64_t shapes[][2] = {{1, 1}, {15, 31}, {16, 32}, {17, 33}, {40, 96}, {100, 257}, {33, 512}};
     long calls = 0;
     for (size_t shape = 0; shape < sizeof shapes / sizeof *shapes; shape++) {
         const int64_t outputs = shapes[shape][0], inputs = shapes[shape][1];
         const int64_t panels = (outputs + 15) / 16, groups = (inputs + 31) / 32;
-        for (int format = 0; format < 2; format++) {
-            const size_t size = format ? 1 : 2, packed = panels * groups * (32 + (format ? 256 : 512));
+        for (int format = 0; format < 4; format++) {
+            const int wide = format == 0 || format == 3, blocks = format > 1 ? groups / 8 : 0;
+            if (format > 1 && groups % 8) { /* blocks of 256 inputs are whole */
+                if (dovetail_linear("", outputs, groups, format, "", NULL, NULL, 1, NULL, NULL, 0, 0, 1) != -1) return 1;
+                continue;
+            }
+            const size_t size = wide ? 2 : 1;
+            const size_t packed = panels * (groups * (32 + (wide ? 512 : 256)) + blocks * (format == 2 ? 64 : 32));
             for (int64_t rows = 1; rows <= 64; rows += 1 + rows / 14)
                 for (int type = 0; type < 3; type++) {
                     const size_t width = type ? 2 : 4, count = groups * rows;
@@ -38,7 +44,7 @@ int main(void) {
                     uint8_t *bias = random_bytes(outputs * width), *out = random_bytes(rows * outputs * width);
                     void *numbers = malloc(count * 32 * size);
                     float *scales = malloc(count * 4);
-                    int32_t *offsets = malloc(count * 4);
+                    void *offsets = malloc(count * 4);
                     if (dovetail_quantize(in, type, rows, inputs, format, numbers, scales, offsets, 1)) return 1;
                     for (int set = 0; set < 3; set++) {
                         if (!(dovetail_instructions() >> set & 1)) continue;

@@ -1,7 +1,7 @@
 /* Kernels for CPUs with AVX2.
  *
  * The inner steps are assembly, because gcc holds broadcast numbers in registers and then has none left for sums.
- * INT4: eight products of two numbers, each at most 15 * 127, fit into 16 bits together.
+ * Four bits: eight products of two numbers, each at most 15 * 127, fit into 16 bits together.
  */
 #include "kernels.h"
 
@@ -33,6 +33,8 @@
     _mm256_add_epi32(_mm256_madd_epi16(part, _mm256_set1_epi16(1)), _mm256_set1_epi32(offset))
 
 #include "kernels_avx2.h"
+#include "kernels_avx2_k.h"
 
-const struct kernel avx2_kernels[2] = {{int8_panel, INT8_ROWS}, {int4_panel, INT4_ROWS}};
+const struct kernel avx2_kernels[FORMATS] = {
+    {int8_panel, INT8_ROWS}, {int4_panel, INT4_ROWS}, {q4_k_panel, INT4_ROWS}, {q6_k_panel, INT8_ROWS}};
 #endif

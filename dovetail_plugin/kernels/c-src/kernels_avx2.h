@@ -27,6 +27,34 @@ static inline __attribute__((always_inline)) __m256i widened(const uint8_t *byte
     return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)bytes));
 }
 
+/* Adds the products of `count` pairs of inputs to the sums of the rows, for both halves of a panel. */
+static inline __attribute__((always_inline)) void add_pairs(const uint8_t *numbers, const int32_t *pairs, const int count,
+                                                            __m256i *left, __m256i *right, const int rows) {
+#pragma GCC unroll 2
+    for (int p = 0; p < count; p++) {
+        const __m256i a = widened(numbers + p * 32), b = widened(numbers + p * 32 + 16);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) ADD_PAIRS(left[r], right[r], a, b, pairs[r * (GROUP / 2) + p]);
+    }
+}
+
+/* Adds the products of a group of 4-bit numbers to the parts of the rows, for half a panel. */
+static inline __attribute__((always_inline)) void add_fours(const uint8_t *numbers, const int32_t *fours, __m256i *parts,
+                                                            const int rows) {
+    const __m256i low = _mm256_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int v = 0; v < GROUP / 8; v++) {
+        const __m256i both = _mm256_loadu_si256((const __m256i *)(numbers + v * 64));
+        const __m256i first_four = _mm256_and_si256(both, low);
+        const __m256i next_four = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            ADD_FOURS(parts[r], first_four, fours[r * (GROUP / 4) + 2 * v]);
+            ADD_FOURS(parts[r], next_four, fours[r * (GROUP / 4) + 2 * v + 1]);
+        }
+    }
+}
+
 static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel, int64_t groups,
                                                             const struct activations *in, int64_t first, float *sums,
                                                             const int rows) {
@@ -40,12 +68,7 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
         for (int r = 0; r < rows; r++) left[r] = right[r] = _mm256_setzero_si256();
         const uint8_t *numbers = panel + PANEL * 2;
         prefetch_group(panel, INT8);
-#pragma GCC unroll 2
-        for (int p = 0; p < GROUP / 2; p++) {
-            const __m256i a = widened(numbers + p * 32), b = widened(numbers + p * 32 + 16);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) ADD_PAIRS(left[r], right[r], a, b, pairs[r * (GROUP / 2) + p]);
-        }
+        add_pairs(numbers, pairs, GROUP / 2, left, right, rows);
         const __m256 left_scales = half_scales(panel, 0), right_scales = half_scales(panel, 1);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
@@ -61,22 +84,10 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
 static inline __attribute__((always_inline)) void int4_half(const uint8_t *group, int half, const int32_t *fours,
                                                             const float *scales, const int32_t *offsets, float *sums,
                                                             const int rows) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const uint8_t *numbers = group + PANEL * 2 + half * 32;
     __m256i parts[INT4_ROWS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) parts[r] = FIRST_PART(offsets[r]);
-#pragma GCC unroll 4
-    for (int v = 0; v < GROUP / 8; v++) {
-        const __m256i both = _mm256_loadu_si256((const __m256i *)(numbers + v * 64));
-        const __m256i first_four = _mm256_and_si256(both, low);
-        const __m256i next_four = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            ADD_FOURS(parts[r], first_four, fours[r * (GROUP / 4) + 2 * v]);
-            ADD_FOURS(parts[r], next_four, fours[r * (GROUP / 4) + 2 * v + 1]);
-        }
-    }
+    add_fours(group + PANEL * 2 + half * 32, fours, parts, rows);
     const __m256 weight_scales = half_scales(group, half);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -90,7 +101,7 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
     for (int i = 0; i < rows * 2; i++) _mm256_storeu_ps(sums + i * 8, _mm256_setzero_ps());
     const int32_t *fours = (const int32_t *)in->numbers + first * (GROUP / 4);
     const float *scales = in->scales + first;
-    const int32_t *offsets = in->offsets + first;
+    const int32_t *offsets = (const int32_t *)in->offsets + first;
     for (int64_t g = 0; g < groups; g++) {
         prefetch_group(panel, INT4);
         int4_half(panel, 0, fours, scales, offsets, sums, rows);

@@ -15,6 +15,8 @@
 #define SUM(part, offset) (part)
 
 #include "kernels_avx2.h"
+#include "kernels_avx2_k.h"
 
-const struct kernel avx_vnni_kernels[2] = {{int8_panel, INT8_ROWS}, {int4_panel, INT4_ROWS}};
+const struct kernel avx_vnni_kernels[FORMATS] = {
+    {int8_panel, INT8_ROWS}, {int4_panel, INT4_ROWS}, {q4_k_panel, INT4_ROWS}, {q6_k_panel, INT8_ROWS}};
 #endif

@@ -101,21 +101,24 @@ void in_threads(void (*work)(void *), void *data, int threads) {
  * out           [rows][outputs] of `type`
  * instructions  number of a set that this CPU has
  *
- * Returns 0, or -1 if a number of a format, type or set of instructions is not one of this library's, or a size is 0.
+ * Returns 0, or -1 if a number of a format, type or set of instructions is not one of this library's, or a size is 0 or
+ * not one that the format has.
  */
 EXPORT int dovetail_linear(const void *weights, int64_t outputs, int64_t groups, int format, const void *numbers,
-                           const float *scales, const int32_t *offsets, int64_t rows, const void *bias, void *out,
+                           const float *scales, const void *offsets, int64_t rows, const void *bias, void *out,
                            int type, int instructions, int threads) {
     const struct kernel *kernels[] = {avx2_kernels, avx_vnni_kernels, avx512_kernels};
-    if (format < INT8 || format > INT4 || type < FLOAT32 || type > FLOAT16) return -1;
+    if (format < INT8 || format >= FORMATS || type < FLOAT32 || type > FLOAT16) return -1;
     if (instructions < AVX2 || instructions > AVX512_VNNI) return -1;
     if (outputs < 1 || groups < 1 || rows < 1 || threads < 1) return -1;
+    const int in_blocks = format == Q4_K || format == Q6_K;
+    if (in_blocks && groups % BLOCK_GROUPS) return -1;
     struct linear job = {
         .weights = weights,
         .outputs = outputs,
         .groups = groups,
         .panels = (outputs + PANEL - 1) / PANEL,
-        .panel_bytes = (size_t)groups * group_bytes(format),
+        .panel_bytes = in_blocks ? (size_t)groups / BLOCK_GROUPS * block_bytes(format) : (size_t)groups * group_bytes(format),
         .in = {numbers, scales, offsets, rows},
         .kernel = &kernels[instructions][format],
         .bias = bias,
@@ -140,7 +143,7 @@ struct quantize {
     enum format format;
     void *numbers;
     float *scales;
-    int32_t *offsets;
+    void *offsets;
     int64_t next_group;
 };
 
@@ -154,10 +157,16 @@ static void quantize_group(const struct quantize *job, int64_t group) {
         float values[GROUP];
         if (width < GROUP) from = memcpy(whole, from, width * size);
         to_floats(from, job->type, GROUP, values);
-        if (job->format == INT8)
+        if (is_wide(job->format)) {
             quantize_16_bits(values, (int16_t *)job->numbers + at * GROUP, job->scales + at);
+            continue;
+        }
+        int32_t offset;
+        quantize_8_bits(values, (int8_t *)job->numbers + at * GROUP, job->scales + at, &offset);
+        if (job->format == INT4)
+            ((int32_t *)job->offsets)[at] = offset;
         else
-            quantize_8_bits(values, (int8_t *)job->numbers + at * GROUP, job->scales + at, job->offsets + at);
+            ((float *)job->offsets)[at] = job->scales[at] * (float)(offset / 8);
     }
 }
 
@@ -174,15 +183,15 @@ static void quantize_tasks(void *data) {
 /* Quantizes rows for weights of a format.
  *
  * in       [rows][inputs] of `type`
- * numbers  [groups][rows][32] int16 for INT8, int8 for INT4; groups = inputs / 32, rounded up
+ * numbers  [groups][rows][32] int16 for INT8 and Q6_K, int8 for the others; groups = inputs / 32, rounded up
  * scales   [groups][rows]
- * offsets  [groups][rows], for INT4 only
+ * offsets  [groups][rows], int32 for INT4 and floats for Q4_K; not written for the others
  *
  * Returns 0, or -1 if the number of the format or type is not one of this library's.
  */
 EXPORT int dovetail_quantize(const void *in, int type, int64_t rows, int64_t inputs, int format, void *numbers,
-                             float *scales, int32_t *offsets, int threads) {
-    if (format < INT8 || format > INT4 || type < FLOAT32 || type > FLOAT16) return -1;
+                             float *scales, void *offsets, int threads) {
+    if (format < INT8 || format >= FORMATS || type < FLOAT32 || type > FLOAT16) return -1;
     struct quantize job = {in, type, rows, inputs, (inputs + GROUP - 1) / GROUP, format, numbers, scales, offsets, 0};
     in_threads(quantize_tasks, &job, worth(rows * inputs, threads));
     return 0;

@@ -128,7 +128,8 @@ static __attribute__((target("avx2"))) void read_tasks(void *data) {
 #pragma GCC unroll 8
             for (int i = 0; i < BLOCK; i += 32)
                 seen = _mm256_or_si256(seen, _mm256_loadu_si256((const __m256i *)(job->bytes + at + i)));
-            _mm_prefetch(job->bytes + at + 4096, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int i = 0; i < BLOCK; i += 64) __builtin_prefetch(job->bytes + at + PREFETCH_AHEAD + i, 0, 2);
         }
     }
     __asm__ volatile("" ::"x"(seen));
