@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .policy.device_split import DeviceSplitPolicy
     from .report import GenerationReport
     from .targets.cpu_weights import CpuWeights
+    from .targets.gguf import load_gguf
     from .tree import DraftTree, TreeBudget
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "detach_draft",
     "generate_with_draft",
     "is_registered",
+    "load_gguf",
     "register",
     "unregister",
 ]
@@ -75,6 +77,7 @@ _MODULE_OF = {
     "detach_draft": "generation.attached",
     "generate_with_draft": "generation.generate",
     "is_registered": "hf",
+    "load_gguf": "targets.gguf",
     "register": "hf",
     "unregister": "hf",
 }

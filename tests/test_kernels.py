@@ -17,8 +17,8 @@ from support.gguf_files import random_blocks
 from dovetail_plugin.errors import InputError
 from dovetail_plugin.kernels import FORMATS, KINDS
 from dovetail_plugin.kernels import library as module
-from dovetail_plugin.kernels.library import BLOCK, GROUP, SCALES_OF_BLOCKS, WIDE, KernelError, Library, library
 from dovetail_plugin.kernels.gguf_blocks import repack
+from dovetail_plugin.kernels.library import BLOCK, GROUP, SCALES_OF_BLOCKS, WIDE, KernelError, Library, library
 from dovetail_plugin.kernels.linear import PackedLinear
 from dovetail_plugin.kernels.packing import HUGE_PAGE, pack, packed_bytes, unpack
 

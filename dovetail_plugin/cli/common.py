@@ -165,7 +165,9 @@ def parse_engine(text: str) -> tuple[str, dict[str, str]]:
 # --- options -----------------------------------------------------------------------------------------
 
 
-def add_target_argument(parser: Any, help: str = "the target model: its directory or hub id", **options: Any) -> None:
+def add_target_argument(
+    parser: Any, help: str = "the target model: its directory, GGUF file or hub id", **options: Any
+) -> None:
     """Declare --target with the aliases that other programs use."""
     parser.add_argument("--target", "--model", "-m", type=model_name, metavar="DIR_OR_ID", help=help, **options)
 

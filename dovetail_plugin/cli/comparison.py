@@ -17,6 +17,7 @@ from ..bench.random_model import random_model
 from ..bench.synthetic import SyntheticComparison
 from ..drafts.model import DovetailDraft
 from ..planning.known_shapes import SHAPES, load_config
+from ..targets.gguf import is_gguf
 from .common import generate_options
 from .loading import (
     LoadedPair,
@@ -111,7 +112,7 @@ def _is_without_tokenizer(args: argparse.Namespace) -> bool:
 def _is_config_only(name: str) -> bool:
     """Whether this is a shape, a config file, or a directory without weights."""
     place = Path(name)
-    return name in SHAPES or place.is_file() or (place.is_dir() and not _has_weights(place))
+    return name in SHAPES or (place.is_file() and not is_gguf(place)) or (place.is_dir() and not _has_weights(place))
 
 
 def _has_weights(directory: Path) -> bool:

@@ -23,6 +23,7 @@ from ..planning.apply import apply_plan
 from ..planning.device_plan import parse_bytes
 from ..policy.device_split import DeviceSplitPolicy
 from ..targets.cpu_weights import CpuWeights
+from ..targets.gguf import is_gguf, load_gguf, planned_config
 from ..tree import TreeBudget
 from .common import hub_options
 
@@ -90,6 +91,10 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
     option, name = ("--target", args.target) if args.target else ("--target-ir", args.target_ir)
     if not args.target and args.weights:
         raise ValueError("--weights packs the weights of --target. An exported target has the weights of its export.")
+    if is_gguf(args.target):
+        if args.weights:
+            raise ValueError("--weights quantizes a target that has floats. A GGUF file has the weights that it holds.")
+        return planned_config(args.target)
     config = check_model(option, name, **target_source(args))
     if is_draft(config):
         swapped = f"Check that {option} and --draft are not swapped." if "draft" in args else "Name the model itself."
@@ -121,6 +126,8 @@ def load_target(args: argparse.Namespace) -> Any:
         from dovetail_plugin.adapters import load_exported
 
         return load_exported(args.target_ir, threads=args.threads, **target_source(args))
+    if is_gguf(args.target):
+        return load_gguf(args.target, dtype=torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype))
     packed = {} if args.weights is None else {"quantization_config": CpuWeights(args.weights)}
     return load_language_model(args.target, dtype=args.dtype, **packed, **target_source(args))
 
@@ -131,6 +138,8 @@ def load_target_tokenizer(args: argparse.Namespace) -> Any:
     Raises:
         ValueError: it cannot be read.
     """
+    if is_gguf(args.target):
+        return load_tokenizer(str(Path(args.target).parent), gguf_file=Path(args.target).name)
     return load_tokenizer(args.target or args.target_ir, **target_source(args))
 
 

@@ -61,7 +61,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add = parser.add_argument
     add_target_argument(
-        parser, required=True, help="the target model: its directory, config.json, hub id or shape (see below)"
+        parser,
+        required=True,
+        help="the target model: its directory, config.json, GGUF file, hub id or shape (see below)",
     )
     add(
         "--draft",

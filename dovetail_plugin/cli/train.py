@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(args).items() if name in names}
     config = TrainingConfig(**(values | {"data": tuple(args.data)}))
 
+    from ..targets.gguf import is_gguf
     from ..training.output import look
     from .loading import check_model, check_target, read_config, target_source
 
@@ -94,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
     if before.progress is not None and before.is_finished(config.steps):
         print(f"{config.out} is finished: {before.progress.step} steps are done. Nothing to do.")
         return 0
+    if is_gguf(args.target):
+        raise ValueError(
+            f"--target {args.target}: drafts are trained with a target that has floats. Give the directory of the "
+            "model that the file was made from. The draft then fits the file, too."
+        )
     check_target(args)
     from_hub = hub_options(args, args.draft_revision)
     if args.init_from is not None:

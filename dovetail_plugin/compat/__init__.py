@@ -4,6 +4,7 @@ Everything else in the package goes through `compat`, so a new release of transf
 in `missing_names` (and its test) first. This folder uses nothing of the rest of the package:
 
 - `names`: the names that are used, and whether the installed version has them;
+- `gguf`: what transformers knows about GGUF files;
 - `generate`: arguments, passes, options and the result of one call;
 - `models`: configs, layers of caches, and files of repositories.
 
@@ -102,6 +103,14 @@ from .generate import (
     take_cache,
     with_next_tokens,
 )
+from .gguf import (
+    GGUF_FUNCTIONS,
+    GgufNames,
+    gguf_architectures,
+    gguf_names,
+    is_known_gguf,
+    missing_gguf_functions,
+)
 from .models import (
     IndexedLayer,
     SharedLayer,
@@ -127,6 +136,7 @@ __all__ = [
     "CACHE",
     "CACHE_NAMES",
     "CANDIDATE_ARGUMENTS",
+    "GGUF_FUNCTIONS",
     "LOOP_ARGUMENTS",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODE_ARGUMENTS",
@@ -144,6 +154,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "GgufNames",
     "IndexedLayer",
     "LlamaRotaryEmbedding",
     "SharedLayer",
@@ -156,7 +167,10 @@ __all__ = [
     "dotted",
     "ends_one_by_one",
     "find_file",
+    "gguf_architectures",
+    "gguf_names",
     "hands_features_to_generators",
+    "is_known_gguf",
     "is_tested",
     "keeps_recurrent_state",
     "layers_for",
@@ -164,6 +178,7 @@ __all__ = [
     "mark_initialized",
     "mask_length",
     "masks_of_pass",
+    "missing_gguf_functions",
     "missing_names",
     "modules_in_float32",
     "not_sampling",

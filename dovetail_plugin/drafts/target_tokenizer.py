@@ -14,6 +14,7 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import PretrainedConfig
 
 from ..compat import commit_of
+from ..targets.gguf import is_gguf
 from .shared_tokens import Vocabulary, vocabulary_of
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
@@ -33,6 +34,8 @@ def vocabulary_of_target(config: PretrainedConfig, cache_dirs: Sequence[str | Pa
     name, commit = config.name_or_path, commit_of(config)
     if not name:
         return None
+    if is_gguf(name):
+        return vocabulary_of(str(Path(name).parent), gguf_file=Path(name).name, local_files_only=True)
     if Path(name).is_dir():
         return vocabulary_of(name, local_files_only=True)
     caches = list(dict.fromkeys(Path(cache) for cache in (constants.HF_HUB_CACHE, *cache_dirs)))

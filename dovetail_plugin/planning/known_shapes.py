@@ -158,6 +158,10 @@ def load_config(name: str | Path, **options: Any) -> "PretrainedConfig":
     """
     if str(name) in SHAPES:
         return shape_config(str(name))
+    from ..targets.gguf import is_gguf, planned_config
+
+    if is_gguf(name):
+        return planned_config(name)
     if not Path(name).exists() and "/" not in str(name) and close_shapes(str(name)):
         raise ValueError(_unknown(str(name)))
     from ..drafts.checkpoints.claims import model_config

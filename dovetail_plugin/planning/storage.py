@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..targets.cpu_weights import METHOD
+from ..targets.gguf import METHOD as GGUF_METHOD
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPORTED_RUN_BYTES = 4
@@ -162,6 +163,7 @@ METHODS: dict[str, Callable[[dict[str, Any]], MatrixFormat]] = {
     "fbgemm_fp8": lambda _: MatrixFormat(8, None, 32),
     "compressed-tensors": _compressed_tensors,
     METHOD: lambda fields: MatrixFormat({"int8": 8, "int4": 4}[fields["weights"]], 32, 16),
+    GGUF_METHOD: lambda fields: MatrixFormat(fields["bits"], None, 0),
 }
 """`quant_method` of a `quantization_config` -> format of its matrices. Embedding and head are counted in `dtype`."""
 
@@ -186,7 +188,7 @@ def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:
         dtype,
         dtype.itemsize,
         matrices,
-        exported=method == METHOD,  # packed layers run on the CPU only
+        exported=method in (METHOD, GGUF_METHOD),  # packed layers run on the CPU only
         experts_only=method == "mxfp4",
         kept=kept,
     )

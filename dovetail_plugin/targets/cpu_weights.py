@@ -4,6 +4,7 @@
 matrix when it has been read. Then one matrix at a time exists in the checkpoint's dtype.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ class CpuWeightsQuantizer(HfQuantizer):
         config = self.quantization_config
         kept = [*config.modules_to_not_convert, *compat.modules_in_float32(model)]
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not _is_named(name, kept):
-                model.set_submodule(name, _replacement(module, config.weights))
+            if type(module) is nn.Linear and not is_named(name, kept):
+                model.set_submodule(name, replacement(module, config.weights))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -157,12 +158,13 @@ def _is_cpu(device: Any) -> bool:
     return device != "disk" and torch.device(device).type == "cpu"
 
 
-def _is_named(name: str, parts: list[str]) -> bool:
+def is_named(name: str, parts: Iterable[str]) -> bool:
     """Return whether one of `parts` is a part of a name, of one or more whole words between dots."""
     return any(f".{part}." in f".{name}." for part in parts)
 
 
-def _replacement(linear: nn.Linear, kind: str) -> PackedLinear:
+def replacement(linear: nn.Linear, kind: str) -> PackedLinear:
+    """Return a layer without memory that packed weights of a linear layer can be loaded into."""
     with torch.device("meta"):
         bias, dtype = linear.bias is not None, linear.weight.dtype
         return PackedLinear(linear.in_features, linear.out_features, bias=bias, kind=kind, dtype=dtype)

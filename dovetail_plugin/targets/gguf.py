@@ -1,0 +1,230 @@
+"""Targets in GGUF files: `load_gguf` returns a model of transformers whose linear layers are packed as in the file.
+
+transformers finds the parameters of the tensors and builds the model. This module gives it each tensor when it is
+wanted. A matrix in Q8_0, Q4_0, Q4_K or Q6_K goes from the file into the order of the CPU kernels, and nothing is
+rounded. One in another quantization is unpacked and packed as "int8". All that is no matrix of a linear layer, and what
+the file holds in floats, becomes a float tensor. So the packed model and one tensor are in memory at most.
+"""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from .. import compat
+from ..errors import InputError
+from ..kernels.library import packed_bytes
+from ..kernels.linear import PackedLinear
+from .cpu_weights import CpuWeights, CpuWeightsQuantizer, replacement
+from .gguf_file import Gguf, read_gguf
+from .gguf_weights import FLOATS, Matrix, Parameters, kind_of
+
+METHOD = "dovetail_gguf"
+"""Name of the quantization method in configs of loaded models."""
+
+MOST_LAYERS = 4096
+MOST_EXPERTS = 65536
+
+BY_FIRST_FILE = ("stablelm",)
+"""Architectures whose config transformers reads from the names of the tensors, in the first file only."""
+
+FIELDS = {
+    "qwen2moe": {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    "qwen3": {"attention.key_length": "head_dim"},
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+}
+"""Architecture -> keys that transformers does not read, and the fields of its config that they belong to."""
+
+TOKENS = {
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+
+
+def load_gguf(file: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a target from a GGUF file, with the numbers that the file holds.
+
+        target = load_gguf("model-Q4_K_M.gguf")
+        tokenizer = AutoTokenizer.from_pretrained(".", gguf_file="model-Q4_K_M.gguf")
+
+    Args:
+        file: path of the file; of a model in several files the first, NAME-00001-of-0000N.gguf.
+        dtype: of the activations and of all that is not packed: embedding, norms, biases, and the experts of an MoE
+            model.
+
+    Returns:
+        A model on the CPU in evaluation mode. Its linear layers are `PackedLinear`, where they are quantized in the
+        file, the head too.
+
+    Raises:
+        MissingFileError: there is no such file, or one of several is missing.
+        InputError: the file is damaged, or it does not fit its own config; or transformers does not know its
+            architecture.
+        ImportError: the package `gguf` is not installed.
+    """
+    gguf = read_gguf(Path(file))
+    config = gguf_config(gguf)
+    parameters = Parameters(gguf, config, dtype)
+    kinds = {name.rpartition(".")[0]: matrix.kind for name, matrix in parameters.matrices.items()}
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=parameters.loaded(),
+        dtype=dtype,
+        quantization_config=GgufWeights(gguf, kinds),
+    )
+    for name in parameters.tied:
+        model.get_submodule(name.rpartition(".")[0]).take_(parameters.matrices[name].packed(), dtype)
+    not_packed = [name for name, part in model.named_modules() if isinstance(part, PackedLinear) and not part.is_packed]
+    assert not not_packed, f"{not_packed} should have been packed"
+    _end_texts(model, gguf)
+    model.config.name_or_path = model.name_or_path = str(file)
+    return model
+
+
+def gguf_config(gguf: Gguf) -> PretrainedConfig:
+    """Return the config of a model, which transformers reads from the file.
+
+    Raises:
+        InputError: the config cannot be read or used, or the architecture is not known.
+    """
+    name = gguf.architecture
+    if not compat.is_known_gguf(name):
+        raise InputError(
+            f"{gguf.file} has architecture {name!r}, whose tensors transformers cannot find in GGUF files. Known ones "
+            f"are {', '.join(compat.gguf_architectures())}."
+        )
+    if gguf.parts > 1 and name in BY_FIRST_FILE:
+        raise InputError(f"{gguf.file}: models of architecture {name!r} are read from one file only. Merge its files.")
+    for field, most in (("block_count", min(MOST_LAYERS, len(gguf.tensors))), ("expert_count", MOST_EXPERTS)):
+        value = gguf.metadata.get(f"{name}.{field}", 0)
+        if not isinstance(value, int) or value > most:
+            raise InputError(f"{gguf.file} is damaged: {name}.{field} is {value!r}, and {most} is possible at most.")
+    try:
+        config = AutoConfig.from_pretrained(str(gguf.file.parent), gguf_file=gguf.file.name)
+    except Exception as error:  # whatever the values of a file make transformers raise
+        raise InputError(
+            f"{gguf.file}: transformers cannot use its config ({type(error).__name__}: {error}). Download it again."
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{gguf.file} is a {config.model_type} model, and targets are decoder-only models.")
+    if gguf.parts > 1 and "output.weight" in gguf.tensors:  # transformers looks for it in the first file
+        config.tie_word_embeddings = False
+    fields = {f"{name}.{key}": field for key, field in FIELDS.get(name, {}).items()} | TOKENS
+    for key, field in fields.items():
+        if isinstance(number := gguf.metadata.get(key), int):
+            setattr(config, field, number)
+    return config
+
+
+def planned_config(file: str | Path) -> PretrainedConfig:
+    """Return the config of the model in a file for plans, with the bits and dtype that `load_gguf` gives its weights.
+
+    Raises:
+        MissingFileError, InputError, ImportError: see `load_gguf`.
+    """
+    gguf = read_gguf(Path(file))
+    config, weights = gguf_config(gguf), GgufWeights(gguf, {})
+    if weights.bits:
+        config.quantization_config = weights.to_dict()
+    config.dtype, config.name_or_path = torch.float32, str(file)
+    return config
+
+
+def is_gguf(name: str | Path | None) -> bool:
+    """Return whether a name of a model is that of a GGUF file."""
+    return name is not None and Path(name).suffix == ".gguf"
+
+
+def _end_texts(model: PreTrainedModel, gguf: Gguf) -> None:
+    """Have texts end at the tokens that the file names."""
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    found = [gguf.metadata[name] for name in names if isinstance(gguf.metadata.get(name), int)]
+    if found and model.generation_config is not None:
+        ends = list(dict.fromkeys(found))
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+# --- the seam to transformers ----------------------------------------------------------------------
+
+
+class GgufWeights(CpuWeights):
+    """Quantization config of models that `load_gguf` has loaded.
+
+    Args:
+        gguf: their file.
+        kinds: name of a linear layer -> kind of its packed weights.
+
+    Attributes:
+        bits: of a packed weight of the decoder layers on average, for plans; 0 if none is packed.
+    """
+
+    def __init__(self, gguf: Gguf, kinds: dict[str, str]) -> None:
+        super().__init__(modules_to_not_convert=["experts"], quant_method=METHOD)
+        self.kinds = kinds
+        packed = [
+            (prod(tensor.shape), packed_bytes(*tensor.shape, kind_of(tensor)))
+            for tensor in gguf.tensors.values()
+            if tensor.name.startswith("blk.") and len(tensor.shape) == 2 and tensor.type_name not in FLOATS
+        ]
+        self.bits = 8 * sum(size for _, size in packed) / max(1, sum(count for count, _ in packed))
+
+
+class GgufQuantizer(CpuWeightsQuantizer):
+    """Replaces the linear layers that are quantized in the file, and gives them their packed weights."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, kind in self.quantization_config.kinds.items():
+            model.set_submodule(name, replacement(model.get_submodule(name), kind))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        return model
+
+    def get_quantize_ops(self) -> "Take":
+        """Return what transformers calls with each matrix."""
+        return Take()
+
+
+class Take(compat.ConversionOps):
+    """Packs the matrix of one layer."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *_: Any,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **__: Any,
+    ) -> dict[str, Any]:
+        """Give a layer its packed weights. Nothing is left for transformers to set.
+
+        Args:
+            input_dict: a name with a list of one `Matrix`.
+            model: that is loaded.
+            full_layer_name: the parameter's name in the model.
+            missing_keys: names that are not loaded yet.
+        """
+        (value,) = input_dict.values()
+        matrix = value[0] if isinstance(value, list) else value
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        assert isinstance(layer, PackedLinear) and isinstance(matrix, Matrix)
+        layer.take_(matrix.packed(), layer.weight.dtype)
+        compat.mark_initialized(layer.weight)
+        (missing_keys or set()).discard(full_layer_name)
+        return {}
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be loaded again
+    register_quantization_config(METHOD)(GgufWeights)
+    register_quantizer(METHOD)(GgufQuantizer)
