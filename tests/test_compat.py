@@ -26,6 +26,20 @@ def test_missing_names_are_found(monkeypatch):
     }
 
 
+def test_functions_for_gguf_files_exist(monkeypatch):
+    pytest.importorskip("gguf")
+    assert not compat.missing_gguf_functions()
+    monkeypatch.setitem(compat.GGUF_FUNCTIONS, "no_such_function", ())
+    monkeypatch.setitem(compat.GGUF_FUNCTIONS, "TensorProcessor.process", ("no_such_parameter",))
+    assert compat.missing_gguf_functions() == ["TensorProcessor.process(no_such_parameter)", "no_such_function"]
+
+
+def test_architectures_of_gguf_files_are_known_by_both_names():
+    assert {"llama", "qwen3", "qwen3_moe", "gemma3", "phi3"} <= set(compat.gguf_architectures())
+    assert compat.is_known_gguf("qwen3moe") and compat.is_known_gguf("qwen3_moe") and compat.is_known_gguf("minimax-m2")
+    assert not compat.is_known_gguf("tokenizer") and not compat.is_known_gguf("rwkv6")
+
+
 @pytest.mark.parametrize(
     ("version", "pair"), [("5.5.0", (5, 5)), ("5.24.0.dev0", (5, 24)), ("5.24rc1", (5, 241)), ("6.0.1", (6, 0))]
 )

@@ -4,7 +4,7 @@ The functions that are used are loaded when a file is read, because they load to
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ class GgufNames:
         """Return the name of the parameter that a tensor belongs to, or None."""
         return self.parameters.get(tensor) or self.parameters.get(tensor.removesuffix(".weight"))
 
-    def processed(self, tensors: dict[str, Callable[[], np.ndarray]], parameter: str) -> np.ndarray:
+    def processed(self, tensors: Mapping[str, Callable[[], np.ndarray]], parameter: str) -> np.ndarray:
         """Return what transformers makes of the tensors of one parameter.
 
         Args:

@@ -22,7 +22,7 @@ from ..kernels.library import packed_bytes
 from ..kernels.linear import PackedLinear
 from .cpu_weights import CpuWeights, CpuWeightsQuantizer, replacement
 from .gguf_file import Gguf, read_gguf
-from .gguf_weights import FLOATS, Matrix, Parameters, kind_of
+from .gguf_weights import FLOATS, Matrix, Parameters, floats_of, kind_of
 
 METHOD = "dovetail_gguf"
 """Name of the quantization method in configs of loaded models."""
@@ -42,6 +42,9 @@ FIELDS = {
     "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
 }
 """Architecture -> keys that transformers does not read, and the fields of its config that they belong to."""
+
+FACTORS = "rope_freqs.weight"
+"""Tensor of files of Llama 3.1 and later: what the frequencies of rotary positions are divided by."""
 
 TOKENS = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
@@ -75,17 +78,23 @@ def load_gguf(file: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTra
     config = gguf_config(gguf)
     parameters = Parameters(gguf, config, dtype)
     kinds = {name.rpartition(".")[0]: matrix.kind for name, matrix in parameters.matrices.items()}
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=parameters.loaded(),
-        dtype=dtype,
-        quantization_config=GgufWeights(gguf, kinds),
-    )
+    try:
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=parameters.loaded(),
+            dtype=dtype,
+            quantization_config=GgufWeights(gguf, kinds),
+        )
+    except RuntimeError as error:  # transformers goes on to the end, and does not say what happened first
+        if parameters.failures:
+            raise parameters.failures[0] from error
+        raise
     for name in parameters.tied:
         model.get_submodule(name.rpartition(".")[0]).take_(parameters.matrices[name].packed(), dtype)
     not_packed = [name for name, part in model.named_modules() if isinstance(part, PackedLinear) and not part.is_packed]
     assert not not_packed, f"{not_packed} should have been packed"
+    _stretch_positions(model, gguf)
     _end_texts(model, gguf)
     model.config.name_or_path = model.name_or_path = str(file)
     return model
@@ -143,6 +152,18 @@ def planned_config(file: str | Path) -> PretrainedConfig:
 def is_gguf(name: str | Path | None) -> bool:
     """Return whether a name of a model is that of a GGUF file."""
     return name is not None and Path(name).suffix == ".gguf"
+
+
+def _stretch_positions(model: PreTrainedModel, gguf: Gguf) -> None:
+    """Divide the frequencies of rotary positions by the file's factors, which transformers does not read."""
+    tensor = gguf.tensors.get(FACTORS)
+    if tensor is None:
+        return
+    factors = torch.from_numpy(floats_of(tensor)).flatten()
+    rotary = [part for part in model.modules() if getattr(part, "inv_freq", torch.empty(0)).shape == factors.shape]
+    if len(rotary) != 1:
+        raise InputError(f"{gguf.file} has {FACTORS}, and a {model.config.model_type} model has no place for them.")
+    rotary[0].inv_freq /= factors
 
 
 def _end_texts(model: PreTrainedModel, gguf: Gguf) -> None:

@@ -98,8 +98,6 @@ def read_gguf(file: Path) -> Gguf:
     """
     metadata, tensors = _read_one(file)
     parts = metadata.get("split.count", 1)
-    if not isinstance(metadata.get("general.architecture"), str):
-        raise _damaged(file, "it does not name its architecture")
     if not isinstance(parts, int) or not 0 <= parts <= 99_999:
         raise _damaged(file, f"it is one of {parts!r} files")
     if parts > 1:
@@ -110,6 +108,8 @@ def read_gguf(file: Path) -> Gguf:
             tensors |= more
         if metadata.get("split.tensors.count", len(tensors)) != len(tensors):
             raise _damaged(file, "its files do not have as many tensors together as it says")
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise _damaged(file, "it does not name its architecture")
     return Gguf(file, metadata, tensors, max(parts, 1))
 
 

@@ -7,6 +7,7 @@ Nothing is read before it is wanted. transformers takes an entry of a state dict
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,10 +25,10 @@ from .gguf_file import Gguf, GgufTensor
 
 logger = logging.getLogger(__name__)
 
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": None, "F64": np.dtype("<f8")}
+FLOATS: dict[str, Any] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": None, "F64": np.dtype("<f8")}
 """Types of tensors that are not quantized -> dtype in numpy, which has no bfloat16."""
 
-NOT_USED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+NOT_USED = ("rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that change positions, and that transformers does not use."""
 
 
@@ -41,12 +42,14 @@ class Matrix:
         kind: of packed weights.
         order: the row of the tensor that each output has, or None for the order of the file.
         numbers: if the kind is another than that of the file: float weights (outputs, inputs), once they are read.
+        failures: errors are added to it.
     """
 
     tensor: GgufTensor
     kind: str
     order: Tensor | None
     numbers: "Floats | None"
+    failures: list[InputError]
 
     def __getitem__(self, _: Any) -> "Matrix":
         return self
@@ -66,7 +69,9 @@ class Matrix:
                 return pack(self.numbers[...], self.kind)
             return repack(torch.from_numpy(self.tensor.bytes_of_rows().copy()), self.tensor.type_name, self.order)
         except InputError as error:
-            raise InputError(f"{self.tensor.file} is damaged: {self.tensor.name}: {error}") from error
+            failure = InputError(f"{self.tensor.file} is damaged: {self.tensor.name}: {error}")
+            self.failures.append(failure)
+            raise failure from error
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Floats:
     dtype: torch.dtype
 
     def __getitem__(self, _: Any) -> Tensor:
-        numbers = {tensor.name: lambda tensor=tensor: floats_of(tensor) for tensor in self.tensors}
+        numbers = {tensor.name: partial(floats_of, tensor) for tensor in self.tensors}
         found = self.names.processed(numbers, self.parameter)
         if found.shape != self.shape:
             raise InputError(
@@ -109,6 +114,7 @@ class Parameters:
     Attributes:
         matrices: parameters that are packed.
         tied: names of those of `matrices` that are tied to the embedding.
+        failures: why numbers of the file could not be used.
     """
 
     def __init__(self, gguf: Gguf, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -125,6 +131,7 @@ class Parameters:
         self._sources = self._find_sources(model)
         self.matrices: dict[str, Matrix] = {}
         self.tied: list[str] = []
+        self.failures: list[InputError] = []
         kept = compat.modules_in_float32(model)
         embeddings = {id(part.weight): name for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
         for name, part in model.named_modules():
@@ -148,7 +155,7 @@ class Parameters:
         known = model.state_dict().keys()
         for tensor in self._gguf.tensors.values():
             name = self._names.parameter_of(tensor.name)
-            if name in known:
+            if name is not None and name in known:
                 found.setdefault(name, []).append(tensor)
         tied = compat.tied_names(model)
         for name, shape in self._shapes.items():
@@ -173,9 +180,9 @@ class Parameters:
         tensor, shape = tensors[0], self._shapes[name]
         rows = row_order(self._names, tensor, shape) if tensor.type_name in BLOCK_TYPES else None
         if rows is None:
-            return Matrix(tensor, "int8", None, self._tensors(source, torch.float32))
+            return Matrix(tensor, "int8", None, self._tensors(source, torch.float32), self.failures)
         order = None if torch.equal(rows, torch.arange(len(rows))) else rows
-        return Matrix(tensor, kind_of(tensor), order, None)
+        return Matrix(tensor, kind_of(tensor), order, None, self.failures)
 
     def _log(self) -> None:
         """Say once what is not as in the file."""
@@ -209,7 +216,7 @@ def row_order(names: compat.GgufNames, tensor: GgufTensor, shape: torch.Size) ->
     outputs, inputs = (np.arange(1, count + 1, dtype=np.float32) for count in shape)
     rows, columns = np.broadcast_to(outputs[:, None], shape), np.broadcast_to(inputs, shape)
     try:
-        found, beside = (names.processed({tensor.name: lambda asked=asked: asked}, "") for asked in (rows, columns))
+        found, beside = (names.processed({tensor.name: partial(np.asarray, asked)}, "") for asked in (rows, columns))
     except Exception:  # it needs the numbers themselves
         return None
     if found is rows and beside is columns:

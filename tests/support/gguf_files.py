@@ -80,7 +80,9 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return torch.cat([low, high, sc.view(torch.uint8), d.view(torch.uint8)], dim=-1)
 
 
-def write_gguf(file, model, type_name: str = "Q8_0", *, types=None, parts: int = 1, metadata=None) -> None:
+def write_gguf(
+    file, model, type_name: str = "Q8_0", *, types=None, parts: int = 1, metadata=None, more=None, overrides=None
+) -> None:
     """Write a model of transformers as programs for GGUF do: with their names, and with their changes of numbers.
 
     Args:
@@ -90,6 +92,8 @@ def write_gguf(file, model, type_name: str = "Q8_0", *, types=None, parts: int =
         types: part of a tensor's name -> another type.
         parts: number of files.
         metadata: further integers and texts.
+        more: further tensors, in float32.
+        overrides: values that the file gives for fields of the config.
     """
     import gguf
 
@@ -98,7 +102,7 @@ def write_gguf(file, model, type_name: str = "Q8_0", *, types=None, parts: int =
     names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
     writer = gguf.GGUFWriter(file, arch, split_max_tensors=0 if parts == 1 else -(-tensor_count(model) // parts))
     for key, field in KEYS.items():
-        value = getattr(config, field, None)
+        value = (overrides or {}).get(field, getattr(config, field, None))
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{arch}.{key}", value)
@@ -115,6 +119,8 @@ def write_gguf(file, model, type_name: str = "Q8_0", *, types=None, parts: int =
         else:
             number = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(known_name, quantized(weights, kind), raw_dtype=number)
+    for name, numbers in (more or {}).items():
+        writer.add_tensor(name, numbers.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
