@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.bench.engines import CONTEXT, compare_engines
+from dovetail_plugin.bench.llamacpp import SUFFIX
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.cli.common import parse_engine
-from dovetail_plugin.cli.engines import exported_contender, packed_contender, torch_contender
+from dovetail_plugin.cli.engines import exported_contender, llamacpp_engine, packed_contender, torch_contender
 from dovetail_plugin.kernels import KINDS
 from dovetail_plugin.kernels.library import library
 
@@ -37,7 +38,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME=DIR[,key=value...]",
-        help="exported target to compare; can be repeated",
+        help="exported target, or GGUF file, to compare; can be repeated",
     )
     add("--packed", choices=KINDS, action="append", default=[], help="the target with packed weights; can be repeated")
     add("--budget", type=parse_budget, default=None, help="nodes/depth/top_k (default: the policy chooses)")
@@ -51,15 +52,18 @@ def main() -> None:
     contenders = [torch_contender(stock, new_draft(), args.budget)]
     for kind in args.packed:
         contenders.append(packed_contender(kind, str(args.target), new_draft(), args.budget, dtype="auto"))
-    for name, settings in args.engine:
+    files = [(name, settings) for name, settings in args.engine if settings["dir"].endswith(SUFFIX)]
+    for name, settings in (one for one in args.engine if one not in files):
         contenders.append(exported_contender(name, settings, new_draft(), args.budget, stock))
     prompts = load_prompts(None, AutoTokenizer.from_pretrained(args.target), args.count)
+    most = max(args.context, max(ids.shape[1] for ids in prompts) + args.new_tokens)
     result = compare_engines(
         contenders,
         stock,
         prompts,
         {"max_new_tokens": args.new_tokens, "do_sample": False},
         kernels=library(),
+        others=[llamacpp_engine(name, settings, stock.config, most) for name, settings in files],
         context=args.context,
         repeats=args.repeats,
     )

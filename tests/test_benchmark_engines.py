@@ -4,8 +4,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.machinery
 import json
+import sys
 from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from dovetail_plugin import CpuWeights, DovetailDraft, machine
 from dovetail_plugin.bench import engines_plot, roofline
-from dovetail_plugin.bench.engines import Contender, Floors, aligned, compare_engines, linear_bytes, linear_numbers
+from dovetail_plugin.bench.engines import (
+    ROWS,
+    Contender,
+    Floors,
+    aligned,
+    compare_engines,
+    linear_bytes,
+    linear_numbers,
+)
 from dovetail_plugin.bench.engines_memory import engines_bytes, exported_bytes, refuse_without_memory
+from dovetail_plugin.bench.llamacpp import LlamaCpp
 from dovetail_plugin.bench.roofline import MIX_OF, Roofline, kernel_time, measure
 from dovetail_plugin.cli import engines as loading
 from dovetail_plugin.cli import export, main
@@ -240,6 +252,77 @@ def test_the_picture(compared, tmp_path):
     assert widths == [t.plain_tokens_per_s for t in texts] + [t.draft_tokens_per_s for t in texts]
     engines_plot.draw(tmp_path / "e.svg", compared)
     assert (tmp_path / "e.svg").stat().st_size > 1000
+
+
+# --- llama.cpp ---------------------------------------------------------------------------------------
+
+
+class Server:
+    """Answers requests as llama.cpp does: only the tokens behind the common beginning with the last request are run."""
+
+    def __init__(self, settings):
+        assert settings.model.path.endswith("target.gguf") and settings.n_ctx >= 20 + max(ROWS)
+        self.held = []
+
+    def handle_completions(self, request):
+        tokens, held = request["prompt"], self.held if request["cache_prompt"] else []
+        if len(tokens) > 100:
+            return {"error": "too long"}
+        common = 0
+        while common < min(len(tokens), len(held)) and tokens[common] == held[common]:
+            common += 1
+        self.held, run = tokens, len(tokens) - common
+        times = {"prompt_n": run, "prompt_ms": 2.0 * run, "predicted_n": request["n_predict"], "predicted_ms": 500.0}
+        return {"timings": times}
+
+
+@pytest.fixture
+def llamacpp(monkeypatch, tmp_path):
+    """llama.cpp with a stand-in for its library."""
+    part = SimpleNamespace
+    library = ModuleType("xllamacpp")
+    library.CommonParams = lambda: part(model=part(), cpuparams=part(), cpuparams_batch=part())
+    library.Server, library.__spec__ = Server, importlib.machinery.ModuleSpec("xllamacpp", None)
+    monkeypatch.setitem(sys.modules, "xllamacpp", library)
+    (tmp_path / "target.gguf").write_bytes(bytes(1000))
+    return lambda: LlamaCpp("llama.cpp", tmp_path / "target.gguf", tiny_model("llama").config, most_tokens=20)
+
+
+def test_llamacpp_runs_every_row_of_a_pass(llamacpp):
+    timed = llamacpp().pass_behind(torch.arange(5, 13)[None])
+    assert [timed(rows) for rows in (1, 4, 1, 8, 32)] == [0.002, 0.008, 0.002, 0.016, 0.064]
+
+
+def test_llamacpp_generates_without_what_it_holds(llamacpp):
+    engine = llamacpp()
+    for _ in range(2):
+        run = engine.generate(prompt(10), 6)
+        assert (run.tokens, run.seconds) == (6, 0.52)
+    with pytest.raises(InputError, match="refuses a request of 101 tokens"):
+        engine.generate(prompt(101), 6)
+
+
+def test_llamacpp_takes_part_without_a_draft(llamacpp):
+    stock = tiny_model("llama", eos_token_id=None)
+    contender = Contender("torch, dovetail", stock, DovetailDraft.for_target(stock), None, None, None)
+    options = dict(context=5, repeats=1, row_counts=(1, 3), measure_limits=lambda _: LIMITS, others=[llamacpp()])
+    result = compare_engines([contender], stock, [prompt(10)], GREEDY, kernels=Clock(), **options)
+    assert result.passes.pass_ms["llama.cpp"] == {1: 2.0, 3: 6.0}
+    assert result.plain_tokens_per_s == {"llama.cpp": pytest.approx(6 / 0.52)}
+    assert result.floors["llama.cpp"].memory_ms == pytest.approx(1e3 * 1000 / 20e9)
+    (row,) = [line for line in result.table().splitlines() if line.startswith("| llama.cpp") and "| - " in line]
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["-", "11.5", "-"]
+
+
+def test_llamacpp_says_what_is_missing(llamacpp, monkeypatch, tmp_path):
+    (tmp_path / "target.gguf").unlink()
+    with pytest.raises(InputError, match="there is no such file"):
+        llamacpp()
+    with pytest.raises(ValueError, match="leave out budget"):
+        loading.llamacpp_engine("a", {"dir": "a.gguf", "budget": "4/3/1"}, None, 8)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install xllamacpp"):
+        llamacpp()
 
 
 # --- memory ------------------------------------------------------------------------------------------

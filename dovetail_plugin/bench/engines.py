@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ..kernels.linear import PackedLinear
 from ..targets.base import TargetSession
 from ..targets.engine import engine_of
 from ..tree import DraftTree, TreeBudget
-from .compare import BenchResult, Comparison
+from .compare import BenchResult, Comparison, Run
 from .provenance import provenance
 from .roofline import Roofline, kernel_time, measure
 
@@ -59,6 +59,24 @@ class Contender:
     budget: TreeBudget | None
     weight_bytes: int | None
     kind: str | None
+
+
+class PlainEngine(Protocol):
+    """An engine without drafts.
+
+    Attributes:
+        name: names the engine in the tables.
+        weight_bytes: bytes of its linear layers' weights.
+    """
+
+    name: str
+    weight_bytes: int
+
+    def pass_behind(self, ids: Tensor) -> TimedPass:
+        """Return timed passes behind `ids` (1, T) int64."""
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Run:
+        """Generate greedily from a prompt (1, T) int64."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,8 @@ class EnginesResult:
         roofline: limits of this machine; None without the library of CPU kernels.
         passes: times of passes. "torch" is transformers alone.
         floors: by engine, for those whose weights are known.
-        texts: by engine: speeds of whole generations. All but "torch".
+        texts: by engine: speeds of whole generations. All but "torch" and those without drafts.
+        plain_tokens_per_s: by engine without drafts: its median speed.
         settings: what was measured.
     """
 
@@ -119,6 +138,7 @@ class EnginesResult:
     passes: Passes
     floors: dict[str, Floors]
     texts: dict[str, BenchResult]
+    plain_tokens_per_s: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -162,12 +182,14 @@ class EnginesResult:
     def _speeds(self) -> list[list[str]]:
         columns = ["engine", "budget", "plain tokens/s", "draft tokens/s", "ratio to own plain", "ratio to torch plain"]
         lines = [[*columns, "acceptance length", "draft ms", "verify ms", "accept ms", "texts"]]
+        first = next(iter(self.texts.values())).plain_tokens_per_s
         for name, text in self.texts.items():
-            first = next(iter(self.texts.values())).plain_tokens_per_s
             phases = (f"{text.phase_ms_per_round[phase]:.1f}" for phase in ("draft", "verify", "accept"))
             speeds = f"{text.plain_tokens_per_s:.1f}", f"{text.draft_tokens_per_s:.1f}"
             ratios = f"{text.ratio:.2f}", f"{text.draft_tokens_per_s / first:.2f}", f"{text.acceptance_length:.2f}"
             lines.append([name, str(text.settings["budget"]), *speeds, *ratios, *phases, text.about_texts()])
+        for name, speed in self.plain_tokens_per_s.items():
+            lines.append([name, "-", f"{speed:.1f}", "-", "-", f"{speed / first:.2f}", *"-----"])
         return lines
 
     def _row_counts(self) -> list[int]:
@@ -194,6 +216,7 @@ def compare_engines(
     options: dict[str, Any],
     *,
     kernels: Library | None,
+    others: Sequence[PlainEngine] = (),
     context: int = CONTEXT,
     repeats: int = 9,
     row_counts: Sequence[int] = ROWS,
@@ -208,6 +231,7 @@ def compare_engines(
         prompts: at least one, each (1, T) int64.
         options: keyword arguments of `generate`.
         kernels: the library of CPU kernels, or None where it is missing.
+        others: engines without drafts.
         context: tokens in the cache before each timed pass.
         repeats: timed passes of each engine for each number of rows.
         row_counts: numbers of rows, in ascending order.
@@ -218,13 +242,15 @@ def compare_engines(
         InputError: there is not enough free memory to measure the read bandwidth.
     """
     limits = None if kernels is None else measure_limits(kernels)
-    passes = time_passes(contenders, stock, kernels, context=context, repeats=repeats, row_counts=row_counts)
+    passes = time_passes(contenders, stock, kernels, others, context=context, repeats=repeats, row_counts=row_counts)
     if kernels is not None and limits is not None:
         limits = limits.best_of(measure_limits(kernels))
-    texts = speeds(contenders, prompts, options, seed=seed)
+    texts, plain = speeds(contenders, others, prompts, options, seed=seed)
     multiply_adds = linear_numbers(stock)
     floors = {} if limits is None else floors_of(contenders, multiply_adds, limits, row_counts)
-    return EnginesResult(context, stock.num_parameters(), multiply_adds, limits, passes, floors, texts)
+    if limits is not None:
+        floors |= {one.name: Floors(limits.memory_ms(one.weight_bytes), None) for one in others}
+    return EnginesResult(context, stock.num_parameters(), multiply_adds, limits, passes, floors, texts, plain)
 
 
 def linear_numbers(model: nn.Module) -> int:
@@ -237,10 +263,9 @@ def linear_numbers(model: nn.Module) -> int:
 
 def linear_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that `linear_numbers` counts, packed or not."""
-    found = (getattr(module, "packed_weight", None) for module in _linear_layers(model))
+    layers = _linear_layers(model)
     return sum(
-        module.weight.nbytes if packed is None else packed.nbytes
-        for module, packed in zip(_linear_layers(model), found, strict=True)
+        (one.weight if getattr(one, "packed_weight", None) is None else one.packed_weight).nbytes for one in layers
     )
 
 
@@ -274,7 +299,7 @@ def stock_pass(model: Any, ids: Tensor) -> TimedPass:
     def timed(rows: int) -> float:
         with torch.inference_mode():
             start_s = time.perf_counter()
-            model(input_ids=_tokens(model.config, rows, 5)[None], use_cache=True, **{CACHE: cache})
+            model(input_ids=tokens_of(model.config, rows, 5)[None], use_cache=True, **{CACHE: cache})
             seconds = time.perf_counter() - start_s
             cache.crop(-rows)
         return seconds
@@ -287,7 +312,7 @@ def session_pass(session: TargetSession, config: Any, ids: Tensor) -> TimedPass:
     session.prefill(ids, None)
 
     def timed(rows: int) -> float:
-        tree = DraftTree.chain(_tokens(config, rows, 5).tolist())
+        tree = DraftTree.chain(tokens_of(config, rows, 5).tolist())
         start_s = time.perf_counter()
         session.score(tree)
         seconds = time.perf_counter() - start_s
@@ -297,7 +322,7 @@ def session_pass(session: TargetSession, config: Any, ids: Tensor) -> TimedPass:
     return timed
 
 
-def _tokens(config: Any, count: int, first: int) -> Tensor:
+def tokens_of(config: Any, count: int, first: int) -> Tensor:
     """Return (count,) int64 tokens of the vocabulary, most of them different."""
     return torch.arange(first, first + count) % config.get_text_config(decoder=True).vocab_size
 
@@ -306,13 +331,14 @@ def time_passes(
     contenders: Sequence[Contender],
     stock: Any,
     kernels: Library | None,
+    others: Sequence[PlainEngine] = (),
     *,
     context: int,
     repeats: int,
     row_counts: Sequence[int],
 ) -> Passes:
     """Time the passes of all engines in turns; see `compare_engines` for the arguments."""
-    ids = _tokens(stock.config, context, 5)[None]
+    ids = tokens_of(stock.config, context, 5)[None]
     whole: dict[tuple[str, int], list[float]] = defaultdict(list)
     inside: dict[tuple[str, int], list[float]] = defaultdict(list)
     with ExitStack() as stack:
@@ -321,6 +347,7 @@ def time_passes(
             engine = engine_of(contender.target)
             session = stack.enter_context(engine.session(engine.cache(None), max_nodes=max(row_counts)))
             passes[contender.name] = session_pass(session, contender.target.config, ids)
+        passes |= {one.name: one.pass_behind(ids) for one in others}
         own = stack.enter_context(kernel_time(kernels))
         for repeat in tqdm(range(repeats + 1), desc="passes", unit="turn"):
             for name, timed in passes.items():
@@ -346,9 +373,19 @@ def _medians(measured: dict[tuple[str, int], list[float]], names: Iterable[str])
 
 
 def speeds(
-    contenders: Sequence[Contender], prompts: Sequence[Tensor], options: dict[str, Any], *, seed: int = 0
-) -> dict[str, BenchResult]:
-    """Generate all prompts (1, T) on all engines, in turns, without and with the draft."""
+    contenders: Sequence[Contender],
+    others: Sequence[PlainEngine],
+    prompts: Sequence[Tensor],
+    options: dict[str, Any],
+    *,
+    seed: int = 0,
+) -> tuple[dict[str, BenchResult], dict[str, float]]:
+    """Generate all prompts (1, T) on all engines, in turns, without and with the draft.
+
+    Returns:
+        The figures of the contenders, and the median tokens/s of the engines without drafts.
+    """
+    plain: dict[str, list[float]] = {one.name: [] for one in others}
     comparisons = {one.name: Comparison(one.target, one.draft, options, seed=seed) for one in contenders}
     for contender in contenders:
         contender.draft.budget = contender.budget
@@ -356,4 +393,7 @@ def speeds(
     for input_ids in tqdm(prompts, desc="texts", unit="prompt"):
         for comparison in comparisons.values():
             comparison.add(input_ids)
-    return {one.name: comparisons[one.name].result(budget=str(one.budget or "policy")) for one in contenders}
+        for one in others:
+            plain[one.name].append(one.generate(input_ids, options["max_new_tokens"]).tokens_per_s)
+    texts = {one.name: comparisons[one.name].result(budget=str(one.budget or "policy")) for one in contenders}
+    return texts, {name: statistics.median(values) for name, values in plain.items()}

@@ -59,7 +59,9 @@ def engines_bytes(
 
 
 def exported_bytes(directory: Path) -> int:
-    """Return the bytes of the weights of an exported target in a directory."""
+    """Return the bytes of the weights of an exported target, in a directory or in a file."""
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(file.stat().st_size for file in directory.rglob("*") if file.suffix in WEIGHT_FILES)
 
 

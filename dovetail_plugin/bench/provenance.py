@@ -20,6 +20,7 @@ PACKAGES = (
     "nncf",
     "onnxruntime",
     "gguf",
+    "xllamacpp",
 )
 """Packages whose versions are stored with results, if they are installed."""
 

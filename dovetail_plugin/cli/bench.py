@@ -99,7 +99,8 @@ def _add_engines_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR[,key=value...]",
-        help="an exported target to compare, with options of its from_pretrained; can be repeated",
+        help="an exported target to compare, with options of its from_pretrained, or a GGUF file of the target, which "
+        "llama.cpp runs without a draft (needs xllamacpp); can be repeated",
     )
     group.add_argument(
         "--context",

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from ..bench.engines import Contender, EnginesResult, compare_engines, linear_bytes
 from ..bench.engines_memory import engines_bytes, exported_bytes, refuse_without_memory
+from ..bench.llamacpp import SUFFIX, LlamaCpp
 from ..bench.prompts import encode_chats, read_chats
 from ..drafts.base import Draft
 from ..drafts.checkpoints.claims import load_language_model
@@ -36,7 +37,7 @@ OWN_SETTINGS = ("dir", "budget", "group", "runner")
 
 @dataclass
 class Chosen:
-    """What is compared, beside the target in torch.
+    """The engines that are compared, beside the target in torch.
 
     Attributes:
         kinds: kinds of packed weights.
@@ -106,13 +107,18 @@ def run_engines(args: argparse.Namespace) -> EnginesResult:
     prompts = encode_chats(chats, tokenizer)
     with _exported(args, chosen) as exported:
         stock = load_language_model(args.target, dtype=args.dtype, **target_source(args))
-        contenders = list(_contenders(args, stock, draft, chosen.kinds, exported))
+        files = {name: settings for name, settings in exported.items() if settings["dir"].endswith(SUFFIX)}
+        drafting = {name: settings for name, settings in exported.items() if name not in files}
+        most = max(args.context, max(ids.shape[1] for ids in prompts) + args.max_new_tokens)
+        others = [llamacpp_engine(name, one, config, most, threads=args.threads) for name, one in files.items()]
+        contenders = list(_contenders(args, stock, draft, chosen.kinds, drafting))
         result = compare_engines(
             contenders,
             stock,
             prompts,
             options,
             kernels=library(),
+            others=others,
             context=args.context,
             repeats=args.repeats,
             seed=args.seed,
@@ -187,6 +193,20 @@ def _contenders(
         yield packed_contender(kind, args.target, copies.pop(), draft.budget, dtype=args.dtype, **target_source(args))
     for name, settings in exported.items():
         yield exported_contender(name, settings, copies.pop(), draft.budget, stock, threads=args.threads)
+
+
+def llamacpp_engine(
+    name: str, settings: dict[str, str], config: PretrainedConfig, most_tokens: int, *, threads: int | None = None
+) -> LlamaCpp:
+    """Load a GGUF file for llama.cpp; see `LlamaCpp`.
+
+    Raises:
+        ValueError: it is not a file that llama.cpp loads, or there are settings.
+        ImportError: xllamacpp is not installed.
+    """
+    if len(settings) > 1:
+        raise ValueError(f"--engine {name}: a GGUF file has no settings; leave out {', '.join(list(settings)[1:])}.")
+    return LlamaCpp(name, Path(settings["dir"]), config, most_tokens=most_tokens, threads=threads)
 
 
 def torch_contender(stock: Any, draft: Draft, budget: TreeBudget | None) -> Contender:
