@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TreeBudget:
-    """The largest tree that a round may use: N/D/K in the paper.
+    """The largest tree that a round may use: N/D/K in the paper. `TreeBudget()` is 16/6/8.
+
+    What is not given is chosen so that it fits what is given, and given values are never changed:
+
+    - nodes: 16, or fewer if a tree of this depth and width cannot have as many, or more if a path of this depth needs
+      them. A chain (`top_k=1`) gets the nodes of its depth.
+    - depth: 3 for 4 nodes, 5 for 8, 6 for 16, and one more each time that the nodes double; less than the nodes.
+    - top_k: half of the nodes, from 1 to 8.
+
+    A depth or width chosen in this way is raised if the tree could not have the given nodes otherwise.
 
     Args:
         nodes: nodes that the target verifies, including the root (N). 1 means plain decoding.
@@ -25,17 +34,18 @@ class TreeBudget:
         ValueError: a value is not an integer or is below 1.
     """
 
-    nodes: int = 16
-    depth: int = 6
-    top_k: int = 8
+    nodes: int
+    depth: int
+    top_k: int
 
-    def __post_init__(self) -> None:
-        for name in ("nodes", "depth", "top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int):
+    def __init__(self, nodes: int | None = None, depth: int | None = None, top_k: int | None = None) -> None:
+        for name, value in (("nodes", nodes), ("depth", depth), ("top_k", top_k)):
+            if value is not None and not isinstance(value, int):
                 raise ValueError(f"{name} must be an integer, got {value!r}.")
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name, value in zip(("nodes", "depth", "top_k"), _fitting(nodes, depth, top_k), strict=True):
+            object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
         return f"{self.nodes}/{self.depth}/{self.top_k}"
@@ -69,6 +79,31 @@ class TreeBudget:
     def as_chain(self) -> "TreeBudget":
         """Return a budget for chains of the same depth, or of fewer levels if there are not enough nodes."""
         return TreeBudget(nodes=min(self.nodes, self.depth + 1), depth=self.depth, top_k=1)
+
+
+USUAL_NODES, USUAL_DEPTH, USUAL_TOP_K = 16, 6, 8
+
+
+def _fitting(nodes: int | None, depth: int | None, top_k: int | None) -> tuple[int, int, int]:
+    """Return nodes, depth and top_k, with those that are None as `TreeBudget` says."""
+    if nodes is None:
+        depth, top_k = depth or USUAL_DEPTH, top_k or USUAL_TOP_K
+        usual = depth + 1 if top_k == 1 else max(USUAL_NODES, depth + 1)
+        return min(usual, _largest_tree(depth, top_k)), depth, top_k
+    chosen_k = top_k or max(min(nodes // 2, USUAL_TOP_K), 1)
+    chosen_depth = depth or max(min(nodes.bit_length() + 1, nodes - 1), 1)
+    if depth is None:
+        while _largest_tree(chosen_depth, chosen_k) < nodes:
+            chosen_depth += 1
+    elif top_k is None:
+        while _largest_tree(chosen_depth, chosen_k) < nodes:
+            chosen_k += 1
+    return nodes, chosen_depth, chosen_k
+
+
+def _largest_tree(depth: int, top_k: int) -> int:
+    """Return the nodes of a tree all of whose candidates are kept."""
+    return 1 + top_k + (depth - 1) * top_k * top_k
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,9 @@ def test_help_names_the_defaults_of_the_package(capsys):
         main(["generate", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     budget = TreeBudget()
-    for value in (budget.nodes, budget.depth, budget.top_k):
-        assert f"; {value} if only others are given" in printed
+    assert f"default: {budget.nodes}, or what fits the others" in printed
+    assert f"default: what fits the others, {budget.depth} for {budget.nodes} nodes" in printed
+    assert f"default: half of the nodes, at most {budget.top_k}" in printed
 
 
 def test_no_command(capsys):

@@ -37,7 +37,7 @@ def test_bench(pair, tmp_path):
     assert result["machine"].keys() >= {"cpu", "cores", "threads", "gpu"}
     assert result["command"].startswith("python -m dovetail_plugin bench --target target")
     assert (result["prompts"], result["identical"], result["new_tokens"]) == (2, 2, 24)
-    assert result["settings"]["budget"] == "9/3/8"
+    assert result["settings"]["budget"] == "9/3/4"
     assert result["settings"]["target"] == "target"
     assert result["settings"]["max_new_tokens"] == 12
 
@@ -60,7 +60,7 @@ def test_sampling_options_are_kept_with_the_result(here, capsys):
     """Only those that were given: the others are the model's own."""
     assert main(["bench", *PAIR, *SHORT, "--count", "1", *TREE, "--do-sample", "--top-k", "5", "--json"]) == 0
     settings = result_of(capsys)["settings"]
-    assert (settings["do_sample"], settings["top_k"], settings["budget"]) == (True, 5, "9/3/8")
+    assert (settings["do_sample"], settings["top_k"], settings["budget"]) == (True, 5, "9/3/4")
     assert "temperature" not in settings and "top_p" not in settings
 
 

@@ -114,6 +114,48 @@ def test_budget_names_what_is_wrong(name):
         TreeBudget(**{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("part", "wanted"),
+    [
+        ({}, (16, 6, 8)),
+        ({"nodes": 1}, (1, 1, 1)),
+        ({"nodes": 2}, (2, 1, 1)),
+        ({"nodes": 4}, (4, 3, 2)),
+        ({"nodes": 8}, (8, 5, 4)),
+        ({"nodes": 64}, (64, 8, 8)),
+        ({"depth": 1}, (9, 1, 8)),
+        ({"depth": 3}, (16, 3, 8)),
+        ({"depth": 20}, (21, 20, 8)),
+        ({"top_k": 1}, (7, 6, 1)),
+        ({"top_k": 1, "depth": 3}, (4, 3, 1)),
+        ({"top_k": 1, "depth": 20}, (21, 20, 1)),
+        ({"top_k": 1, "nodes": 12}, (12, 11, 1)),
+        ({"top_k": 2, "nodes": 48}, (48, 13, 2)),
+        ({"top_k": 8, "nodes": 2}, (2, 1, 8)),
+        ({"depth": 1, "nodes": 16}, (16, 1, 15)),
+        ({"depth": 6, "nodes": 3}, (3, 6, 1)),
+        ({"depth": 6, "nodes": 4, "top_k": 8}, (4, 6, 8)),
+    ],
+)
+def test_a_budget_in_part_gets_what_fits(part, wanted):
+    assert TreeBudget(**part) == TreeBudget(*wanted)
+
+
+@given(
+    st.integers(1, 300), st.integers(1, 60), st.integers(1, 40), st.sets(st.sampled_from(["nodes", "depth", "top_k"]))
+)
+def test_a_budget_in_part_keeps_what_is_given_and_can_be_used(nodes, depth, top_k, names):
+    """The tree can have all its nodes, and a path of its depth fits in them, but for what is given."""
+    part = {n: v for n, v in {"nodes": nodes, "depth": depth, "top_k": top_k}.items() if n in names}
+    budget = TreeBudget(**part)
+    assert {name: getattr(budget, name) for name in part} == part
+    if len(part) == 3:
+        return
+    assert 1 + budget.top_k + (budget.depth - 1) * budget.top_k**2 >= budget.nodes
+    if not {"nodes", "depth"} <= part.keys():
+        assert budget.depth < max(budget.nodes, 2)
+
+
 def test_budget_clipping():
     budget = TreeBudget(16, 6, 8)
     assert budget.clipped(100) == budget

@@ -271,14 +271,19 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
             ("--tree-nodes", "--nodes"),
             "tree_nodes",
             1024,
-            "tokens that the target verifies in a round; 16 if only others are given",
+            "tokens that the target verifies in a round; default: 16, or what fits the others",
         ),
-        (("--tree-depth", "--depth"), "tree_depth", 128, "levels of the draft tree; 6 if only others are given"),
+        (
+            ("--tree-depth", "--depth"),
+            "tree_depth",
+            128,
+            "levels of the draft tree; default: what fits the others, 6 for 16 nodes",
+        ),
         (
             ("--tree-top-k",),
             "tree_top_k",
             128,
-            "nodes that are extended on each level; 1 drafts a chain; 8 if only others are given",
+            "nodes that are extended on each level; 1 drafts a chain; default: half of the nodes, at most 8",
         ),
     ):
         group.add_argument(*options, dest=dest, type=whole_number(1, most), metavar="N", help=text)
