@@ -28,6 +28,9 @@ INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni")
 MIXES = ("int8", "int4", "float")
 """Mixes of instructions by their number in the library; those of the kinds of weights, and fused multiply-adds."""
 
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""Activation functions by their number in the library."""
+
 GROUP = 32
 """Inputs that share a scale."""
 
@@ -43,7 +46,7 @@ WIDE = ("int8", "q6_k")
 SCALES_OF_BLOCKS = {"q4_k": 2, "q6_k": 1}
 """Kind with blocks -> half-precision numbers of each block and output."""
 
-INTERFACE = 3
+INTERFACE = 6
 """Number of the functions' signatures, as in c-src/kernels.h."""
 
 
@@ -107,6 +110,10 @@ class Library:
         self._multiply, self._read = self._library.dovetail_multiply, self._library.dovetail_read
         self._multiply.argtypes, self._multiply.restype = [integer, integer, size, integer], size
         self._read.argtypes = [pointer, size, integer]
+        self._attention = self._library.dovetail_attention
+        self._attention.argtypes = [ctypes.POINTER(_Attention)]
+        self._activate = self._library.dovetail_activate
+        self._activate.argtypes = [pointer, pointer, integer, size, integer, integer]
         self._library.dovetail_use_threads.argtypes = [pointer]
         parallel = _torch_parallel_regions()
         self.threaded = parallel is not None
@@ -192,6 +199,86 @@ class Library:
         """
         if self._read(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads()):
             raise KernelError("there is nothing to read in an empty tensor.")
+
+    def attention(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        *,
+        scale: float,
+        causal: bool = False,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Compute attention of rows over cached keys. The result of a row depends on the keys that it sees, to the bit.
+
+        Neither other rows nor masked keys, and not the places of keys in the cache, change a bit. Consecutive query
+        heads share a key head.
+
+        Args:
+            queries: (H, N, D) float32, bfloat16 or float16 on the CPU, D at most 512. The numbers of a head lie
+                together, here and in `keys` and `values`.
+            keys: (K, L, D) in the same dtype, where K divides H.
+            values: (K, L, E) in the same dtype, E at most 512.
+            mask: (N, L) bool, or of a float dtype that is added to scores and whose lowest number hides a key; the
+                numbers of a row lie together. Or None: each row sees all keys.
+            scale: factor of the scores.
+            causal: without a mask, the last row sees all keys and each row before it one less.
+            softcap: the scores are c tanh(score / c); 0 for none.
+            sinks: (H,) scores without a value, or None.
+
+        Returns:
+            (N, H, E) in the dtype of the queries; zeros for rows that see no key.
+
+        Raises:
+            KernelError: the library refuses the call, or there is no memory.
+        """
+        (heads, rows, size), (key_heads, cached, value_size) = queries.shape, values.shape
+        out = torch.empty(rows, heads, value_size, dtype=queries.dtype, device="cpu")
+        if not rows:
+            return out
+        sinks = None if sinks is None else sinks.detach().float().contiguous()
+        kind = -3 + bool(causal) if mask is None else -1 if mask.dtype == torch.bool else NUMBER_TYPES[mask.dtype]
+        call = _Attention(
+            *(None if tensor is None else tensor.data_ptr() for tensor in (queries, keys, values, mask, sinks, out)),
+            *(rows, cached, heads, key_heads, size, value_size),
+            *(*queries.stride()[:2], *keys.stride()[:2], *values.stride()[:2], 0 if mask is None else mask.stride(0)),
+            *(scale, softcap, NUMBER_TYPES[queries.dtype], kind),
+            *(INSTRUCTIONS.index(self.instructions), torch.get_num_threads()),
+        )
+        failed = self._attention(ctypes.byref(call))
+        if failed:
+            reason = "found no memory" if failed == -2 else "refused its arguments"
+            raise KernelError(f"attention of {rows} rows over {cached} keys {reason}.")
+        return out
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """Apply an activation function. The result of a number does not depend on where it stands, to the bit.
+
+        Args:
+            x: any shape, float32, bfloat16 or float16 on the CPU, contiguous.
+            activation: one of `ACTIVATIONS`.
+        """
+        out = torch.empty_like(x)
+        number, threads = ACTIVATIONS.index(activation), torch.get_num_threads()
+        if self._activate(x.data_ptr(), out.data_ptr(), NUMBER_TYPES[x.dtype], x.numel(), number, threads):
+            raise KernelError(f"the CPU kernels refused {activation} of {x.dtype}.")
+        return out
+
+
+class _Attention(ctypes.Structure):
+    """`struct attention` in c-src/attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "mask", "sinks", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "cached", "heads", "key_heads", "size", "value_size")),
+        *((name, ctypes.c_int64) for name in ("query_head", "query_row", "key_head", "key_row")),
+        *((name, ctypes.c_int64) for name in ("value_head", "value_row", "mask_row")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("type", "mask_type", "instructions", "threads")),
+    )
 
 
 @functools.cache

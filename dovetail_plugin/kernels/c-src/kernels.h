@@ -41,7 +41,7 @@
 #endif
 
 /* Number of the functions' signatures; raised with each change, so that a library of an earlier build is not called. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 6 };
 
 enum { PANEL = 16, GROUP = 32, BLOCK_GROUPS = 8, MOST_ROWS = 12 /* of one call of a kernel */ };
 enum format { INT8 = 0, INT4 = 1, Q4_K = 2, Q6_K = 3, FORMATS = 4 };
@@ -103,5 +103,11 @@ void in_threads(void (*work)(void *), void *data, int threads);
 /* Converts `count` numbers from or to floats; `count` is a multiple of 8. */
 void to_floats(const void *from, enum number_type type, int64_t count, float *to);
 void from_floats(const float *from, enum number_type type, int64_t count, void *to);
+
+/* Threads that reading so many bytes is worth, at most `threads`. */
+int worth(int64_t bytes, int threads);
+
+/* Runs a function in some of torch's threads, at the same time, or in the calling one. */
+void in_threads(void (*work)(void *), void *data, int threads);
 
 #endif

@@ -80,8 +80,8 @@ static void linear_tasks(void *data) {
     }
 }
 
-/* Threads that work of so many bytes is worth. Opening a region takes about 5 us, in which a core reads some 64 KiB. */
-static int worth(int64_t bytes, int threads) {
+/* Opening a parallel region takes about 5 us, in which a core reads some 64 KiB. */
+int worth(int64_t bytes, int threads) {
     const int64_t most = bytes >> 16;
     return most < threads ? (most > 1 ? (int)most : 1) : threads;
 }

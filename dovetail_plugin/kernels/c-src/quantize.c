@@ -3,7 +3,7 @@
 
 #ifdef HAS_KERNELS
 #pragma GCC target("avx2,f16c,fma")
-#include <immintrin.h>
+#include "vector_math.h"
 
 /* Below this a group counts as zeros, because the inverse of its scale would be too large for a float. */
 static const float SMALLEST = 1e-30f;
@@ -59,18 +59,8 @@ void quantize_8_bits(const float *values, int8_t *numbers, float *scale, int32_t
 }
 
 void to_floats(const void *from, enum number_type type, int64_t count, float *to) {
-    const __m128i *eights = from;
-    for (int64_t i = 0; i < count / 8; i++) {
-        __m256 x;
-        if (type == FLOAT32) {
-            x = _mm256_loadu_ps((const float *)from + 8 * i);
-        } else if (type == BFLOAT16) {
-            x = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(eights + i)), 16));
-        } else {
-            x = _mm256_cvtph_ps(_mm_loadu_si128(eights + i));
-        }
-        _mm256_storeu_ps(to + 8 * i, x);
-    }
+    const size_t size = type == FLOAT32 ? 4 : 2;
+    for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(to + i, eight_floats((const char *)from + i * size, type));
 }
 
 /* Rounds to the nearest bfloat16, ties to even; NaN stays NaN. */
