@@ -15,6 +15,7 @@ from dovetail_plugin import CpuWeights, DeviceSplitPolicy, DovetailDraft, Prompt
 from dovetail_plugin.cli import main
 from dovetail_plugin.errors import InputError
 from dovetail_plugin.kernels import KINDS
+from dovetail_plugin.kernels.library import library
 from dovetail_plugin.kernels.linear import PackedLinear
 from dovetail_plugin.kernels.packing import pack, unpack
 from dovetail_plugin.targets.cpu_weights import Pack
@@ -39,7 +40,7 @@ def with_rounded_weights(directory, kind):
 
 
 def assert_same_but_for_ties(model, plain, drafted):
-    """Attention in torch rounds by the number of rows, and quantized activations turn that into a step of a number."""
+    """A layer in torch rounds by the number of rows, and quantized activations turn that into a step of a number."""
     length = min(plain.shape[1], drafted.shape[1])
     different = (plain[0, :length] != drafted[0, :length]).nonzero()
     if len(different):
@@ -67,7 +68,10 @@ def test_families(model_type, fields, kind, tmp_path):
     options = {"max_new_tokens": 30, "do_sample": False}
     plain = model.generate(ids, **options)
     drafted = model.generate(ids, assistant_model=PromptLookupDraft(), **options)
-    assert_same_but_for_ties(model, plain, drafted)
+    if model_type == "gpt2" or library() is None:
+        assert_same_but_for_ties(model, plain, drafted)
+    else:
+        assert torch.equal(plain, drafted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,13 +148,14 @@ def test_the_bundled_pair(kind, dtype):
     draft.budget = TreeBudget(nodes=8, depth=4, top_k=4)  # the policy may find that plain passes are faster
     drafted = target.generate(ids, assistant_model=draft, **options)
     assert draft.report.acceptance_length > 1.5
-    assert_same_but_for_ties(target, plain, drafted)
-    if dtype == torch.float32 and kind == "int8":
-        assert torch.equal(plain, drafted)
-        torch.manual_seed(3)
-        sampled = target.generate(ids, do_sample=True, max_new_tokens=30)
-        torch.manual_seed(3)
-        assert torch.equal(target.generate(ids, do_sample=True, max_new_tokens=30, assistant_model=draft), sampled)
+    if library() is None:
+        assert_same_but_for_ties(target, plain, drafted)
+        return
+    assert torch.equal(plain, drafted)
+    torch.manual_seed(3)
+    sampled = target.generate(ids, do_sample=True, max_new_tokens=30)
+    torch.manual_seed(3)
+    assert torch.equal(target.generate(ids, do_sample=True, max_new_tokens=30, assistant_model=draft), sampled)
 
 
 def test_layers_may_be_left_alone(tmp_path):

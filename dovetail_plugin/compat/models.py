@@ -1,9 +1,11 @@
 """Models and what belongs to them: configs, the layers of their caches, and files of their repositories."""
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import cached_file
 
@@ -17,6 +19,24 @@ IndexedLayer: type | None = getattr(cache_utils, "DynamicIndexedLayer", None)
 def attention_of(config: PretrainedConfig) -> str | None:
     """Return the name of a model's attention implementation."""
     return config._attn_implementation
+
+
+def can_set_attention(model: PreTrainedModel) -> bool:
+    """Return whether the layers of a model look up their attention by name."""
+    return model._can_set_attn_implementation()
+
+
+def has_torch_attention(model: PreTrainedModel) -> bool:
+    """Return whether a model can use torch's own attention function."""
+    return model._supports_sdpa
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """Return "silu" or "gelu_tanh" if a module is that activation function and nothing else."""
+    if type(module) in (nn.SiLU, SiLUActivation):
+        return "silu"
+    fused = type(module) is GELUTanh and isinstance(module.act, functools.partial)
+    return "gelu_tanh" if fused or (type(module) is nn.GELU and module.approximate == "tanh") else None
 
 
 def keeps_recurrent_state(model: PreTrainedModel) -> bool:

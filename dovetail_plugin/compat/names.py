@@ -54,6 +54,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "PreTrainedModel.post_init": (),
     "PreTrainedModel._keys_to_ignore_on_load_unexpected": (),
     "PreTrainedModel._supports_sdpa": (),
+    "PreTrainedModel._can_set_attn_implementation": (),
+    "PreTrainedModel.set_attn_implementation": ("attn_implementation",),
     "PreTrainedModel._keep_in_fp32_modules": (),
     "PreTrainedModel._keep_in_fp32_modules_strict": (),
     # called or read here

@@ -18,6 +18,7 @@ from .. import compat
 from ..errors import InputError
 from ..kernels import KINDS
 from ..kernels.linear import PackedLinear
+from .row_exact import make_row_exact
 
 METHOD = "dovetail"
 """Name of the quantization method in configs."""
@@ -85,7 +86,10 @@ class CpuWeightsQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Pack the weights that are tied to the embedding, and initialize what the checkpoint lacks."""
+        """Pack the weights that are tied to the embedding, and initialize what the checkpoint lacks.
+
+        Attention and activations become exact for each row, as packed layers are.
+        """
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         std = getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
         for module in model.modules():
@@ -98,6 +102,7 @@ class CpuWeightsQuantizer(HfQuantizer):
             if id(module.weight) not in embeddings and not compat.was_loaded(module.weight):
                 module.weight.data.normal_(std=std)
             module.pack_(module.weight)
+        make_row_exact(model)
         return model
 
     def get_quantize_ops(self) -> "Pack":

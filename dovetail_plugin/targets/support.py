@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from ..compat import attention_of
 from ..tree import DraftTree
+from . import row_exact
 
-TREE_ATTENTION = ("sdpa", "eager")
-"""Attention implementations of transformers that accept a 4-D mask."""
+TREE_ATTENTION = ("sdpa", "eager", row_exact.NAME)
+"""Attention implementations that accept a 4-D mask."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest mean difference of two rows of logits that is rounding, in standard deviations of the logits."""
