@@ -180,7 +180,7 @@ def test_several_files_with_a_progress_bar_and_a_device_map(tmp_path):
 
 def test_mistakes(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="int8, int4"):
+    with pytest.raises(InputError, match="int8, int4, float"):
         CpuWeights("int3")
     with pytest.raises(TypeError, match="modules_to_convert"):
         CpuWeights("int8", modules_to_convert=[])

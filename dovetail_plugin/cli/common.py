@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..kernels import KINDS
+from ..kernels import WEIGHTS
 
 MOST_THREADS = 1024
 MOST_NEW_TOKENS = 10_000_000
@@ -202,9 +202,9 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weights",
-        choices=KINDS,
-        help="quantize the target while it is loaded and run it with the CPU kernels: faster passes, a slightly other "
-        "model; default: the weights as they are",
+        choices=WEIGHTS,
+        help="pack the target for a CPU while it is loaded. int8 and int4 quantize it: faster passes, a slightly other "
+        "model; float keeps its numbers; default: the weights as they are stored",
     )
     group.add_argument(
         "--draft-device",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from . import FORMATS, KINDS
+from . import FORMATS
 from .library import NUMBER_TYPES, library, packed_bytes
 from .packing import pack, unpack
 
@@ -36,14 +36,17 @@ class PackedLinear(nn.Module):
         bias: (M,) or None.
     """
 
+    kinds: tuple[str, ...] = FORMATS
+    """Kinds of weights that such a layer can have."""
+
     packed_weight: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, kind: str, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        if kind not in FORMATS:
-            raise InputError(f"there is no kind of packed weights {kind!r}. Use one of {', '.join(KINDS)}.")
+        if kind not in self.kinds:
+            raise InputError(f"there is no kind of packed weights {kind!r}. Use one of {', '.join(self.kinds)}.")
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
         weight = torch.empty(out_features, in_features, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -71,12 +74,20 @@ class PackedLinear(nn.Module):
         Raises:
             InputError: `weight` has another shape; or see `packing.pack`.
         """
+        self.check_shape(weight)
+        self.packed_weight = pack(weight, self.kind)
+        self._hold_place(weight.dtype)
+
+    def check_shape(self, weight: Tensor) -> None:
+        """Refuse weights of another layer.
+
+        Raises:
+            InputError: `weight` is not (M, K).
+        """
         if weight.shape != (self.out_features, self.in_features):
             raise InputError(
                 f"the weights are {tuple(weight.shape)}, and the config says {(self.out_features, self.in_features)}."
             )
-        self.packed_weight = pack(weight, self.kind)
-        self._hold_place(weight.dtype)
 
     def take_(self, packed: Tensor, dtype: torch.dtype) -> None:
         """Take over weights that are packed already, without a copy.
@@ -123,6 +134,7 @@ class PackedLinear(nn.Module):
         memo[id(self)] = copied
         if self.packed_weight is not None:
             memo[id(self.weight)] = self.weight  # it holds nothing
+            memo[id(self.packed_weight)] = self.packed_weight  # nothing writes into it
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
@@ -130,17 +142,23 @@ class PackedLinear(nn.Module):
         """Return x W^T + bias: (..., M) in the dtype of x (..., K)."""
         if not x.is_floating_point():
             raise TypeError(f"a linear layer multiplies floating-point numbers, got {x.dtype}.")
-        kernels = library() if self._fits_kernels(x) else None
-        if kernels is None or self.packed_weight is None:
+        out = self._product(x.reshape(-1, self.in_features)) if self._is_plain(x) else None
+        if out is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.unpacked(x.dtype), bias)
-        rows = x.reshape(-1, self.in_features)
-        dtype = rows.dtype if rows.dtype in NUMBER_TYPES else torch.float32
-        bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
-        out = kernels.linear(rows.to(dtype).contiguous(), self.packed_weight, self.out_features, self.kind, bias)
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _fits_kernels(self, x: Tensor) -> bool:
+    def _product(self, rows: Tensor) -> Tensor | None:
+        """Return rows (N, K) W^T + bias, (N, M), or None if there are no kernels for it here."""
+        kernels = None if self.packed_weight is None else library()
+        if kernels is None or self.packed_weight is None:
+            return None
+        dtype = rows.dtype if rows.dtype in NUMBER_TYPES else torch.float32
+        bias = None if self.bias is None else self.bias.detach().to(dtype).contiguous()
+        return kernels.linear(rows.to(dtype).contiguous(), self.packed_weight, self.out_features, self.kind, bias)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Return whether kernels can read x: ordinary numbers on the CPU, and neither a gradient nor a trace."""
         if x.shape[-1] != self.in_features:
             raise InputError(f"a layer for rows of {self.in_features} numbers got rows of {x.shape[-1]}.")
         if self.packed_weight is None or torch.jit.is_tracing() or torch.compiler.is_compiling():

@@ -236,6 +236,8 @@ def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
         return sum(stored.pop(id(tensor), 0) for tensor in (*module.parameters(), *module.buffers()))
 
     weights = {"embedding": take(embedding), "head": take(head), "final norm": take(norm) if norm is not None else 0}
+    packed_head = storage.packed_head_bytes(f"{name_of(model, head)}.weight", head.weight)
+    weights["head"] = weights["head"] if packed_head is None else packed_head
     layer_bytes = [take(layer) for layer in layers]
     weights["rest"] = take(model)
     return TargetSizes(
@@ -248,6 +250,11 @@ def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
         widths=Widths.of(config),
         modules=parts_of(model, layers, norm),
     )
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """Return the name of a module in a model."""
+    return next(name for name, each in model.named_modules() if each is module)
 
 
 def draft_sizes(config: DovetailConfig, dtype: str) -> DraftSizes:

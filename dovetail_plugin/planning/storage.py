@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..kernels import FLOAT
+from ..kernels.float_linear import packed_dtype
 from ..targets.cpu_weights import METHOD
 from ..targets.gguf import METHOD as GGUF_METHOD
 
@@ -62,6 +64,8 @@ class Storage:
             layer on a GPU.
         experts_only: whether only the stacked matrices of experts are quantized.
         kept: regular expressions of module names whose weights stay in `dtype`.
+        packs_head: whether the head is packed in the format of `matrices`, also if it is tied to the embedding, which
+            stays as it is.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Storage:
     exported: bool = False
     experts_only: bool = False
     kept: tuple[str, ...] = ()
+    packs_head: bool = False
 
     def bytes_of(self, name: str, tensor: Tensor, *, in_layer: bool) -> int:
         """Return the bytes of a tensor of a model that was built in `dtype`."""
@@ -79,6 +84,11 @@ class Storage:
         if form is None or tensor.ndim < (3 if self.experts_only else 2) or name.endswith("bias") or self._keeps(name):
             return tensor.nbytes
         return form.bytes_of(tensor)
+
+    def packed_head_bytes(self, name: str, weight: Tensor) -> int | None:
+        """Return the bytes of a head's own packed copy of its weight `name`, or None if it has none."""
+        packs = self.packs_head and self.matrices is not None and not self._keeps(name)
+        return self.matrices.bytes_of(weight) if packs and self.matrices is not None else None
 
     def _keeps(self, name: str) -> bool:
         module = name.rpartition(".")[0]
@@ -131,6 +141,10 @@ def _grouped(fields: dict[str, Any]) -> MatrixFormat:
     return MatrixFormat(bits, group if group > 0 else None, 16 + bits)
 
 
+def _of_dtype(dtype: torch.dtype) -> MatrixFormat:
+    return MatrixFormat(8 * dtype.itemsize, None, 0)
+
+
 def _bitsandbytes(fields: dict[str, Any]) -> MatrixFormat:
     if not fields.get("load_in_4bit"):
         return MatrixFormat(8, None, 32)
@@ -176,13 +190,14 @@ def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:
             f"quantization_config has quant_method {method!r}, whose size cannot be read from a config. Known methods "
             f"are {', '.join(METHODS)}. {remedy}"
         )
+    dtype = FLOAT_DTYPES[stored_dtype(config) or "bfloat16"]
     try:
-        matrices = METHODS[method](fields)
+        is_float = method == METHOD and fields["weights"] == FLOAT
+        matrices = _of_dtype(packed_dtype(dtype) or dtype) if is_float else METHODS[method](fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"quantization_config of method {method!r} cannot be used: {error!r}. {remedy}") from error
     lists = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers")
     kept = tuple(_pattern(entry) for name in lists for entry in fields.get(name) or [])
-    dtype = FLOAT_DTYPES[stored_dtype(config) or "bfloat16"]
     return Storage(
         f"{method} ({matrices.bits:g} bits)",
         dtype,
@@ -191,6 +206,7 @@ def _quantized(config: PretrainedConfig, fields: dict[str, Any]) -> Storage:
         exported=method in (METHOD, GGUF_METHOD),  # packed layers run on the CPU only
         experts_only=method == "mxfp4",
         kept=kept,
+        packs_head=method == METHOD,
     )
 
 

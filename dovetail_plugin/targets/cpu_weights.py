@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import compat
 from ..errors import InputError
-from ..kernels import KINDS
+from ..kernels import FLOAT, WEIGHTS
+from ..kernels.float_linear import FloatLinear
 from ..kernels.linear import PackedLinear
 from .row_exact import make_row_exact
 
@@ -25,16 +26,18 @@ METHOD = "dovetail"
 
 
 class CpuWeights(QuantizationConfigMixin):
-    """Asks `from_pretrained` to pack the linear layers of a model for the CPU kernels.
+    """Asks `from_pretrained` to pack the linear layers of a model for passes of a few rows on a CPU.
 
-    The CPU kernels read the weights once for all rows of a pass, and the result of a row does not depend on other
-    rows, to the bit. Activations are quantized for each row and each 32 inputs, with 16 bits for "int8" and 8 bits for
-    "int4".
+    With "int8" and "int4", the kernels of this package read the weights once for all rows of a pass, and the result of
+    a row does not depend on other rows, to the bit. Activations are quantized for each row and each 32 inputs, with 16
+    bits for "int8" and 8 bits for "int4". With "float", oneDNN packs the weights, and numbers change by the order of
+    float sums only.
 
         target = AutoModelForCausalLM.from_pretrained(ID, quantization_config=CpuWeights("int8"))
 
     Args:
-        weights: "int8": 8.5 bits a weight, numbers as in GGUF's Q8_0. "int4": 4.5 bits, numbers as in Q4_0.
+        weights: "int8": 8.5 bits a weight, numbers as in GGUF's Q8_0. "int4": 4.5 bits, numbers as in Q4_0. "float":
+            the weights as they are, in their own dtype where the CPU has arithmetic for it, otherwise in float32.
         modules_to_not_convert: names, or parts of names, of modules whose linear layers stay as they are. The output
             head is packed, too, unless it is named here. Layers that the model keeps in float32 are never packed.
         quant_method: name of the method, as transformers finds it in configs.
@@ -46,8 +49,8 @@ class CpuWeights(QuantizationConfigMixin):
     def __init__(
         self, weights: str = "int8", modules_to_not_convert: list[str] | None = None, quant_method: str = METHOD
     ) -> None:
-        if weights not in KINDS:
-            raise InputError(f"weights must be one of {', '.join(KINDS)}, got {weights!r}.")
+        if weights not in WEIGHTS:
+            raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}.")
         self.quant_method: Any = quant_method
         self.weights = weights
         self.modules_to_not_convert = list(modules_to_not_convert or [])
@@ -172,7 +175,8 @@ def replacement(linear: nn.Linear, kind: str) -> PackedLinear:
     """Return a layer without memory that packed weights of a linear layer can be loaded into."""
     with torch.device("meta"):
         bias, dtype = linear.bias is not None, linear.weight.dtype
-        return PackedLinear(linear.in_features, linear.out_features, bias=bias, kind=kind, dtype=dtype)
+        layer = FloatLinear if kind == FLOAT else PackedLinear
+        return layer(linear.in_features, linear.out_features, bias=bias, kind=kind, dtype=dtype)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be loaded again
