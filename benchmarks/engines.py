@@ -23,7 +23,7 @@ from dovetail_plugin.bench.llamacpp import SUFFIX
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.cli.common import parse_engine
 from dovetail_plugin.cli.engines import exported_contender, llamacpp_engine, packed_contender, torch_contender
-from dovetail_plugin.kernels import KINDS
+from dovetail_plugin.kernels import WEIGHTS
 from dovetail_plugin.kernels.library import library
 
 
@@ -40,7 +40,9 @@ def main() -> None:
         metavar="NAME=DIR[,key=value...]",
         help="exported target, or GGUF file, to compare; can be repeated",
     )
-    add("--packed", choices=KINDS, action="append", default=[], help="the target with packed weights; can be repeated")
+    add(
+        "--packed", choices=WEIGHTS, action="append", default=[], help="the target with packed weights; can be repeated"
+    )
     add("--budget", type=parse_budget, default=None, help="nodes/depth/top_k (default: the policy chooses)")
     add("--count", type=positive, default=8, help="number of prompts")
     add("--new-tokens", type=positive, default=64, help="tokens to generate per prompt")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .report import GenerationReport
     from .targets.cpu_weights import CpuWeights
     from .targets.gguf import load_gguf
+    from .targets.save_packed import save_packed
     from .tree import DraftTree, TreeBudget
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "is_registered",
     "load_gguf",
     "register",
+    "save_packed",
     "unregister",
 ]
 
@@ -79,6 +81,7 @@ _MODULE_OF = {
     "is_registered": "hf",
     "load_gguf": "targets.gguf",
     "register": "hf",
+    "save_packed": "targets.save_packed",
     "unregister": "hf",
 }
 

@@ -23,7 +23,7 @@ MOST_BLOCKS = 6
 
 OPENVINO = "openvino"
 """Name in --engines for the target, exported to OpenVINO in int8 for the comparison."""
-ALL_ENGINES = (*KINDS, OPENVINO)
+ALL_ENGINES = (*WEIGHTS, OPENVINO)
 """Names that --engines takes."""
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")

@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from ..drafts.card import model_card, usable_name
     from ..drafts.convert import write_draft
     from ..drafts.model import DovetailDraft
-    from ..drafts.saving import copy_tokenizer, license_of
+    from ..drafts.saving import license_of
     from ..files import refuse_occupied
+    from ..targets.tokenizer_files import copy_tokenizer
 
     refuse_occupied(args.destination)
     hub = hub_options(args, args.revision)

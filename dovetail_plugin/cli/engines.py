@@ -21,7 +21,7 @@ from ..bench.prompts import encode_chats, read_chats
 from ..drafts.base import Draft
 from ..drafts.checkpoints.claims import load_language_model
 from ..drafts.small_model import SmallModelDraft
-from ..kernels import KINDS
+from ..kernels import FLOAT, KINDS, WEIGHTS
 from ..kernels.library import library
 from ..planning.memory import target_sizes
 from ..planning.storage import EXPORTED
@@ -64,8 +64,7 @@ def choose(args: argparse.Namespace) -> Chosen:
         raise ValueError("--engine: two engines have the same name; name them differently.")
     if library() is None:
         chosen.left_out |= {kind: "the CPU kernels were not built" for kind in KINDS if kind in asked}
-    else:
-        chosen.kinds = [kind for kind in KINDS if kind in asked]
+    chosen.kinds = [kind for kind in WEIGHTS if kind in asked and kind not in chosen.left_out]
     if OPENVINO in asked:
         reason = _no_export(args, chosen)
         chosen.export = reason is None
@@ -219,14 +218,15 @@ def packed_contender(kind: str, target: str, draft: Draft, budget: TreeBudget | 
     """Load a target with packed weights.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `WEIGHTS`.
         target: directory or hub id.
         draft: for this contender alone.
         budget: of all rounds, or None.
         options: of `from_pretrained`.
     """
     packed = load_language_model(target, quantization_config=CpuWeights(kind), **options)
-    return Contender(f"packed {kind}", packed, draft, budget, linear_bytes(packed), kind)
+    known = kind if kind != FLOAT or packed.dtype.itemsize == 4 else None  # as in torch, in 16 bits
+    return Contender(f"packed {kind}", packed, draft, budget, linear_bytes(packed), known)
 
 
 def exported_contender(

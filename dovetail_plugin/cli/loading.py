@@ -22,7 +22,7 @@ from ..hf import register
 from ..planning.apply import apply_plan
 from ..planning.device_plan import parse_bytes
 from ..policy.device_split import DeviceSplitPolicy
-from ..targets.cpu_weights import CpuWeights
+from ..targets.cpu_weights import METHOD, CpuWeights
 from ..targets.gguf import is_gguf, load_gguf, planned_config
 from ..tree import TreeBudget
 from .common import hub_options
@@ -101,6 +101,13 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
         raise ValueError(f"{option} {name} is a draft, not a target. {swapped}")
     if args.target and not is_causal(config):
         raise ValueError(f"{option} {name} is a {config.model_type} model, and targets are decoder-only models.")
+    stored = getattr(config, "quantization_config", None)
+    if args.weights and stored:
+        what = stored.get("weights") if stored.get("quant_method") == METHOD else stored.get("quant_method")
+        raise ValueError(
+            f"--weights {args.weights}: the weights of {option} {name} are quantized already ({what}). Leave out "
+            "--weights, or name the original model."
+        )
     return config
 
 

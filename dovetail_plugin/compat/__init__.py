@@ -130,6 +130,7 @@ from .models import (
     stock_indexed_layer,
     stock_layer,
     stock_sliding_layer,
+    tied_copies,
     tied_names,
     was_loaded,
 )
@@ -201,6 +202,7 @@ __all__ = [
     "stock_layer",
     "stock_sliding_layer",
     "take_cache",
+    "tied_copies",
     "tied_names",
     "version_of",
     "warn_untested",

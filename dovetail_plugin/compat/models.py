@@ -117,6 +117,11 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return {*tied.keys(), *tied.values()}
 
 
+def tied_copies(model: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters that are tied to others, and that files need not have."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def modules_in_float32(model: PreTrainedModel) -> set[str]:
     """Return parts of the names of modules whose weights the authors of a model keep in float32."""
     return {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}

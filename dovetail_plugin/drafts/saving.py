@@ -1,12 +1,11 @@
 """Writes a directory with a draft, whole or not at all, and knows what such a directory holds.
 
 A draft brings the order of its tokens (`token_order.npy`) and a model card with it. Its tokenizer is the target's;
-`copy_tokenizer` copies the files that a checkpoint has. No code comes with a draft, and none is run or copied.
+No code comes with a draft, and none is run or copied.
 """
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,23 +17,12 @@ from torch import Tensor
 from ..compat import find_file
 from ..errors import InputError, OccupiedError
 from ..files import whole_directory
+from ..targets.tokenizer_files import is_inside
 from .card import CARD, license_in
 from .checkpoints.files import WEIGHT_FILES, read_json
 from .checkpoints.load import TOKEN_ORDER
 from .config import DovetailConfig
 from .fields import shown
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-"""Files of a tokenizer. Those of a checkpoint are copied when it is converted."""
 
 MOST_HEAD_BYTES = 2**16
 """Bytes at the start of a model card in which its license is looked for."""
@@ -96,55 +84,18 @@ def draft_directory(directory: Path, order: Tensor | None, card: str) -> Iterato
                 replaced.update(name for name in os.listdir(directory) if is_part_of_draft(name))
 
 
-def copy_tokenizer(source: str, directory: Path, **hub_kwargs: Any) -> list[str]:
-    """Copy the tokenizer files of a checkpoint.
-
-    Args:
-        source: directory or hub id.
-        directory: of the copies.
-        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
-
-    Returns:
-        Names of files that were left out because they are links to something outside of the checkpoint.
-    """
-    left_out = []
-    for name in TOKENIZER_FILES:
-        try:
-            file = find_file(source, name, **hub_kwargs)
-        except OSError:  # the hub cannot be reached, and whether it has this optional file is unknown
-            file = None
-        if file is None:
-            continue
-        if not _is_inside(Path(file)):
-            left_out.append(name)
-            continue
-        shutil.copyfile(file, directory / name)
-    return left_out
-
-
 def license_of(source: str, **hub_kwargs: Any) -> str | None:
     """Return the license that the card of a checkpoint names; None if it has no card, or that names none.
 
     Args:
         source: directory or hub id.
-        hub_kwargs: see `copy_tokenizer`.
+        hub_kwargs: see `targets.tokenizer_files.copy_tokenizer`.
     """
     try:
         file = find_file(source, CARD, **hub_kwargs)
-        if file is None or not _is_inside(Path(file)):
+        if file is None or not is_inside(Path(file)):
             return None
         with open(file, "rb") as card:
             return license_in(card.read(MOST_HEAD_BYTES).decode("utf-8", "replace"))
     except OSError:
         return None
-
-
-def _is_inside(file: Path) -> bool:
-    """Return whether a file is a regular one of its directory, or of the repository in the hub's cache."""
-    folder, real = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
-    roots = [folder]
-    for snapshot in (folder, *folder.parents):  # the file may be in a subfolder
-        repository = snapshot.parent.parent
-        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
-            roots.append(repository / "blobs")  # to which the hub's cache links
-    return real.is_file() and any(real.is_relative_to(root) for root in roots)

@@ -66,7 +66,7 @@ class FloatLinear(PackedLinear):
             self.packed_weight, self.weight = None, nn.Parameter(weight.detach(), requires_grad=False)
         else:
             self.packed_weight = _reordered(weight.detach().to(dtype))
-            self._hold_place(weight.dtype)
+            self.hold_place(weight.dtype)
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights (M, K)."""

@@ -76,7 +76,7 @@ class PackedLinear(nn.Module):
         """
         self.check_shape(weight)
         self.packed_weight = pack(weight, self.kind)
-        self._hold_place(weight.dtype)
+        self.hold_place(weight.dtype)
 
     def check_shape(self, weight: Tensor) -> None:
         """Refuse weights of another layer.
@@ -106,7 +106,7 @@ class PackedLinear(nn.Module):
                 f"{tuple(packed.shape)} numbers of {packed.dtype}."
             )
         self.packed_weight = packed
-        self._hold_place(dtype)
+        self.hold_place(dtype)
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights (M, K) that the packed ones stand for."""
@@ -114,7 +114,19 @@ class PackedLinear(nn.Module):
             return self.weight.to(dtype)
         return unpack(self.packed_weight, self.out_features, self.in_features, self.kind, dtype)
 
-    def _hold_place(self, dtype: torch.dtype) -> None:
+    def expect_packed(self, *, tied: bool) -> None:
+        """Make room, on the meta device, for packed weights that a file has; `hold_place` ends this.
+
+        Args:
+            tied: whether the weights are tied to others, so that a parameter is looked for.
+        """
+        size = packed_bytes(self.out_features, self.in_features, self.kind)
+        self.packed_weight = torch.empty(size, dtype=torch.uint8, device="meta")
+        if not tied:
+            self._parameters["weight"] = None  # nothing is loaded for it
+
+    def hold_place(self, dtype: torch.dtype) -> None:
+        """Have a placeholder of `dtype` for the weights, which are packed."""
         nothing = torch.full((), torch.nan, dtype=dtype, device="cpu").expand(self.out_features, self.in_features)
         self.weight = nn.Parameter(nothing, requires_grad=False)
 
@@ -127,7 +139,7 @@ class PackedLinear(nn.Module):
         try:
             return super()._apply(fn, recurse)
         finally:
-            self._hold_place(dtype)
+            self.hold_place(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
         copied = self.__class__.__new__(self.__class__)

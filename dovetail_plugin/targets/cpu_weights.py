@@ -19,10 +19,14 @@ from ..errors import InputError
 from ..kernels import FLOAT, WEIGHTS
 from ..kernels.float_linear import FloatLinear
 from ..kernels.linear import PackedLinear
+from .packed_files import check_headers, read_headers
 from .row_exact import make_row_exact
 
 METHOD = "dovetail"
 """Name of the quantization method in configs."""
+
+FORMAT = 1
+"""Number of the format of packed weights in files, which grows when older versions cannot read new files."""
 
 
 class CpuWeights(QuantizationConfigMixin):
@@ -41,32 +45,55 @@ class CpuWeights(QuantizationConfigMixin):
         modules_to_not_convert: names, or parts of names, of modules whose linear layers stay as they are. The output
             head is packed, too, unless it is named here. Layers that the model keeps in float32 are never packed.
         quant_method: name of the method, as transformers finds it in configs.
+        format: number of the format of packed weights in files.
 
     Raises:
-        InputError: there is no such kind of weights.
+        InputError: there is no such kind of weights, or the format is newer than this version.
     """
 
     def __init__(
-        self, weights: str = "int8", modules_to_not_convert: list[str] | None = None, quant_method: str = METHOD
+        self,
+        weights: str = "int8",
+        modules_to_not_convert: list[str] | None = None,
+        quant_method: str = METHOD,
+        format: int = FORMAT,
     ) -> None:
+        if format != FORMAT:
+            raise InputError(
+                f"the packed weights have format {format!r}, and this version of dovetail_plugin reads {FORMAT}. "
+                "Install a newer version, or load the original model."
+            )
         if weights not in WEIGHTS:
             raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}.")
         self.quant_method: Any = quant_method
         self.weights = weights
         self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.format = format
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the config that a config.json has; arguments as in transformers.
+
+        Raises:
+            InputError: see the class; or a field is unknown.
+        """
+        if config_dict.get("format", FORMAT) != FORMAT:
+            cls(format=config_dict["format"])
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except TypeError as error:
+            raise InputError(f"the quantization_config cannot be used: {error}. Download it again.") from error
 
 
 class CpuWeightsQuantizer(HfQuantizer):
     """Replaces linear layers before the weights are loaded, and packs each matrix when it has been read."""
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """Refuse devices other than the CPU, and checkpoints that hold packed weights already.
+        """Refuse devices other than the CPU.
 
         Raises:
             InputError: the reason.
         """
-        if self.pre_quantized:
-            raise InputError("the checkpoint says that it is quantized already. Load one with floating-point weights.")
         placed = device_map.values() if isinstance(device_map, dict) else [device_map]
         if not all(_is_cpu(device) for device in placed):
             raise InputError('CpuWeights packs weights for the CPU. Pass device_map="cpu", or no device_map.')
@@ -80,12 +107,28 @@ class CpuWeightsQuantizer(HfQuantizer):
         tied = compat.tied_names(model)
         return name == "weight" and param_name not in tied and isinstance(model.get_submodule(owner), PackedLinear)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        config = self.quantization_config
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        """Replace the layers that are packed: those that the config tells, or those that a packed checkpoint has.
+
+        Raises:
+            InputError: see `packed_files.read_headers` and `packed_files.check_headers`.
+        """
+        config, headers = self.quantization_config, None
+        if self.pre_quantized:
+            headers = read_headers(checkpoint_files)
         kept = [*config.modules_to_not_convert, *compat.modules_in_float32(model)]
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not is_named(name, kept):
-                model.set_submodule(name, replacement(module, config.weights))
+            if type(module) is not nn.Linear:
+                continue
+            if not is_named(name, kept) if headers is None else f"{name}.packed_weight" in headers:
+                layer = replacement(module, config.weights)
+                if headers is not None:
+                    layer.expect_packed(tied=f"{name}.weight" in compat.tied_copies(model))
+                model.set_submodule(name, layer)
+        if headers is not None:
+            check_headers(headers, model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -101,6 +144,8 @@ class CpuWeightsQuantizer(HfQuantizer):
             if module.bias is not None and not compat.was_loaded(module.bias):
                 module.bias.data.zero_()
             if module.is_packed:
+                if self.pre_quantized:
+                    module.hold_place(model.dtype)
                 continue
             if id(module.weight) not in embeddings and not compat.was_loaded(module.weight):
                 module.weight.data.normal_(std=std)
