@@ -96,7 +96,7 @@ def test_export_passes_options_on(here, capsys, monkeypatch):
     class Done:
         returncode = 0
 
-    monkeypatch.setattr(export, "_is_there", lambda module: True)
+    monkeypatch.setattr(export, "is_installed", lambda module: True)
     monkeypatch.setattr(export.subprocess, "run", lambda command, **_: started.append(command) or Done())
     command = ["export", "-m", "target", "--to", "openvino", "-o", "ir", "--", "--group-size", "64", "--sym"]
     assert main(command) == 0

@@ -28,7 +28,7 @@ def test_weights_that_the_format_does_not_store(tmp_path, capsys):
 
 def test_missing_exporter(tmp_path, capsys, monkeypatch):
     target, _ = save_pair(tmp_path)
-    monkeypatch.setattr(export, "_is_there", lambda module: False)
+    monkeypatch.setattr(export, "is_installed", lambda module: False)
     said = refusal(capsys, "export", "--target", target, "--to", "openvino", "--out", tmp_path / "out")
     assert "optimum-intel" in said
     assert "docs/adapters.md of a checkout" in said
