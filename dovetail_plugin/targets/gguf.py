@@ -2,8 +2,8 @@
 
 transformers finds the parameters of the tensors and builds the model. This module gives it each tensor when it is
 wanted. A matrix in Q8_0, Q4_0, Q4_K or Q6_K goes from the file into the order of the CPU kernels, and nothing is
-rounded. One in another quantization is unpacked and packed as "int8". All that is no matrix of a linear layer, and what
-the file holds in floats, becomes a float tensor. So the packed model and one tensor are in memory at most.
+rounded. One in another quantization is unpacked and packed as "int8". Everything else becomes float tensors. So at most
+the packed model and one tensor are in memory.
 """
 
 from math import prod

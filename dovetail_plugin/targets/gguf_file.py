@@ -92,7 +92,7 @@ def read_gguf(file: Path) -> Gguf:
         file: the only file of the model, or the first.
 
     Raises:
-        InputError: it is damaged, it is no GGUF file or of a version that is not supported, or not the first file.
+        InputError: it is damaged, not a GGUF file, of a version that is not supported, or not the first file.
         MissingFileError: it does not exist, or another file of the model does not.
         ImportError: the package `gguf` is not installed.
     """
