@@ -122,7 +122,7 @@ def test_matrices_that_a_converter_makes_of_one():
     model = nn.ModuleDict({"a": layer(), "b": layer(), "norm": nn.LayerNorm(4)})
     tensors = {"a.weight": torch.randn(4, 8), "b.weight": [torch.randn(4, 8)], "norm.weight": torch.ones(4)}
     missing = set(tensors)
-    rest = Pack().convert(tensors, model=model, full_layer_name="a.weight", missing_keys=missing)
+    rest = Pack("int8").convert(tensors, model=model, full_layer_name="a.weight", missing_keys=missing)
     assert rest.keys() == missing == {"norm.weight"}
     assert (model["a"].unpacked() - tensors["a.weight"]).abs().max() < 0.05
     assert (model["b"].unpacked() - tensors["b.weight"][0]).abs().max() < 0.05

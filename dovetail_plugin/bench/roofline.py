@@ -22,7 +22,7 @@ LEAST_BUFFER = 256 << 20
 TASKS = 16
 """Tasks of the first measurement of a mix; their number is doubled until they take long enough."""
 
-MIX_OF = {"int8": "int8", "int4": "int4", "float": "float"}
+MIX_OF = {"int8": "int8", "int4": "int4", "q4_k": "int4", "q6_k": "int8", "float": "float"}
 """Kind of packed weights -> the mix that its kernel uses. Other kinds have no known limit of arithmetic."""
 
 

@@ -1,12 +1,14 @@
 """Models and what belongs to them: configs, the layers of their caches, and files of their repositories."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import cached_file
 
 SharedLayer: type | None = getattr(cache_utils, "DummyLayer", None)
@@ -120,6 +122,11 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 def tied_copies(model: PreTrainedModel) -> set[str]:
     """Return the names of the parameters that are tied to others, and that files need not have."""
     return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def register_experts(name: str, function: Callable[..., Tensor]) -> None:
+    """Register a function that runs the experts of MoE models whose config names it."""
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
 def modules_in_float32(model: PreTrainedModel) -> set[str]:

@@ -4,6 +4,7 @@
 matrix when it has been read. Then one matrix at a time exists in the checkpoint's dtype.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,11 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import compat
 from ..errors import InputError
-from ..kernels import FLOAT, WEIGHTS
-from ..kernels.float_linear import FloatLinear
+from ..kernels import WEIGHTS
 from ..kernels.linear import PackedLinear
-from .packed_files import check_headers, read_headers
+from .packed_experts import expect_packed, is_unknown, make_layer, matrices_of, pack_matrices, use_packed
+from .packed_files import PACKED, check_headers, read_headers
 from .row_exact import make_row_exact
+
+logger = logging.getLogger(__name__)
 
 METHOD = "dovetail"
 """Name of the quantization method in configs."""
@@ -88,6 +91,10 @@ class CpuWeights(QuantizationConfigMixin):
 class CpuWeightsQuantizer(HfQuantizer):
     """Replaces linear layers before the weights are loaded, and packs each matrix when it has been read."""
 
+    def __init__(self, quantization_config: CpuWeights, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._experts: set[str] = set()  # names of modules whose matrices are packed by expert
+
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Refuse devices other than the CPU.
 
@@ -104,6 +111,8 @@ class CpuWeightsQuantizer(HfQuantizer):
         Weights that are tied to others are loaded as they are, so that transformers can compare and tie them.
         """
         owner, name = param_name.rpartition(".")[::2]
+        if owner in self._experts:
+            return name in matrices_of(model.get_submodule(owner))
         tied = compat.tied_names(model)
         return name == "weight" and param_name not in tied and isinstance(model.get_submodule(owner), PackedLinear)
 
@@ -115,18 +124,30 @@ class CpuWeightsQuantizer(HfQuantizer):
         Raises:
             InputError: see `packed_files.read_headers` and `packed_files.check_headers`.
         """
-        config, headers = self.quantization_config, None
-        if self.pre_quantized:
-            headers = read_headers(checkpoint_files)
+        config = self.quantization_config
+        headers = read_headers(checkpoint_files) if self.pre_quantized else None
         kept = [*config.modules_to_not_convert, *compat.modules_in_float32(model)]
+
+        def is_packed(name: str, first: str) -> bool:
+            return not is_named(name, kept) if headers is None else f"{name}.{first}" in headers
+
+        unknown = set()
         for name, module in list(model.named_modules()):
-            if type(module) is not nn.Linear:
-                continue
-            if not is_named(name, kept) if headers is None else f"{name}.packed_weight" in headers:
+            matrices = matrices_of(module)
+            if type(module) is nn.Linear and is_packed(name, PACKED):
                 layer = replacement(module, config.weights)
                 if headers is not None:
                     layer.expect_packed(tied=f"{name}.weight" in compat.tied_copies(model))
                 model.set_submodule(name, layer)
+            elif matrices and is_packed(name, f"{matrices[0]}.0.{PACKED}"):
+                self._experts.add(name)
+                use_packed(module)
+                for matrix in matrices if headers is not None else ():
+                    expect_packed(module, matrix, config.weights)
+            elif is_unknown(module) and not is_named(name, kept):
+                unknown.add(type(module).__name__)
+        if unknown:
+            logger.warning("the experts in %s have an own forward method, so they stay as they are.", sorted(unknown))
         if headers is not None:
             check_headers(headers, model)
         return model
@@ -138,7 +159,7 @@ class CpuWeightsQuantizer(HfQuantizer):
         """
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         std = getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02
-        for module in model.modules():
+        for module in list(model.modules()):
             if not isinstance(module, PackedLinear):
                 continue
             if module.bias is not None and not compat.was_loaded(module.bias):
@@ -150,12 +171,18 @@ class CpuWeightsQuantizer(HfQuantizer):
             if id(module.weight) not in embeddings and not compat.was_loaded(module.weight):
                 module.weight.data.normal_(std=std)
             module.pack_(module.weight)
+        for name in self._experts:
+            experts = model.get_submodule(name)
+            for matrix in ("gate_up_proj", "up_proj", "down_proj"):
+                parameter = experts._parameters.get(matrix)
+                if parameter is not None:  # the checkpoint lacks it
+                    pack_matrices(experts, matrix, parameter.detach(), self.quantization_config.weights)
         make_row_exact(model)
         return model
 
     def get_quantize_ops(self) -> "Pack":
         """Return what transformers calls with each matrix that it has read."""
-        return Pack()
+        return Pack(self.quantization_config.weights)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Return False: transformers refuses to save packed weights, which only this package can read."""
@@ -168,7 +195,10 @@ class CpuWeightsQuantizer(HfQuantizer):
 
 
 class Pack(compat.ConversionOps):
-    """Packs the matrix of one layer."""
+    """Packs the matrix of one layer, or the matrices of the experts of one layer."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
 
     def convert(
         self,
@@ -182,8 +212,8 @@ class Pack(compat.ConversionOps):
         """Pack matrices into their layers, and return what else the file held for them.
 
         Args:
-            input_dict: names with a matrix (M, K) each, or with a list of one. Converters of a model may have made
-                several of one that was stored.
+            input_dict: names with a matrix (M, K) or the matrices of all experts each, or with a list of one of them.
+                Converters of a model may have made several of one that was stored.
             model: that is loaded.
             full_layer_name: the parameter's name in the model, if there is one matrix only.
             missing_keys: names that are not loaded yet.
@@ -192,12 +222,15 @@ class Pack(compat.ConversionOps):
         for key, value in input_dict.items():
             name = full_layer_name if len(input_dict) == 1 else key
             owner, kind = name.rpartition(".")[::2]
-            layer = model.get_submodule(owner)
-            if kind != "weight" or not isinstance(layer, PackedLinear):
+            layer, tensor = model.get_submodule(owner), value[0] if isinstance(value, list) else value
+            if kind == "weight" and isinstance(layer, PackedLinear):
+                layer.pack_(tensor)
+                compat.mark_initialized(layer.weight)
+            elif kind in matrices_of(layer):
+                pack_matrices(layer, kind, tensor, self._kind)
+            else:
                 rest[name] = value
                 continue
-            layer.pack_(value[0] if isinstance(value, list) else value)
-            compat.mark_initialized(layer.weight)
             (missing_keys or set()).discard(name)
         return rest
 
@@ -218,10 +251,8 @@ def is_named(name: str, parts: Iterable[str]) -> bool:
 
 def replacement(linear: nn.Linear, kind: str) -> PackedLinear:
     """Return a layer without memory that packed weights of a linear layer can be loaded into."""
-    with torch.device("meta"):
-        bias, dtype = linear.bias is not None, linear.weight.dtype
-        layer = FloatLinear if kind == FLOAT else PackedLinear
-        return layer(linear.in_features, linear.out_features, bias=bias, kind=kind, dtype=dtype)
+    bias, dtype = linear.bias is not None, linear.weight.dtype
+    return make_layer(linear.in_features, linear.out_features, kind, bias=bias, dtype=dtype)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be loaded again

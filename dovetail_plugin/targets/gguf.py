@@ -23,6 +23,7 @@ from ..kernels.linear import PackedLinear
 from .cpu_weights import CpuWeights, CpuWeightsQuantizer, replacement
 from .gguf_file import Gguf, read_gguf
 from .gguf_weights import FLOATS, Matrix, Parameters, floats_of, kind_of
+from .row_exact import make_row_exact
 
 METHOD = "dovetail_gguf"
 """Name of the quantization method in configs of loaded models."""
@@ -203,12 +204,15 @@ class GgufWeights(CpuWeights):
 class GgufQuantizer(CpuWeightsQuantizer):
     """Replaces the linear layers that are quantized in the file, and gives them their packed weights."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
         for name, kind in self.quantization_config.kinds.items():
             model.set_submodule(name, replacement(model.get_submodule(name), kind))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        make_row_exact(model)
         return model
 
     def get_quantize_ops(self) -> "Take":
