@@ -14,7 +14,7 @@ from dovetail_plugin import CpuWeights, PromptLookupDraft, save_packed
 from dovetail_plugin.errors import InputError
 from dovetail_plugin.kernels import KINDS, WEIGHTS
 from dovetail_plugin.kernels.linear import PackedLinear
-from dovetail_plugin.targets.packed_experts import matrices_of, multiply, pack_matrices
+from dovetail_plugin.targets.packed_experts import matrices_of, pack_matrices
 
 pytestmark = pytest.mark.torch_only("weights are packed in transformers' own models")
 
@@ -58,8 +58,6 @@ def experts_in(model):
 def unpacked_twin(model, directory):
     """The original model with the numbers that the packed weights stand for."""
     twin = load(directory)
-    for packed, plain in zip(model.modules(), list(copy.deepcopy(model).modules()), strict=True):
-        assert type(packed) is type(plain)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and isinstance(module[0], PackedLinear):
             owner, matrix = name.rpartition(".")[::2]
@@ -98,7 +96,7 @@ def test_a_row_depends_on_no_other(model_type, kind, tmp_path):
     experts = experts_in(load(tmp_path, kind))[0]
     torch.manual_seed(0)
     rows = torch.randn(64, 32)
-    weights, index = torch.randn(64, 4).softmax(-1).topk(2)
+    weights, index = torch.randn(64, 4).softmax(-1).topk(3)
     with torch.no_grad():
         together = experts(rows, index, weights)
         for count in (1, 2, 7, 33):
@@ -121,7 +119,9 @@ def test_saved(model_type, tmp_path):
     save_packed(model, tmp_path / "packed")
     loaded = load(tmp_path / "packed")
     with torch.no_grad():
-        assert torch.equal(loaded(prompt()).logits, model(prompt()).logits)
+        logits = model(prompt()).logits
+        assert torch.equal(loaded(prompt()).logits, logits)
+        assert torch.equal(copy.deepcopy(loaded)(prompt()).logits, logits)
     assert not [name for name, parameter in loaded.named_parameters() if parameter.ndim == 3]
 
 
@@ -156,4 +156,3 @@ def test_matrices_of_another_shape():
     assert matrices_of(experts) == ("gate_up_proj", "down_proj") and matrices_of(nn.Linear(2, 2)) == ()
     with pytest.raises(InputError, match="the config says"):
         pack_matrices(experts, "down_proj", torch.zeros(4, 32, 48), "int8")
-    assert callable(multiply)
