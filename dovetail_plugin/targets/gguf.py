@@ -205,7 +205,10 @@ class GgufQuantizer(CpuWeightsQuantizer):
     """Replaces the linear layers that are quantized in the file, and gives them their packed weights."""
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,  # noqa: ARG002 - the file was read before
+        **_: Any,
     ) -> PreTrainedModel:
         for name, kind in self.quantization_config.kinds.items():
             model.set_submodule(name, replacement(model.get_submodule(name), kind))
