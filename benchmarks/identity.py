@@ -4,10 +4,12 @@
     python benchmarks/identity.py --part 1/2 --progress FILE & python benchmarks/identity.py --part 2/2 --progress FILE
     python benchmarks/identity.py --count 800 --threads 4
     python benchmarks/identity.py --count 32 --threads 4 --shape 500m --new-tokens 32   # with the inflated pair
+    python benchmarks/identity.py --count 1000 --weights int8                           # with packed weights
     python benchmarks/identity.py --count 2 --new-tokens 4                              # a quick check
 
 A text is checked with one plain pass over it: each token must be the best one. Where the two best logits are within
-0.001, plain `generate` decides. A run that is interrupted goes on where it was, if `--progress` names the same file.
+0.001, plain `generate` decides. With packed weights, whose rows do not depend on each other, plain `generate` decides
+about all texts. A run that is interrupted goes on where it was, if `--progress` names the same file.
 Several processes may share such a file: each does its part of the prompts, and whatever ends last has all of them.
 With several threads, which share target and draft, the result also holds their seconds divided by those of one thread
 for the same calls, with the draft and without: medians of runs in turns, of calls alone.
@@ -25,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import argument_parser, load_bundled, load_inflated, positive, store
+from common import TARGET, argument_parser, load_bundled, load_inflated, positive, store
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dovetail_plugin import DovetailDraft
+from dovetail_plugin import CpuWeights, DovetailDraft
 from dovetail_plugin.bench.provenance import provenance
+from dovetail_plugin.kernels import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny_pair"
@@ -69,9 +72,20 @@ def prompts(count: int) -> list[Tensor]:
     return [torch.tensor(ids[start : start + PROMPT_TOKENS])[None] for start in starts]
 
 
-def checked(target: Any, draft: DovetailDraft, input_ids: Tensor, new_tokens: int) -> str:
-    """Generate with the draft and return "equal", "equal (generate)" or "different"."""
+def checked(target: Any, draft: DovetailDraft, input_ids: Tensor, new_tokens: int, *, by_pass: bool = True) -> str:
+    """Generate with the draft and return "equal", "equal (generate)" or "different".
+
+    Args:
+        target: model.
+        draft: its draft.
+        input_ids: (1, T) int64.
+        new_tokens: tokens to generate.
+        by_pass: whether one pass over the text may decide; else plain `generate` does.
+    """
     drafted = generate(target, draft, input_ids, new_tokens)
+    if not by_pass:
+        plain = generate(target, None, input_ids, new_tokens)
+        return "equal (generate)" if torch.equal(plain, drafted) else "different"
     with torch.no_grad():
         logits = target(input_ids=drafted[:, :-1]).logits[0, input_ids.shape[1] - 1 :]
     best = logits.topk(2)
@@ -138,7 +152,7 @@ def run(
     lock = threading.Lock()
 
     def one(number: int) -> None:
-        verdict = checked(target, draft, ids[number], args.new_tokens)
+        verdict = checked(target, draft, ids[number], args.new_tokens, by_pass=args.weights is None)
         with lock, open(file, "a", encoding="utf-8") as out:
             out.write(json.dumps([number, verdict, revision]) + "\n")
             bar.update()
@@ -157,10 +171,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens of each text")
     parser.add_argument("--threads", type=positive, default=1, help="threads that generate at once")
     parser.add_argument("--shape", help="inflate the bundled pair to this shape of inflate.py")
+    parser.add_argument("--weights", choices=KINDS, help="pack the weights of the bundled target; not with --shape")
     parser.add_argument("--part", type=part, default=(1, 1), metavar="K/N", help="the K-th of N parts of the prompts")
     parser.add_argument("--progress", type=Path, help="file with the prompts that are done; new without it")
     args = parser.parse_args()
+    if args.shape and args.weights:
+        parser.error("--weights packs the bundled target. Leave out --shape.")
     target, draft = load_inflated(args.shape, torch.float32) if args.shape else load_bundled(torch.float32)
+    if args.weights:
+        weights = CpuWeights(args.weights)
+        target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32, quantization_config=weights)
     ids = prompts(args.count)
     file = args.progress or args.out.with_name(f"{args.out.stem}.{time.time_ns()}.progress")
     checked(target, draft, ids[0], args.new_tokens)  # measures the machine
@@ -175,6 +195,7 @@ def main() -> None:
         "new_tokens": args.new_tokens,
         "threads": args.threads,
         "shape": args.shape,
+        "weights": args.weights,
         "verdicts": dict(counts),
         "prompts_of_revision": dict(revisions),
     }

@@ -153,6 +153,13 @@ def test_identity(tmp_path):
 
 
 @torch_only
+def test_identity_with_packed_weights(tmp_path):
+    options = ["--count", "2", "--new-tokens", "8", "--weights", "int4"]
+    _, result = run_script("identity.py", *options, directory=tmp_path)
+    assert result["verdicts"] == {"equal (generate)": 2} and result["weights"] == "int4"
+
+
+@torch_only
 def test_identity_in_parts(tmp_path):
     options = ["--count", "3", "--new-tokens", "4", "--progress", str(tmp_path / "progress.jsonl")]
     (printed,) = run_script("identity.py", *options, "--part", "2/2", directory=tmp_path)
