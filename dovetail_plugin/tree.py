@@ -5,6 +5,7 @@ of all levels and returns them as a `DraftTree`. All functions are pure tensor f
 no model and never sees the target's logits.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,13 +91,14 @@ def _fitting(nodes: int | None, depth: int | None, top_k: int | None) -> tuple[i
         depth, top_k = depth or USUAL_DEPTH, top_k or USUAL_TOP_K
         usual = depth + 1 if top_k == 1 else max(USUAL_NODES, depth + 1)
         return min(usual, _largest_tree(depth, top_k)), depth, top_k
+    below = nodes - 1
     chosen_k = top_k or max(min(nodes // 2, USUAL_TOP_K), 1)
-    chosen_depth = depth or max(min(nodes.bit_length() + 1, nodes - 1), 1)
+    chosen_depth = depth or max(min(nodes.bit_length() + 1, below), 1)
     if depth is None:
-        while _largest_tree(chosen_depth, chosen_k) < nodes:
-            chosen_depth += 1
+        chosen_depth = max(chosen_depth, 1 - (chosen_k - below) // chosen_k**2)
     elif top_k is None:
-        while _largest_tree(chosen_depth, chosen_k) < nodes:
+        chosen_k = max(chosen_k, below if depth == 1 else math.isqrt(below // depth))
+        while _largest_tree(depth, chosen_k) < nodes:
             chosen_k += 1
     return nodes, chosen_depth, chosen_k
 
