@@ -116,3 +116,13 @@ def test_passes_that_become_slower_are_followed(computer, kind, tmp_path):
 def test_a_stepped_kernel_is_learned_from_two_row_counts(kind, tmp_path):
     """A slow target leaves time to measure two counts, and the line between them is wrong by half."""
     assert SCENARIOS["a stepped kernel, 1 and 8 rows probed"].share(kind, 1, tmp_path) >= 0.97
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["no bf16 units, a very good draft, 1 and 8 rows probed", "a mixture of experts, a very good draft"],
+)
+def test_a_path_is_found_behind_rows_that_do_not_pay_alone(scenario, tmp_path):
+    """Chains of 4 and 9 tokens are best, and after the second row the next one alone is not worth its seconds."""
+    shares = [SCENARIOS[scenario].share("greedy", text, tmp_path / str(text)) for text in (1, 2)]
+    assert np.mean(shares) >= 0.97

@@ -111,6 +111,21 @@ def test_a_level_is_drafted_if_the_tree_is_worth_more_with_it(scores, price, nod
     assert chosen == int(gain > 0)
 
 
+@pytest.mark.parametrize(("depth", "nodes", "width"), [(6, 16, 1), (2, 16, 0), (6, 3, 0)])
+def test_a_path_pays_that_its_first_level_does_not_pay_for(depth, nodes, width):
+    """A child brings 0.8 * 0.9 tokens and costs 0.75; the three below it cost 0.1 each."""
+    verify_s = 1.0 + np.concatenate([[0.0, 0.5, 1.25], 1.35 + 0.1 * np.arange(13)])
+    judge = judge_of(TreeBudget(nodes, depth, 1), 1.0, verify_s[:nodes], np.array([0.0, 0.04]), learned_of_path(0.9))
+    assert judge.width(np.log([0.8])) == width
+
+
+def learned_of_path(share):
+    """As `learned_whose_children_are`, and nothing else was ever seen."""
+    learned = learned_whose_children_are(share)
+    assert learned.lookahead.path(1)[0] == pytest.approx(share, abs=0.02)
+    return learned
+
+
 @settings(deadline=None)
 @given(scores_lists, prices, st.floats(1.01, 20), st.integers(2, 30), st.data())
 def test_a_higher_price_of_seconds_never_buys_more(scores, price, factor, nodes, data):

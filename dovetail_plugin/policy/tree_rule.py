@@ -29,10 +29,9 @@ class Lookahead:
     """
 
     def __init__(self, settings: PolicySettings) -> None:
-        self._least_parent = settings.least_parent
-        first = np.resize(np.linspace(0.3, 0.95, 16), settings.children)  # evenly spread until nodes are seen
+        self._least_parent, self._most = settings.least_parent, settings.children
+        first = np.linspace(0.3, 0.95, 16)  # evenly spread until nodes are seen, and soon outnumbered by them
         self._children = np.stack([first, 0.4 * (1.0 - first)], axis=1)
-        self._next = 0
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
 
     def observe(self, parents: np.ndarray, children: np.ndarray) -> None:
@@ -56,11 +55,15 @@ class Lookahead:
         scores = np.concatenate([children for _, children in seen])
         likely = parents > self._least_parent
         shares = curve(scores[likely]) / parents[likely, None]
-        children = self._children.copy()  # other threads may be reading the old ones
-        shares = np.minimum(shares[-len(children) :], 1.0)
-        children[(self._next + np.arange(len(shares))) % len(children)] = shares
-        self._next = (self._next + len(shares)) % len(children)
-        self._children = children
+        # A new array: other threads may be reading the old one.
+        self._children = np.concatenate([self._children, np.minimum(shares, 1.0)])[-self._most :]
+
+    def path(self, levels: int) -> np.ndarray:
+        """Return the expected acceptance of a node's best child, its best child, and so on, (levels,).
+
+        It is that of a node that is accepted for certain.
+        """
+        return self._children[:, 0].mean() ** np.arange(1, levels + 1)
 
     def gains(self, likely: np.ndarray, prices: np.ndarray) -> np.ndarray:
         """Return the expected gain, in tokens, of drafting the children of each node, (K,).
@@ -126,10 +129,31 @@ class TreeJudge:
         gains = lookahead.gains(likely, prices).cumsum() - self._level_costs[1 : len(likely) + 1]
         width = int(gains.argmax()) + 1
         if gains[width - 1] <= 0.0:
-            return 0
+            if not self._path_pays(float(likely[0])):
+                return 0
+            width = 1
         self.widths.append(width)
         self._frontier = likely[:width]
         return width
+
+    def _path_pays(self, likely: float) -> bool:
+        """Return whether a path of some levels below a node of this acceptance is worth more than it costs.
+
+        It can be although its first level is not, where a pass over one or two more rows is much longer, and one over
+        some more rows hardly so: where kernels are made for several rows, or where rows share a mixture's experts.
+        """
+        levels = min(self._budget.depth - 1 - len(self.widths), self._budget.nodes - 1)
+        if levels < 1:
+            return False
+        below = likely * self._lookahead.path(levels)
+        parts = np.tril(np.broadcast_to(below, (levels, levels)))  # the paths of 1, 2, ... levels
+        parts = np.concatenate([np.broadcast_to(self._candidates, (levels, len(self._candidates))), parts], axis=1)
+        brought = -np.sort(-parts, axis=1)[:, : self._budget.nodes - 1].cumsum(axis=1)
+        worth = (brought - self._node_costs[1 : brought.shape[1] + 1]).max(axis=1)
+        taken = self._worth(self._candidates)
+        before = self._candidates[:taken].sum() - self._node_costs[taken]
+        gains = np.maximum(worth, -self._node_costs[0]) - before - self._level_costs[1] * np.arange(1, levels + 1)
+        return bool(gains.max() > 0.0)
 
     def _prices(self, count: int) -> np.ndarray:
         """Return the costs of `count` further nodes, in tokens, ascending; inf beyond the budget.

@@ -105,8 +105,20 @@ SWITCHING = replace(COMPUTERS["rows cost a little"], switch=0.1)
 STEPS = ((1, 0.18), (2, 0.38), (3, 0.55), (8, 0.60), (16, 0.80), (48, 2.0))
 """Seconds of passes of a float32 target on an old CPU, whose kernel for one row differs from that for three."""
 
+AVX2 = ((1, 0.197), (2, 0.281), (4, 0.461), (6, 0.672), (8, 0.897), (16, 1.809), (48, 5.43))
+"""Seconds of passes of a bf16 target of 1.05B weights on two cores without bf16 units: 8 rows take 4.6 times a row."""
+
+MIXTURE = ((1, 0.100), (2, 0.170), (4, 0.280), (8, 0.450), (16, 0.700), (48, 1.400))
+"""Seconds of passes of a mixture of experts: each row brings its own experts, and later rows share them."""
+
 STEPPED = Computer(0.0, 0.0, 0.01, 0.008, steps=STEPS, probed=(1, 8))
 """That CPU. The target is slow, so the probe has time for two row counts only."""
+
+
+WITHOUT_BF16_UNITS = Computer(0.0, 0.0, 0.012, 0.010, 0.005, 0.004, steps=AVX2)
+"""The draft runs on the same cores, where a level of 8 rows takes 4.5 times as long as one of one row."""
+
+EXPERTS = Computer(0.0, 0.0, 0.012, 0.010, 0.002, 0.002, steps=MIXTURE)
 
 
 @dataclass(frozen=True)
@@ -183,8 +195,8 @@ class Pair:
             first = 0.97 * rng.beta(*self.sureness, size=len(scores))
             if row is not None:
                 first[row] = sure[position + depth - 1]
-            said = np.column_stack([first, (1.0 - first)[:, None] * 0.5 ** np.arange(1, top_k)])
-            said = -np.sort(-said, axis=1)
+            said = np.column_stack([first, (1.0 - first)[:, None] * 0.5 ** np.arange(1, LIMITS.top_k)])
+            said = -np.sort(-said, axis=1)[:, :top_k]
             level = (scores[:, None] + np.log(said)).ravel()
             levels.append((level, np.repeat(ids, top_k), np.full(level.size, depth)))
             child = None
@@ -224,27 +236,32 @@ class Pair:
         return DraftTree(*(torch.from_numpy(column) for column in columns)), path
 
 
-GRID = [
+CHAINS = [TreeBudget(depth + 1, depth, 1) for depth in range(1, LIMITS.depth + 1)]
+
+TREES = [
     TreeBudget(nodes, depth, LIMITS.top_k)
     for nodes in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
     for depth in (1, 2, 3, 4, 6, 8, 10)
     if depth < nodes
 ]
-"""The static budgets that the policy is compared with."""
+"""With `CHAINS`, the static budgets that the policy is compared with."""
 
 
 @functools.cache
 def static_tokens(pair: Pair, start: int, end: int) -> dict[TreeBudget, list[int]]:
     """Tokens of a round at each position, for every budget of the grid."""
-    tokens: dict[TreeBudget, list[int]] = {budget: [] for budget in GRID}
+    tokens: dict[TreeBudget, list[int]] = {budget: [] for budget in [*TREES, *CHAINS]}
     for position in range(start, end):
         all_ = pair.propose(position, LIMITS)
-        for depth in {budget.depth for budget in GRID}:
+        for depth in {budget.depth for budget in TREES}:
             upto = all_.scores[all_.depths <= depth]
             ranks = np.argsort(np.argsort(-upto, kind="stable"))  # a node is in the tree if its rank is low enough
             right = [int(ranks[node]) for node in all_.right if node < len(upto)]
-            for budget in (budget for budget in GRID if budget.depth == depth):
+            for budget in (budget for budget in TREES if budget.depth == depth):
                 tokens[budget].append(1 + sum(rank < budget.nodes - 1 for rank in right))
+        line = len(pair.propose(position, CHAINS[-1]).right)
+        for budget in CHAINS:
+            tokens[budget].append(1 + min(line, budget.depth))
     return tokens
 
 
@@ -386,6 +403,13 @@ SCENARIOS |= {
         {0: COMPUTERS["rows cost a lot"], 1000: COMPUTERS["rows cost a lot"].slower(0.5)}, start=1000
     ),
     "a stepped kernel, 1 and 8 rows probed": Scenario({0: STEPPED}),
+    "no bf16 units": Scenario({0: WITHOUT_BF16_UNITS}),
+    "no bf16 units, a very good draft": Scenario({0: WITHOUT_BF16_UNITS}, change=very_good),
+    "no bf16 units, a very good draft, 1 and 8 rows probed": Scenario(
+        {0: replace(WITHOUT_BF16_UNITS, probed=(1, 8))}, end=600, change=very_good
+    ),
+    "a mixture of experts": Scenario({0: EXPERTS}),
+    "a mixture of experts, a very good draft": Scenario({0: EXPERTS}, end=600, change=very_good),
     "a useless draft": Scenario(
         {0: COMPUTERS["rows cost a little"]}, end=1000, change=lambda pair: replace(pair, quality=((0, 0.0),))
     ),
