@@ -34,7 +34,7 @@ from dovetail_plugin.cli import engines as loading
 from dovetail_plugin.cli import export, main
 from dovetail_plugin.cli.common import ALL_ENGINES, engine_names
 from dovetail_plugin.errors import InputError
-from dovetail_plugin.kernels import KINDS
+from dovetail_plugin.kernels import KINDS, WEIGHTS
 from dovetail_plugin.kernels.library import MIXES, KernelError, library
 from dovetail_plugin.kernels.linear import PackedLinear
 
@@ -385,7 +385,7 @@ def test_all_engines_are_those_that_are_installed(here, capsys, monkeypatch):
     assert main(["bench", *QUICK, "--engines", "--json"]) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)
-    assert list(result["texts"]) == ["torch, dovetail", *(f"packed {kind}" for kind in KINDS)]
+    assert list(result["texts"]) == ["torch, dovetail", *(f"packed {kind}" for kind in WEIGHTS)]
     assert result["settings"]["left_out"] == {"openvino": "openvino is not installed"}
     assert "left out: openvino (openvino is not installed)" in printed.err
 

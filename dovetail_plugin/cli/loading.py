@@ -88,11 +88,12 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
     Raises:
         ValueError: there is no such model, or it is a draft.
     """
+    weights = getattr(args, "weights", None)  # not an option of `train`
     option, name = ("--target", args.target) if args.target else ("--target-ir", args.target_ir)
-    if not args.target and args.weights:
+    if not args.target and weights:
         raise ValueError("--weights packs the weights of --target. An exported target has the weights of its export.")
     if is_gguf(args.target):
-        if args.weights:
+        if weights:
             raise ValueError("--weights quantizes a target that has floats. A GGUF file has the weights that it holds.")
         return planned_config(args.target)
     config = check_model(option, name, **target_source(args))
@@ -102,10 +103,10 @@ def check_target(args: argparse.Namespace) -> PretrainedConfig:
     if args.target and not is_causal(config):
         raise ValueError(f"{option} {name} is a {config.model_type} model, and targets are decoder-only models.")
     stored = getattr(config, "quantization_config", None)
-    if args.weights and stored:
+    if weights and stored:
         what = stored.get("weights") if stored.get("quant_method") == METHOD else stored.get("quant_method")
         raise ValueError(
-            f"--weights {args.weights}: the weights of {option} {name} are quantized already ({what}). Leave out "
+            f"--weights {weights}: the weights of {option} {name} are quantized already ({what}). Leave out "
             "--weights, or name the original model."
         )
     return config

@@ -215,7 +215,8 @@ class GgufQuantizer(CpuWeightsQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        make_row_exact(model)
+        if self.quantization_config.kinds:
+            make_row_exact(model)
         return model
 
     def get_quantize_ops(self) -> "Take":
