@@ -13,7 +13,7 @@ from support.gguf_files import write_gguf
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dovetail_plugin import PromptLookupDraft, compat, load_gguf
+from dovetail_plugin import PromptLookupDraft, compat, load_gguf, save_packed
 from dovetail_plugin.cli import main
 from dovetail_plugin.drafts.target_tokenizer import vocabulary_of_target
 from dovetail_plugin.errors import InputError, MissingFileError
@@ -265,6 +265,23 @@ def test_what_is_no_file_of_this_format(tmp_path):
         file.write_bytes(content)
         with pytest.raises(InputError, match="not a GGUF file"):
             load_gguf(file)
+
+
+def test_a_file_without_embedding_and_head_is_refused(tmp_path):
+    model = model_of("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model, "Q8_0")
+    file.write_bytes(file.read_bytes().replace(b"token_embd.weight", b"token_embx.weight"))
+    with pytest.raises(InputError, match=r"model\.gguf"):
+        load_gguf(file)
+
+
+def test_models_from_gguf_files_are_not_saved_again(tmp_path):
+    file = tmp_path / "model.gguf"
+    write_gguf(file, model_of("llama", num_hidden_layers=1), "Q8_0")
+    with pytest.raises(InputError, match="from a GGUF file"):
+        save_packed(load_gguf(file), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_damaged_files_are_refused(tmp_path):

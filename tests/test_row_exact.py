@@ -9,7 +9,13 @@ import torch
 from families import CASE_IDS, CASES, VOCAB, prompt, tiny_model
 from support.sessions import open_session
 from support.trees import random_tree
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from dovetail_plugin import CpuWeights, TreeBudget, compat
 from dovetail_plugin.kernels import KINDS
@@ -198,3 +204,16 @@ def test_a_softcap_and_sinks_without_kernels(monkeypatch):
                 patch.setattr(row_exact, "library", lambda: None)
                 other = attention(LAYER, q, k, v, mask, scaling=0.25, **options)[0]
             assert torch.allclose(right, other, atol=1e-5)
+
+
+def test_other_parts_of_a_model_keep_eager_attention():
+    text = tiny_model("gemma3_text").config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 8, "patch_size": 4})
+    for tower, expected in (("eager", "eager"), ("sdpa", NAME)):
+        loaded = copy.deepcopy(config)
+        attention_of_parts = {"": "sdpa", "text_config": "sdpa", "vision_config": tower}
+        model = Gemma3ForConditionalGeneration._from_config(loaded, attn_implementation=attention_of_parts)
+        row_exact.make_row_exact(model)
+        assert compat.attention_of(model.config.get_text_config()) == NAME
+        assert compat.attention_of(model.config.vision_config) == expected

@@ -75,7 +75,7 @@ def _draw_speeds(panel: Any, result: EnginesResult) -> None:
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
     most = max(max(text.plain_tokens_per_s, text.draft_tokens_per_s) for text in result.texts.values())
-    panel.set_xlim(0, 1.5 * most)  # room for the legend
+    panel.set_xlim(0, 1.9 * most)  # room for the legend
     panel.set_xlabel("median tokens/s, prompt included")
     panel.set_title("Whole generations")
     panel.legend(loc="lower right")

@@ -23,6 +23,12 @@ def attention_of(config: PretrainedConfig) -> str | None:
     return config._attn_implementation
 
 
+def parts_of(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
+    """Return the configs that a config contains, by the names of its attributes."""
+    found = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {name: part for name, part in found.items() if isinstance(part, PretrainedConfig)}
+
+
 def can_set_attention(model: PreTrainedModel) -> bool:
     """Return whether the layers of a model look up their attention by name."""
     return model._can_set_attn_implementation()

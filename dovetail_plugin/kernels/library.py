@@ -233,9 +233,13 @@ class Library:
             (N, H, E) in the dtype of the queries; zeros for rows that see no key.
 
         Raises:
+            ValueError: a tensor has another size than the others say.
             KernelError: the library refuses the call, or there is no memory.
         """
         (heads, rows, size), (key_heads, cached, value_size) = queries.shape, values.shape
+        fits = keys.shape == (key_heads, cached, size) and (mask is None or mask.shape == (rows, cached))
+        if not fits or (sinks is not None and sinks.numel() != heads):
+            raise ValueError("keys, values, mask or sinks are not those of the same attention.")
         out = torch.empty(rows, heads, value_size, dtype=queries.dtype, device="cpu")
         if not rows:
             return out

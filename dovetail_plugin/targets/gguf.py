@@ -152,7 +152,7 @@ def planned_config(file: str | Path) -> PretrainedConfig:
 
 def is_gguf(name: str | Path | None) -> bool:
     """Return whether a name of a model is that of a GGUF file."""
-    return name is not None and Path(name).suffix == ".gguf"
+    return name is not None and Path(name).suffix.lower() == ".gguf" and not Path(name).is_dir()
 
 
 def _stretch_positions(model: PreTrainedModel, gguf: Gguf) -> None:

@@ -174,7 +174,9 @@ class Parameters:
 
     def _matrix(self, name: str, source: str) -> Matrix | None:
         """Return the matrix of a linear layer, or None if its numbers are floats. `source`: a tied one's own name."""
-        tensors = self._sources.get(name) or self._sources[source]
+        tensors = self._sources.get(name) or self._sources.get(source)
+        if tensors is None:
+            raise InputError(f"{self._gguf.file}: it has no tensor for {source}. Download it again.")
         if len(tensors) != 1 or tensors[0].type_name in FLOATS:
             return None
         tensor, shape = tensors[0], self._shapes[name]

@@ -38,11 +38,19 @@ def make_row_exact(model: PreTrainedModel) -> None:
     attention = compat.attention_of(model.config.get_text_config(decoder=True))
     capped = attention == "eager" and not compat.has_torch_attention(model) and _has_softcap(model)
     if (attention == "sdpa" or capped) and compat.can_set_attention(model):
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(_implementations(model))
     for name, module in list(model.named_modules()):
         activation = compat.activation_of(module)
         if activation is not None:
             model.set_submodule(name, Activation(module, activation))
+
+
+def _implementations(model: PreTrainedModel) -> str | dict[str, str]:
+    """Return a model's attention: `NAME`, but other parts, such as towers for images, keep one that is not sdpa."""
+    text, parts = model.config.get_text_config(decoder=True), compat.parts_of(model.config)
+    found = {key: part for key, part in parts.items() if part is not text and compat.attention_of(part) != "sdpa"}
+    kept = {key: compat.attention_of(part) or "eager" for key, part in found.items()}
+    return {"": NAME, **dict.fromkeys(parts, NAME), **kept} if kept else NAME
 
 
 def _has_softcap(model: PreTrainedModel) -> bool:
@@ -119,9 +127,15 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal
     if not all(_fits_kernels(tensor) for tensor in (query, key, value)) or kwargs.get("position_bias") is not None:
         return False
     (batch, heads, rows, size), (_, key_heads, cached, value_size) = query.shape, value.shape
-    if heads % key_heads or max(size, value_size) > LARGEST_HEAD or not cached or rows == cached > LONG_PROMPT:
+    if (
+        not batch
+        or heads % key_heads
+        or max(size, value_size) > LARGEST_HEAD
+        or not cached
+        or rows == cached > LONG_PROMPT
+    ):
         return False
-    if len({query.dtype, key.dtype, value.dtype}) > 1 or query.shape[0] != key.shape[0]:
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or key.shape != (batch, key_heads, cached, size):
         return False
     if mask is None:
         return rows in (1, cached) or not causal  # torch means another thing by causal rows of a longer text

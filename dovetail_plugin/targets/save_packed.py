@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import refuse_occupied, whole_directory
 from ..kernels import KINDS
 from ..kernels.linear import PackedLinear
-from .cpu_weights import CpuWeights
+from .cpu_weights import METHOD, CpuWeights
 from .tokenizer_files import copy_tokenizer
 
 
@@ -35,13 +35,15 @@ def save_packed(
         max_shard_size: largest size of a file of weights, as in `save_pretrained`.
 
     Raises:
-        InputError: the weights are not packed, or float weights, which have no format for files.
+        InputError: the weights are not packed, or float weights, which have no format for files, or a GGUF file's.
         OccupiedError: the directory has content.
         WriteError: it cannot be written.
     """
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, CpuWeights):
         raise InputError("save_packed saves models that were loaded with CpuWeights. Use model.save_pretrained.")
+    if config.quant_method != METHOD:
+        raise InputError("the model is from a GGUF file, which has packed weights already. Keep that file.")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if config.weights not in KINDS or any(not layer.is_packed for layer in layers.values()):
         raise InputError(
