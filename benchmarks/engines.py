@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import DovetailDraft
 from dovetail_plugin.bench.engines import CONTEXT, compare_engines
-from dovetail_plugin.bench.llamacpp import SUFFIX
 from dovetail_plugin.bench.prompts import load_prompts
 from dovetail_plugin.cli.common import parse_engine
 from dovetail_plugin.cli.engines import exported_contender, llamacpp_engine, packed_contender, torch_contender
 from dovetail_plugin.kernels import WEIGHTS
 from dovetail_plugin.kernels.library import library
+from dovetail_plugin.targets.gguf import is_gguf
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     contenders = [torch_contender(stock, new_draft(), args.budget)]
     for kind in args.packed:
         contenders.append(packed_contender(kind, str(args.target), new_draft(), args.budget, dtype="auto"))
-    files = [(name, settings) for name, settings in args.engine if settings["dir"].endswith(SUFFIX)]
+    files = [(name, settings) for name, settings in args.engine if is_gguf(settings["dir"])]
     for name, settings in (one for one in args.engine if one not in files):
         contenders.append(exported_contender(name, settings, new_draft(), args.budget, stock))
     prompts = load_prompts(None, AutoTokenizer.from_pretrained(args.target), args.count)

@@ -17,7 +17,8 @@ from common import argument_parser, positive, store
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.simulation import KINDS, SCENARIOS
+from support.scenarios import SCENARIOS
+from support.simulation import KINDS
 
 
 def simulate(texts: int, scenarios: list[str]) -> dict[str, dict[str, list[float]]]:

@@ -104,6 +104,18 @@ def test_provenance_names_no_directories(monkeypatch):
     assert provenance()["command"] == "dovetail bench --count 3"
     monkeypatch.setattr("sys.argv", ["/some/where/dovetail_plugin/__main__.py", "bench"])
     assert provenance()["command"] == "python -m dovetail_plugin bench"
+    arguments = [
+        "bench",
+        "--out",
+        "/some/where/a.jsonl",
+        "--out=/some/b",
+        "--engine",
+        "ov=/some/where/ir,exact=true",
+        "x/y/z",
+    ]
+    monkeypatch.setattr("sys.argv", ["/some/where/bin/dovetail", *arguments])
+    shown = "dovetail bench --out a.jsonl --out=b --engine ov=ir,exact=true x/y/z"
+    assert provenance()["command"] == shown
 
 
 # --- ties ------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
-"""`dovetail bench --engines`: limits of the machine, the kernels' own time, floors, tables, memory, refusals."""
+"""`dovetail bench --engines`: limits of the machine, the kernels' own time, floors, tables, memory."""
 
-import argparse
 import contextlib
 import copy
-import functools
 import importlib.machinery
 import json
 import sys
@@ -13,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from families import prompt, tiny_model
-from helpers import PAIR, SHORT, refusal
 from transformers import AutoModelForCausalLM
 
 from dovetail_plugin import CpuWeights, DovetailDraft, machine
@@ -31,10 +28,8 @@ from dovetail_plugin.bench.engines_memory import engines_bytes, exported_bytes, 
 from dovetail_plugin.bench.llamacpp import LlamaCpp
 from dovetail_plugin.bench.roofline import MIX_OF, Roofline, kernel_time, measure
 from dovetail_plugin.cli import engines as loading
-from dovetail_plugin.cli import export, main
-from dovetail_plugin.cli.common import ALL_ENGINES, engine_names
 from dovetail_plugin.errors import InputError
-from dovetail_plugin.kernels import KINDS, WEIGHTS
+from dovetail_plugin.kernels import FLOAT, FORMATS, WEIGHTS
 from dovetail_plugin.kernels.library import MIXES, KernelError, library
 from dovetail_plugin.kernels.linear import PackedLinear
 
@@ -103,7 +98,7 @@ def test_floors_of_given_limits():
     assert LIMITS.arithmetic_ms(8 * 10**9, "int8") == 80.0
     assert LIMITS.arithmetic_ms(8 * 10**9, "int4") == 40.0
     assert LIMITS.arithmetic_ms(8 * 10**9, None) is None
-    assert set(KINDS) & set(MIX_OF)
+    assert set(MIX_OF) == {*FORMATS, FLOAT}
     slow = Roofline(10e9, {"avx2": {"int8": 300e9, "int4": 1e9, "float": 1e9}}, "avx2", 1 << 20)
     best = LIMITS.best_of(slow)
     assert best.read_bytes_per_s == 20e9
@@ -325,7 +320,20 @@ def test_llamacpp_says_what_is_missing(llamacpp, monkeypatch, tmp_path):
         llamacpp()
 
 
+def test_experts_are_in_no_floor(tmp_path):
+    """A pass reads the experts that its rows choose. In torch they are parameters, packed they are layers."""
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CpuWeights("int8"))
+    assert linear_numbers(packed) == linear_numbers(model)
+    assert linear_bytes(packed) < linear_bytes(model)
+
+
 # --- memory ------------------------------------------------------------------------------------------
+
+
+def _bytes(tensor):
+    return tensor.nbytes if tensor.layout != torch.strided else tensor.untyped_storage().nbytes()
 
 
 def test_bytes_of_packed_weights_are_those_of_a_loaded_model(tmp_path):
@@ -333,9 +341,11 @@ def test_bytes_of_packed_weights_are_those_of_a_loaded_model(tmp_path):
         model = tiny_model("llama", eos_token_id=None, tie_word_embeddings=tied)
         model.save_pretrained(tmp_path)
         parts = engines_bytes(model.config, dtype="auto", kinds=["int4"], exported={}, draft_bytes=50, context=10)
-        packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CpuWeights("int4"))
-        held = sum(tensor.untyped_storage().nbytes() for tensor in (*packed.parameters(), *packed.buffers()))
-        assert parts["int4"] == pytest.approx(held, rel=0.1)
+        for kind in WEIGHTS:
+            of_kind = engines_bytes(model.config, dtype="auto", kinds=[kind], exported={}, draft_bytes=50, context=10)
+            packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CpuWeights(kind))
+            held = sum(_bytes(tensor) for tensor in (*packed.parameters(), *packed.buffers()))
+            assert of_kind[kind] == pytest.approx(held, rel=0.1)
         assert parts["torch"] >= sum(p.nbytes for p in model.parameters())
         assert parts["drafts"] == 2 * 50 + model.lm_head.weight.nbytes
 
@@ -351,124 +361,3 @@ def test_bytes_of_exported_weights(tmp_path):
     for name, size in (("openvino_model.bin", 7), ("openvino_model.xml", 100), ("model.onnx", 20)):
         (tmp_path / name).write_bytes(b"x" * size)
     assert exported_bytes(tmp_path) == 27
-
-
-# --- the command -------------------------------------------------------------------------------------
-
-QUICK = (*PAIR, *SHORT, "--count", "1", "--repeats", "1", "--context", "8")
-
-
-@pytest.fixture
-def quick_limits(monkeypatch):
-    """The command takes given limits, because measuring takes seconds."""
-    given = functools.partial(compare_engines, measure_limits=lambda _: LIMITS)
-    monkeypatch.setattr(loading, "compare_engines", given)
-
-
-@pytest.mark.usefixtures("kernels", "quick_limits")
-def test_command(here, capsys):
-    options = ("--engines", "int8", "--plot", "e.png", "--out", "e.jsonl")
-    assert main(["bench", *QUICK, *options]) == 0
-    printed = capsys.readouterr()
-    assert "| packed int8" in printed.out and "| torch, dovetail" in printed.out and "int4 " not in printed.out[200:]
-    assert printed.err.strip().splitlines()[-1] == "plot: e.png"
-    assert (here / "e.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((here / "e.jsonl").read_text())
-    assert result["context"] == 8
-    assert list(result["passes"]["pass_ms"]["torch"]) == ["1", "2", "4", "8", "16", "32"]
-    assert result["settings"]["target"] == "target" and result["settings"]["left_out"] == {}
-
-
-@pytest.mark.usefixtures("kernels", "quick_limits")
-def test_all_engines_are_those_that_are_installed(here, capsys, monkeypatch):
-    monkeypatch.setattr(export, "is_installed", lambda name: False)
-    assert main(["bench", *QUICK, "--engines", "--json"]) == 0
-    printed = capsys.readouterr()
-    result = json.loads(printed.out)
-    assert list(result["texts"]) == ["torch, dovetail", *(f"packed {kind}" for kind in WEIGHTS)]
-    assert result["settings"]["left_out"] == {"openvino": "openvino is not installed"}
-    assert "left out: openvino (openvino is not installed)" in printed.err
-
-
-MISTAKES = {
-    "--context is for the comparison of engines; add --engines": ["--context", "8"],
-    "--engine is for the comparison of engines; add --engines": ["--engine", "a=b"],
-    "--weights does not go with --engines": ["--engines", "--weights", "int8"],
-    "--synthetic-acceptance does not go with --engines": ["--engines", "--synthetic-acceptance", "0.5"],
-    "there is no engine 'int5'; give int8": ["--engines", "int8,int5"],
-    "'a' is not a valid engine; give NAME=DIR": ["--engines", "--engine", "a"],
-    "two engines have the same name": ["--engines", "--engine", "a=target", "--engine", "a=draft"],
-}
-
-
-@pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes(message, capsys):
-    assert message in refusal(capsys, "bench", *PAIR, *MISTAKES[message])
-
-
-@pytest.mark.usefixtures("here")
-def test_engines_that_were_named_must_be_there(capsys, monkeypatch):
-    monkeypatch.setattr(loading, "library", lambda: None)
-    line = refusal(capsys, "bench", *QUICK, "--engines", "int8")
-    assert "--engines int8: the CPU kernels were not built." in line
-
-
-@pytest.mark.usefixtures("here", "kernels")
-def test_too_little_memory_is_refused_before_models_are_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(machine, "available_bytes", lambda: 4096)
-    monkeypatch.setattr(loading, "load_language_model", None)
-    line = refusal(capsys, "bench", *QUICK, "--engines", "int8")
-    assert "and 4096 bytes of memory are free" in line and "int8 " in line
-
-
-def test_names_of_engines():
-    assert engine_names("int8, openvino") == ["int8", "openvino"]
-    assert engine_names("int8,all") == "all"
-    assert set(KINDS) < set(ALL_ENGINES)
-    with pytest.raises(argparse.ArgumentTypeError):
-        engine_names("")
-
-
-# --- the export for a comparison ---------------------------------------------------------------------
-
-
-def request(**changes):
-    return argparse.Namespace(
-        **{"target": ".", "engines": ["openvino"], "engine": [], "trust_remote_code": False} | changes
-    )
-
-
-def test_openvino_is_exported_where_optimum_is_installed(monkeypatch, tmp_path):
-    installed = {"openvino", "optimum.intel"}
-    monkeypatch.setattr(export, "is_installed", lambda name: name in installed)
-    assert loading.choose(request()).export
-    with pytest.raises(ValueError, match="only a target in a directory"):
-        loading.choose(request(target="no/such"))
-    installed.remove("optimum.intel")
-    assert "optimum-intel" in loading.choose(request(engines="all")).left_out["openvino"]
-    (tmp_path / "openvino_model.xml").touch()
-    named = request(engines="all", engine=[("mine", {"dir": str(tmp_path)})])
-    chosen = loading.choose(named)
-    assert chosen.exported == {"mine": {"dir": str(tmp_path)}} and not chosen.export
-
-
-def test_the_export_is_removed_after_the_comparison(monkeypatch, capsys):
-    def exported(args, weights, out, output):
-        assert (args.to, weights) == ("openvino", "int8") and args.passed_on == ["--trust-remote-code"]
-        out.mkdir()
-        return status
-
-    monkeypatch.setattr(export, "run_optimum", exported)
-    status, chosen = 0, loading.Chosen(export=True)
-    with loading._exported(request(trust_remote_code=True), chosen) as found:
-        place = loading.Path(found["openvino"]["dir"])
-        assert place.is_dir()
-    assert not place.exists() and chosen.exported == {}
-    status = 1
-    with (
-        pytest.raises(ValueError, match="cannot be exported to OpenVINO"),
-        loading._exported(request(trust_remote_code=True), chosen),
-    ):
-        pass
-    assert "exporting . to OpenVINO" in capsys.readouterr().err

@@ -5,17 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.scenarios import SCENARIOS, very_good
 from support.simulation import (
     COMPUTERS,
     KINDS,
-    SCENARIOS,
     Pair,
     best_static_rate,
     planner_on,
     play,
     rate,
     static_tokens,
-    very_good,
 )
 
 from dovetail_plugin.policy.settings import PolicySettings

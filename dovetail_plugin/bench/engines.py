@@ -256,7 +256,7 @@ def compare_engines(
 def linear_numbers(model: nn.Module) -> int:
     """Return the number of weights in the linear layers of a model, which is its multiply-adds of a row.
 
-    The experts of MoE models are not counted.
+    The experts of MoE models are not counted, packed or not: a pass reads those that its rows choose.
     """
     return sum(module.weight.numel() for module in _linear_layers(model))
 
@@ -270,7 +270,9 @@ def linear_bytes(model: nn.Module) -> int:
 
 
 def _linear_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear | PackedLinear)]
+    of_experts = [module for module in model.modules() if "expert" in type(module).__name__.lower()]
+    experts = {one for module in of_experts for one in module.modules()}
+    return [one for one in model.modules() if isinstance(one, nn.Linear | PackedLinear) and one not in experts]
 
 
 def floors_of(

@@ -6,10 +6,13 @@ exported targets; nothing is loaded.
 
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
 from .. import machine
 from ..errors import InputError
+from ..kernels import FLOAT
+from ..kernels.float_linear import packed_dtype
 from ..kernels.library import GROUP, PANEL, packed_bytes
 from ..planning.device_plan import format_bytes
 from ..planning.memory import TargetSizes, target_sizes
@@ -85,6 +88,14 @@ def _packed(sizes: TargetSizes, kind: str) -> int:
     """Return the bytes of a target with packed weights: all but the embedding; a tied head is packed, too."""
     embedding, head = sizes.weights["embedding"], sizes.weights["head"] or sizes.weights["embedding"]
     linear = sum(layer.weights_bytes for layer in sizes.layers) + head
-    share = packed_bytes(PANEL, GROUP, kind) / (PANEL * GROUP * sizes.storage.run_bytes)
+    share = _bytes_of_a_weight(kind, sizes.storage.run_bytes) / sizes.storage.run_bytes
     rest = sizes.weights_bytes - embedding - sizes.weights["head"] - (linear - head)
     return embedding + rest + int(linear * share)
+
+
+def _bytes_of_a_weight(kind: str, run_bytes: int) -> float:
+    """Return the bytes of a packed weight; for floats of 16 bits the larger of what oneDNN makes of both dtypes."""
+    if kind != FLOAT:
+        return packed_bytes(PANEL, GROUP, kind) / (PANEL * GROUP)
+    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype.itemsize == run_bytes]
+    return max((packed_dtype(dtype) or dtype).itemsize for dtype in dtypes)

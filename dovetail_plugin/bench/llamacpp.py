@@ -16,9 +16,6 @@ from ..errors import InputError
 from .compare import Run
 from .engines import ROWS, TimedPass, tokens_of
 
-SUFFIX = ".gguf"
-"""Ending of the files that llama.cpp runs."""
-
 SPARE = 16
 """Tokens of a text beyond those that are asked for."""
 

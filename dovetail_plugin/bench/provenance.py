@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -25,11 +26,15 @@ PACKAGES = (
 """Packages whose versions are stored with results, if they are installed."""
 
 
+DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^/,=]+/)+")
+"""The directories of an absolute path, which say nothing to others."""
+
+
 def provenance() -> dict[str, Any]:
-    """Command line (without directories of the program), git revision, package versions and machine."""
+    """Command line (without the directories of absolute paths), git revision, package versions and machine."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "python -m dovetail_plugin")
     return {
-        "command": " ".join([program, *_without_token(sys.argv[1:])]),
+        "command": " ".join([program, *(DIRECTORIES.sub("", one) for one in _without_token(sys.argv[1:]))]),
         "git": _git_revision(),
         "versions": versions(),
         "machine": machine.describe(),

@@ -149,9 +149,12 @@ def parse_engine(text: str) -> tuple[str, dict[str, str]]:
     name, _, rest = text.partition("=")
     parts = rest.split(",")
     pairs = [part.partition("=") for part in parts[1:]]
-    if not parts[0] or not all(value for _, _, value in pairs):
+    if not name or not parts[0] or not all(value for _, _, value in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid engine; give NAME=DIR or NAME=DIR,key=value,...")
     settings = {"dir": parts[0]} | {key: value for key, _, value in pairs}
+    for key in ("exact", "same_kernels"):
+        if settings.get(key, "true") not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{key} is true or false, got {settings[key]!r}")
     if settings.get("budget", "policy") != "policy":
         from ..tree import TreeBudget
 

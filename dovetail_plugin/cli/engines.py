@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from ..bench.engines import Contender, EnginesResult, compare_engines, linear_bytes
 from ..bench.engines_memory import engines_bytes, exported_bytes, refuse_without_memory
-from ..bench.llamacpp import SUFFIX, LlamaCpp
+from ..bench.llamacpp import LlamaCpp
 from ..bench.prompts import encode_chats, read_chats
 from ..drafts.base import Draft
 from ..drafts.checkpoints.claims import load_language_model
@@ -26,10 +26,14 @@ from ..kernels.library import library
 from ..planning.memory import target_sizes
 from ..planning.storage import EXPORTED
 from ..targets.cpu_weights import CpuWeights
+from ..targets.gguf import is_gguf
 from ..tree import TreeBudget
 from . import export
 from .common import ALL_ENGINES, OPENVINO, generate_options
 from .loading import check_target, load_draft, load_target_tokenizer, prepare_draft, target_source
+
+SWITCHES = ("exact", "same_kernels")
+"""Settings of --engine that are true or false."""
 
 OWN_SETTINGS = ("dir", "budget", "group", "runner")
 """Settings of --engine that this module reads itself; see `common.parse_engine`."""
@@ -62,6 +66,9 @@ def choose(args: argparse.Namespace) -> Chosen:
     chosen = Chosen(exported=dict(args.engine))
     if len(chosen.exported) < len(args.engine):
         raise ValueError("--engine: two engines have the same name; name them differently.")
+    taken = {"torch", "torch, dovetail", OPENVINO if OPENVINO in asked else "", *(f"packed {kind}" for kind in WEIGHTS)}
+    for name in taken & chosen.exported.keys():
+        raise ValueError(f"--engine: {name!r} is another engine's name; take another one.")
     if library() is None:
         chosen.left_out |= {kind: "the CPU kernels were not built" for kind in KINDS if kind in asked}
     chosen.kinds = [kind for kind in WEIGHTS if kind in asked and kind not in chosen.left_out]
@@ -96,7 +103,17 @@ def run_engines(args: argparse.Namespace) -> EnginesResult:
             memory.
     """
     options, chats = generate_options(args), read_chats(args.prompts, args.count)
+    if is_gguf(args.target):
+        raise ValueError(
+            f"--engines compares engines from float weights, and {args.target} has packed ones. Give the original "
+            "model as --target, and the file as --engine NAME=FILE.gguf."
+        )
     config, chosen = check_target(args), choose(args)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"--engines compares engines from float weights, and {args.target} is quantized already. Give the original "
+            "model."
+        )
     for name, reason in chosen.left_out.items():
         print(f"left out: {name} ({reason})", file=sys.stderr)
     draft, tokenizer = load_draft(args, config), load_target_tokenizer(args)
@@ -106,7 +123,7 @@ def run_engines(args: argparse.Namespace) -> EnginesResult:
     prompts = encode_chats(chats, tokenizer)
     with _exported(args, chosen) as exported:
         stock = load_language_model(args.target, dtype=args.dtype, **target_source(args))
-        files = {name: settings for name, settings in exported.items() if settings["dir"].endswith(SUFFIX)}
+        files = {name: settings for name, settings in exported.items() if is_gguf(settings["dir"])}
         drafting = {name: settings for name, settings in exported.items() if name not in files}
         most = max(args.context, max(ids.shape[1] for ids in prompts) + args.max_new_tokens)
         others = [llamacpp_engine(name, one, config, most, threads=args.threads) for name, one in files.items()]
@@ -245,8 +262,7 @@ def exported_contender(
     from dovetail_plugin.adapters import load_exported
 
     options |= {key: value for key, value in settings.items() if key not in OWN_SETTINGS}
-    if "exact" in options:
-        options["exact"] = options["exact"] == "true"
+    options |= {key: options[key] == "true" for key in SWITCHES if key in options}
     if "group" in settings:
         options["ov_config"] = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": settings["group"]}
     if "budget" in settings:

@@ -1,4 +1,4 @@
-"""The library of CPU kernels: finding it, what it runs on, and its two functions for tensors.
+"""The library of CPU kernels: finding it, what it runs on, and its functions for tensors.
 
 The library is plain C (see c-src/) and knows neither Python nor torch, so one file serves every version of both. It
 runs in the threads of torch's own OpenMP library. Threads of a second one would wait for those of torch at each step.
@@ -54,8 +54,10 @@ def packed_bytes(outputs: int, inputs: int, kind: str) -> int:
     """Return the size of packed weights (outputs, inputs), in bytes.
 
     Raises:
-        ValueError: `inputs` is not a multiple of 256, and the kind has blocks of 256.
+        ValueError: `inputs` is not a multiple of 256, and the kind has blocks of 256; or it is none of `FORMATS`.
     """
+    if kind not in FORMATS:
+        raise ValueError(f"packed weights are {', '.join(FORMATS)}, not {kind!r}.")
     panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
     group_bytes = PANEL * (2 + (GROUP if kind in WIDE else GROUP // 2))
     if kind not in SCALES_OF_BLOCKS:

@@ -21,7 +21,7 @@ NAME = "dovetail"
 """Name of the attention implementation in transformers."""
 
 LONG_PROMPT = 1024
-"""Rows from which the pass over the beginning of a text runs in torch, whose matrix products are faster there."""
+"""Rows beyond which the pass over the beginning of a text runs in torch, whose matrix products are faster there."""
 
 LARGEST_HEAD = 512
 """Most numbers of a head that the kernels take."""

@@ -1,4 +1,5 @@
-/* Products of a few rows with packed weights, on a CPU. Plain C; the functions marked EXPORT are the library.
+/* Products of a few rows with packed weights, attention and activations, on a CPU. Plain C; the functions marked EXPORT
+ * are the library.
  *
  * Weights W (M outputs, K inputs) are packed in panels of 16 outputs. A panel is a stream of groups of 32 inputs. K and M
  * are filled up with zeros. A group holds 16 scales in half precision, one for each output, and then the numbers:
@@ -16,9 +17,9 @@
  *         INT8. Weight = scale * factor * number.
  *
  * Activations are quantized for each row and group: to 16 bits for INT8 and Q6_K and to 8 bits for INT4 and Q4_K. The
- * products of a group (of half a group in Q6_K) are added up as integers, exactly. The sums of the groups are then added as floats, one after another, with the same
- * operations whatever the instruction set and the number of rows. So the result of a row has the same bits alone and in
- * company, and on every CPU.
+ * products of a group (of half a group in Q6_K) are added up as integers, exactly. The sums of the groups are then added as
+ * floats, one after another, with the same operations whatever the instruction set and the number of rows. So the result
+ * of a row has the same bits alone and in company, and on every CPU.
  */
 #ifndef DOVETAIL_KERNELS_H
 #define DOVETAIL_KERNELS_H
@@ -93,12 +94,9 @@ struct kernel {
 
 extern const struct kernel avx2_kernels[FORMATS], avx_vnni_kernels[FORMATS], avx512_kernels[FORMATS];
 
-/* Quantizes one group of 32 floats to 16 bits, or to 8 with the offset for INT4. */
+/* Quantizes one group of 32 floats to 16 bits, or to 8 with the sum's offset for INT4 and Q4_K. */
 void quantize_16_bits(const float *values, int16_t *numbers, float *scale);
 void quantize_8_bits(const float *values, int8_t *numbers, float *scale, int32_t *offset);
-
-/* Calls `work` in up to `threads` of torch's threads, if there are any; it takes its part of the work itself. */
-void in_threads(void (*work)(void *), void *data, int threads);
 
 /* Converts `count` numbers from or to floats; `count` is a multiple of 8. */
 void to_floats(const void *from, enum number_type type, int64_t count, float *to);
