@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import TARGET, argument_parser, load_bundled, load_inflated, positive, store
+from common import PAIR, TARGET, argument_parser, load_bundled, load_inflated, positive, store
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,7 +37,6 @@ from dovetail_plugin.bench.provenance import provenance
 from dovetail_plugin.kernels import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIR = ROOT / "examples" / "tiny_pair"
 PROMPT_TOKENS = 64
 TIE = 1e-3
 TIMED_PROMPTS = 32
@@ -63,7 +62,7 @@ def prompts(count: int) -> list[Tensor]:
     Raises:
         SystemExit: there are fewer pieces.
     """
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "dovetail-tiny-target")
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
     ids = [token for text in texts() for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     pieces = len(ids) // PROMPT_TOKENS
     if count > pieces:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dovetail_plugin import CpuWeights
-from dovetail_plugin.bench.engines import aligned
+from dovetail_plugin.bench.engines_result import aligned
 from dovetail_plugin.cli.engines import export_for_comparison
 from dovetail_plugin.cli.export import NEEDS, is_installed
 from dovetail_plugin.compat import CACHE

@@ -20,6 +20,7 @@ from support.trees import random_tree
 from dovetail_plugin import DovetailDraft, Draft, TreeBudget
 from dovetail_plugin.drafts import cuda_graphs
 from dovetail_plugin.drafts.feature_drafter import FeatureDrafter
+from dovetail_plugin.kernels.library import library
 
 pytest_plugins = ["pytester"]
 
@@ -143,6 +144,18 @@ def pair(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pair")
     save_pair(directory)
     return directory
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The library of CPU kernels. A test may set its instructions, and torch's number of threads."""
+    found = library()
+    if found is None:
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
+    monkeypatch.setattr(found, "instructions", found.instructions)
+    threads = torch.get_num_threads()
+    yield found
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -17,18 +17,6 @@ pytestmark = pytest.mark.one_environment("depends on neither transformers nor an
 SOURCES = Path(module.__file__).parent / "c-src"
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """The library, whose instructions a test may set."""
-    found = library()
-    if found is None:
-        pytest.skip("this CPU has no AVX2, or there is no compiler")
-    monkeypatch.setattr(found, "instructions", found.instructions)
-    threads = torch.get_num_threads()
-    yield found
-    torch.set_num_threads(threads)
-
-
 def attention_ref(q, k, v, mask, scale, softcap=0.0, sinks=None):
     """(N, H, E) float64. `mask` is (N, L), bool or additive."""
     group = q.shape[0] // k.shape[0]

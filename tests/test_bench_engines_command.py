@@ -17,9 +17,7 @@ from dovetail_plugin.cli import engines as loading
 from dovetail_plugin.cli import export, main
 from dovetail_plugin.cli.common import ALL_ENGINES, engine_names
 from dovetail_plugin.kernels import KINDS, WEIGHTS
-from dovetail_plugin.kernels.library import library
 
-NEEDS_KERNELS = pytest.mark.skipif(library() is None, reason="this CPU has no AVX2, or there is no compiler")
 LIMITS = Roofline(20e9, {"avx2": {"int8": 100e9, "int4": 200e9, "float": 50e9}}, "avx2", 1 << 20)
 QUICK = (*PAIR, *SHORT, "--count", "1", "--repeats", "1", "--context", "8")
 
@@ -31,8 +29,7 @@ def quick_limits(monkeypatch):
     monkeypatch.setattr(loading, "compare_engines", given)
 
 
-@NEEDS_KERNELS
-@pytest.mark.usefixtures("quick_limits")
+@pytest.mark.usefixtures("kernels", "quick_limits")
 def test_command(here, capsys):
     options = ("--engines", "int8", "--plot", "e.png", "--out", "e.jsonl")
     assert main(["bench", *QUICK, *options]) == 0
@@ -46,8 +43,7 @@ def test_command(here, capsys):
     assert result["settings"]["target"] == "target" and result["settings"]["left_out"] == {}
 
 
-@NEEDS_KERNELS
-@pytest.mark.usefixtures("quick_limits")
+@pytest.mark.usefixtures("kernels", "quick_limits")
 def test_all_engines_are_those_that_are_installed(here, capsys, monkeypatch):
     monkeypatch.setattr(export, "is_installed", lambda name: False)
     assert main(["bench", *QUICK, "--engines", "--json"]) == 0
@@ -92,8 +88,7 @@ def test_engines_that_were_named_must_be_there(capsys, monkeypatch):
     assert "--engines int8: the CPU kernels were not built." in line
 
 
-@NEEDS_KERNELS
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "kernels")
 def test_too_little_memory_is_refused_before_models_are_loaded(capsys, monkeypatch):
     monkeypatch.setattr(machine, "available_bytes", lambda: 4096)
     monkeypatch.setattr(loading, "load_language_model", None)

@@ -15,16 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from dovetail_plugin import CpuWeights, DovetailDraft, machine
 from dovetail_plugin.bench import engines_plot, roofline
-from dovetail_plugin.bench.engines import (
-    ROWS,
-    Contender,
-    Floors,
-    aligned,
-    compare_engines,
-    linear_bytes,
-    linear_numbers,
-)
+from dovetail_plugin.bench.engines import ROWS, Contender, compare_engines, linear_bytes, linear_numbers
 from dovetail_plugin.bench.engines_memory import engines_bytes, exported_bytes, refuse_without_memory
+from dovetail_plugin.bench.engines_result import Floors, aligned
 from dovetail_plugin.bench.llamacpp import LlamaCpp
 from dovetail_plugin.bench.roofline import MIX_OF, Roofline, kernel_time, measure
 from dovetail_plugin.cli import engines as loading
@@ -36,14 +29,6 @@ from dovetail_plugin.kernels.linear import PackedLinear
 PEAKS = {"avx2": {"int8": 100e9, "int4": 200e9, "float": 50e9}}
 LIMITS = Roofline(20e9, PEAKS, "avx2", 1 << 20)
 GREEDY = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
-
-
-@pytest.fixture
-def kernels():
-    found = library()
-    if found is None:
-        pytest.skip("this CPU has no AVX2, or there is no compiler")
-    return found
 
 
 # --- limits of the machine ---------------------------------------------------------------------------

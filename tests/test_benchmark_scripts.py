@@ -7,10 +7,8 @@ import argparse
 import json
 import sys
 
-import engines
 import pytest
 from helpers import ROOT, run_python
-from transformers import AutoModelForCausalLM
 
 from dovetail_plugin.cli.common import parse_engine
 from dovetail_plugin.kernels import KINDS
@@ -57,22 +55,6 @@ def test_run(tmp_path):
     assert f"inflated pair, {SMALLEST_SHAPE}, bfloat16, budget policy" in printed
     assert (bundled["prompts"], bundled["new_tokens"], bundled["identical"]) == (1, 4, 1)
     assert (inflated["prompts"], inflated["new_tokens"], inflated["differences"]) == (1, 4, 0)
-
-
-def test_engines(tmp_path):
-    """Torch is compared with the engine under test."""
-    options = ["--target", TARGET, "--draft", DRAFT, *ONE_SHORT_TEXT, "--repeats", "1"]
-    options += ["--packed", "int8"]
-    names = {"torch, dovetail", "packed int8"}
-    if not engines.is_current("torch"):
-        exported = engines.current().exporter.path(AutoModelForCausalLM.from_pretrained(TARGET, dtype="float32"))
-        options += ["--engine", f"exported={exported},budget=4/3/1"]
-        names.add("exported")
-    printed, result = run_script("engines.py", *options, directory=tmp_path)
-    assert "| ms per pass, 128 tokens of context | N=1 " in printed and "| torch, dovetail " in printed
-    assert result["passes"]["pass_ms"].keys() == names | {"torch"}
-    assert result["texts"].keys() == names
-    assert all(text["identical"] + text["ties"] == 1 for text in result["texts"].values())
 
 
 @torch_only

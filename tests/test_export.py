@@ -1,6 +1,7 @@
 """`dovetail export` and `--target-ir`: bad input, and, with optimum-intel, from a checkpoint to text."""
 
 import importlib.util
+import json
 import os
 
 import engines
@@ -148,3 +149,17 @@ def test_from_checkpoint_to_text(tmp_path, weights):
     table = run_python("-m", "dovetail_plugin", "bench", *common, "--count", "2", cwd=tmp_path)
     assert table.returncode == 0, table.stdout + table.stderr
     assert "ratio" in table.stdout
+    if weights == "int8":
+        options = ["--target", target, "--draft", draft, "--max-new-tokens", "4", "--count", "1", "--repeats", "1"]
+        engine = [
+            "--engines",
+            "int8",
+            "--engine",
+            f"exported={tmp_path / 'ir'},budget=4/3/1",
+            "--context",
+            "8",
+            "--json",
+        ]
+        line = run_python("-m", "dovetail_plugin", "bench", *options, *engine, cwd=tmp_path)
+        assert line.returncode == 0, line.stderr
+        assert json.loads(line.stdout)["texts"].keys() == {"torch, dovetail", "packed int8", "exported"}

@@ -27,16 +27,6 @@ pytestmark = pytest.mark.one_environment("depends on neither transformers nor an
 SOURCES = Path(module.__file__).parent / "c-src"
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """The library, whose instructions a test may set."""
-    found = library()
-    if found is None:
-        pytest.skip("this CPU has no AVX2, or there is no compiler")
-    monkeypatch.setattr(found, "instructions", found.instructions)
-    return found
-
-
 def packed_at_random(outputs: int, inputs: int, kind: str) -> torch.Tensor:
     """Return packed weights of any format; the seed is torch's."""
     if kind in KINDS:

@@ -19,23 +19,16 @@ from transformers import (
 
 from dovetail_plugin import CpuWeights, TreeBudget, compat
 from dovetail_plugin.kernels import KINDS
-from dovetail_plugin.kernels.library import library
 from dovetail_plugin.targets import row_exact
 from dovetail_plugin.targets.row_exact import NAME, Activation, attention
 
-pytestmark = pytest.mark.torch_only("weights are packed in transformers' own models")
+pytestmark = [
+    pytest.mark.torch_only("weights are packed in transformers' own models"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 EXACT = [case for case in CASES if case[0] != "gpt2"]  # whose layers are no linear layers of torch
 EXACT_IDS = [name for name in CASE_IDS if name != "gpt2"]
-
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    if library() is None:
-        pytest.skip("this CPU has no AVX2, or there is no compiler")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(directory, kind="int8", **options):

@@ -29,23 +29,26 @@ class LlamaCpp:
         config: of the target.
         most_tokens: tokens of the longest text.
         threads: number of CPU threads; None takes torch's number.
+        share: of the file's bytes that the linear layers have.
 
     Raises:
         ImportError: xllamacpp is not installed.
         InputError: the file cannot be loaded.
 
     Attributes:
-        weight_bytes: size of the file.
+        weight_bytes: bytes of its linear layers' weights.
     """
 
-    def __init__(self, name: str, file: Path, config: Any, *, most_tokens: int, threads: int | None = None) -> None:
+    def __init__(
+        self, name: str, file: Path, config: Any, *, most_tokens: int, threads: int | None = None, share: float = 1.0
+    ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise ImportError(f"{file} needs llama.cpp: pip install xllamacpp.")
         import xllamacpp
 
         if not file.is_file():
             raise InputError(f"{file}: there is no such file.")
-        self.name, self.weight_bytes, self._config = name, file.stat().st_size, config
+        self.name, self.weight_bytes, self._config = name, int(file.stat().st_size * share), config
         settings = xllamacpp.CommonParams()
         settings.model.path = str(file)
         settings.n_ctx = max(most_tokens, 1) + max(ROWS) + SPARE

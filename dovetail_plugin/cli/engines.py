@@ -126,7 +126,7 @@ def run_engines(args: argparse.Namespace) -> EnginesResult:
         files = {name: settings for name, settings in exported.items() if is_gguf(settings["dir"])}
         drafting = {name: settings for name, settings in exported.items() if name not in files}
         most = max(args.context, max(ids.shape[1] for ids in prompts) + args.max_new_tokens)
-        others = [llamacpp_engine(name, one, config, most, threads=args.threads) for name, one in files.items()]
+        others = [llamacpp_engine(name, one, stock, most, threads=args.threads) for name, one in files.items()]
         contenders = list(_contenders(args, stock, draft, chosen.kinds, drafting))
         result = compare_engines(
             contenders,
@@ -212,9 +212,9 @@ def _contenders(
 
 
 def llamacpp_engine(
-    name: str, settings: dict[str, str], config: PretrainedConfig, most_tokens: int, *, threads: int | None = None
+    name: str, settings: dict[str, str], stock: Any, most_tokens: int, *, threads: int | None = None
 ) -> LlamaCpp:
-    """Load a GGUF file for llama.cpp; see `LlamaCpp`.
+    """Load a GGUF file of the target `stock` for llama.cpp; see `LlamaCpp`.
 
     Raises:
         ValueError: it is not a file that llama.cpp loads, or there are settings.
@@ -222,7 +222,15 @@ def llamacpp_engine(
     """
     if len(settings) > 1:
         raise ValueError(f"--engine {name}: a GGUF file has no settings; leave out {', '.join(list(settings)[1:])}.")
-    return LlamaCpp(name, Path(settings["dir"]), config, most_tokens=most_tokens, threads=threads)
+    share = _linear_share(stock)
+    return LlamaCpp(name, Path(settings["dir"]), stock.config, most_tokens=most_tokens, threads=threads, share=share)
+
+
+def _linear_share(stock: Any) -> float:
+    """Return the share of the linear layers in a target's bytes; files hold the embedding, too, in as many bits."""
+    linear, table = linear_bytes(stock), stock.get_input_embeddings().weight
+    tied = stock.get_output_embeddings().weight is table
+    return linear / (linear + (0 if tied else table.nbytes))
 
 
 def torch_contender(stock: Any, draft: Draft, budget: TreeBudget | None) -> Contender:
@@ -270,9 +278,5 @@ def exported_contender(
     target = load_exported(settings["dir"], **options)
     if "runner" in settings:
         setattr(draft, "runner", settings["runner"])  # noqa: B010 - drafts without the setting say so
-    # The files hold the embedding, too, in as many bits.
-    linear, table = linear_bytes(stock), stock.get_input_embeddings().weight
-    tied = stock.get_output_embeddings().weight is table
-    share = linear / (linear + (0 if tied else table.nbytes))
     stored = exported_bytes(Path(settings["dir"])) if Path(settings["dir"]).is_dir() else 0
-    return Contender(name, target, draft, budget, int(stored * share) or None, None)
+    return Contender(name, target, draft, budget, int(stored * _linear_share(stock)) or None, None)

@@ -28,6 +28,9 @@ INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni")
 MIXES = ("int8", "int4", "float")
 """Mixes of instructions by their number in the library; those of the kinds of weights, and fused multiply-adds."""
 
+NO_MASK, CAUSAL, BOOL_MASK = -3, -2, -1
+"""Masks of attention by their number in the library; others have the number of their dtype."""
+
 ACTIVATIONS = ("silu", "gelu_tanh")
 """Activation functions by their number in the library."""
 
@@ -246,7 +249,9 @@ class Library:
         if not rows:
             return out
         sinks = None if sinks is None else sinks.detach().float().contiguous()
-        kind = -3 + bool(causal) if mask is None else -1 if mask.dtype == torch.bool else NUMBER_TYPES[mask.dtype]
+        kind = CAUSAL if causal else NO_MASK
+        if mask is not None:
+            kind = BOOL_MASK if mask.dtype == torch.bool else NUMBER_TYPES[mask.dtype]
         call = _Attention(
             *(None if tensor is None else tensor.data_ptr() for tensor in (queries, keys, values, mask, sinks, out)),
             *(rows, cached, heads, key_heads, size, value_size),

@@ -224,7 +224,7 @@ class Pack(compat.ConversionOps):
             owner, kind = name.rpartition(".")[::2]
             layer, tensor = model.get_submodule(owner), value[0] if isinstance(value, list) else value
             if kind == "weight" and isinstance(layer, PackedLinear):
-                layer.pack_(tensor)
+                self.give(layer, tensor)
                 compat.mark_initialized(layer.weight)
             elif kind in matrices_of(layer):
                 pack_matrices(layer, kind, tensor, self._kind)
@@ -233,6 +233,10 @@ class Pack(compat.ConversionOps):
                 continue
             (missing_keys or set()).discard(name)
         return rest
+
+    def give(self, layer: PackedLinear, matrix: Any) -> None:
+        """Give a layer its matrix (M, K)."""
+        layer.pack_(matrix)
 
 
 def _is_cpu(device: Any) -> bool:

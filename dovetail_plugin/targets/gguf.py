@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -20,9 +19,9 @@ from .. import compat
 from ..errors import InputError
 from ..kernels.library import packed_bytes
 from ..kernels.linear import PackedLinear
-from .cpu_weights import CpuWeights, CpuWeightsQuantizer, replacement
+from .cpu_weights import CpuWeights, CpuWeightsQuantizer, Pack, replacement
 from .gguf_file import Gguf, read_gguf
-from .gguf_weights import FLOATS, Matrix, Parameters, floats_of, kind_of
+from .gguf_weights import FLOATS, Parameters, floats_of, kind_of
 from .row_exact import make_row_exact
 
 METHOD = "dovetail_gguf"
@@ -221,37 +220,15 @@ class GgufQuantizer(CpuWeightsQuantizer):
 
     def get_quantize_ops(self) -> "Take":
         """Return what transformers calls with each matrix."""
-        return Take()
+        return Take(self.quantization_config.weights)
 
 
-class Take(compat.ConversionOps):
-    """Packs the matrix of one layer."""
+class Take(Pack):
+    """Gives layers the matrices of a file, which are packed as they are."""
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *_: Any,
-        model: nn.Module,
-        full_layer_name: str,
-        missing_keys: set[str] | None = None,
-        **__: Any,
-    ) -> dict[str, Any]:
-        """Give a layer its packed weights. Nothing is left for transformers to set.
-
-        Args:
-            input_dict: a name with a list of one `Matrix`.
-            model: that is loaded.
-            full_layer_name: the parameter's name in the model.
-            missing_keys: names that are not loaded yet.
-        """
-        (value,) = input_dict.values()
-        matrix = value[0] if isinstance(value, list) else value
-        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
-        assert isinstance(layer, PackedLinear) and isinstance(matrix, Matrix)
+    def give(self, layer: PackedLinear, matrix: Any) -> None:
+        """Give a layer its `Matrix`."""
         layer.take_(matrix.packed(), layer.weight.dtype)
-        compat.mark_initialized(layer.weight)
-        (missing_keys or set()).discard(full_layer_name)
-        return {}
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be loaded again

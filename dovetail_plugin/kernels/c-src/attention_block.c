@@ -9,7 +9,7 @@
 #include "vector_math.h"
 
 /* Returns up to eight numbers of a type as floats, and zeros behind them. */
-static inline __attribute__((always_inline)) __m256 few_floats(const char *from, enum number_type type, int64_t count) {
+INLINE __m256 few_floats(const char *from, enum number_type type, int64_t count) {
     char whole[32] = {0};
     return eight_floats(count < 8 ? memcpy(whole, from, count * bytes_of(type)) : from, type);
 }
@@ -31,7 +31,7 @@ static const char *value_of(const struct attention *call, int64_t head, int64_t 
 }
 
 /* Writes eight vectors as the eight columns of a matrix whose rows are `stride` floats apart. */
-static inline __attribute__((always_inline)) void transpose(const __m256 *in, float *out, int64_t stride) {
+INLINE void transpose(const __m256 *in, float *out, int64_t stride) {
     __m256 a[8], b[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
@@ -232,7 +232,7 @@ static void compute_tile(const struct job *job, struct workspace *space, int64_t
 }
 
 void compute_block(const struct job *job, struct workspace *space, int64_t head, int64_t block, int64_t row,
-                          int64_t end) {
+                   int64_t end) {
     const struct attention *call = job->call;
     const int64_t left = job->visible.common - block * BLOCK;
     const int64_t shared = left < 0 ? 0 : smaller(left, BLOCK);

@@ -7,8 +7,6 @@
 
 #include "attention.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
 INLINE void some_columns(const float *left, const float *const *right, int64_t column, float *out, int64_t depth,
                          int add, const int rows, const int vectors) {
     VECTOR sums[TILE][8];

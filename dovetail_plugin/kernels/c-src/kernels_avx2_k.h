@@ -1,8 +1,8 @@
 /* Kernels of 256-bit registers for GGUF's K-quants. Included after kernels_avx2.h, whose steps they share. */
 
-static inline __attribute__((always_inline)) void q4_k_half(const uint8_t *block, const uint8_t *group, int half,
-                                                            const int32_t *fours, const float *scales,
-                                                            const float *minus, float *sums, const int rows) {
+INLINE void q4_k_half(const uint8_t *block, const uint8_t *group, int half,
+                      const int32_t *fours, const float *scales,
+                      const float *minus, float *sums, const int rows) {
     __m256i parts[INT4_ROWS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) parts[r] = FIRST_PART(0);
@@ -19,11 +19,10 @@ static inline __attribute__((always_inline)) void q4_k_half(const uint8_t *block
     }
 }
 
-static inline __attribute__((always_inline)) void q4_k_rows(const uint8_t *panel, int64_t groups,
-                                                            const struct activations *in, int64_t first, float *sums,
-                                                            const int rows) {
-#pragma GCC unroll 16
-    for (int i = 0; i < rows * 2; i++) _mm256_storeu_ps(sums + i * 8, _mm256_setzero_ps());
+INLINE void q4_k_rows(const uint8_t *panel, int64_t groups,
+                      const struct activations *in, int64_t first, float *sums,
+                      const int rows) {
+    clear_sums(sums, rows);
     const int32_t *fours = (const int32_t *)in->numbers + first * (GROUP / 4);
     const float *scales = in->scales + first, *minus = (const float *)in->offsets + first;
     for (int64_t g = 0; g < groups; g++) {
@@ -38,30 +37,24 @@ static inline __attribute__((always_inline)) void q4_k_rows(const uint8_t *panel
     }
 }
 
-static inline __attribute__((always_inline)) void q6_k_half(const uint8_t *block, const uint8_t *group, int half,
-                                                            const int32_t *pairs, const float *scales, float *sums,
-                                                            const int rows) {
+INLINE void q6_k_half(const uint8_t *block, const uint8_t *group, int half,
+                      const int32_t *pairs, const float *scales, float *sums,
+                      const int rows) {
     __m256i left[INT8_ROWS], right[INT8_ROWS];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) left[r] = right[r] = _mm256_setzero_si256();
+    clear_parts(left, right, rows);
     add_pairs(group + PANEL * 2 + half * (PANEL * GROUP / 2), pairs + half * (GROUP / 4), GROUP / 4, left, right, rows);
     const __m128i factors = _mm_loadu_si128((const __m128i *)group + half);
     const __m256i left_factors = _mm256_cvtepi8_epi32(factors);
     const __m256i right_factors = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(factors, factors));
     const __m256 left_scales = _mm256_mul_ps(half_scales(block, 0), _mm256_cvtepi32_ps(left_factors));
     const __m256 right_scales = _mm256_mul_ps(half_scales(block, 1), _mm256_cvtepi32_ps(right_factors));
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-        add_group(left[r], left_scales, scales[r], sums + r * PANEL);
-        add_group(right[r], right_scales, scales[r], sums + r * PANEL + 8);
-    }
+    add_groups(left, right, left_scales, right_scales, scales, sums, rows);
 }
 
-static inline __attribute__((always_inline)) void q6_k_rows(const uint8_t *panel, int64_t groups,
-                                                            const struct activations *in, int64_t first, float *sums,
-                                                            const int rows) {
-#pragma GCC unroll 8
-    for (int i = 0; i < rows * 2; i++) _mm256_storeu_ps(sums + i * 8, _mm256_setzero_ps());
+INLINE void q6_k_rows(const uint8_t *panel, int64_t groups,
+                      const struct activations *in, int64_t first, float *sums,
+                      const int rows) {
+    clear_sums(sums, rows);
     const int32_t *pairs = (const int32_t *)in->numbers + first * (GROUP / 2);
     const float *scales = in->scales + first;
     for (int64_t g = 0; g < groups; g++) {

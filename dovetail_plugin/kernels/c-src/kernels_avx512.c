@@ -8,14 +8,29 @@
 /* With few rows each row has several chains of sums, because an addition takes longer than two rows take turns. */
 #define CHAINS(rows) ((rows) >= 8 ? 1 : (rows) >= 3 ? 2 : 4)
 
-static inline __attribute__((always_inline)) __m512 halves(const uint8_t *sixteen) {
+INLINE __m512 halves(const uint8_t *sixteen) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)sixteen));
 }
 
+INLINE void clear_sums(__m512 *sums, const int rows) {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+}
+
+INLINE void store_sums(const __m512 *sums, float *out, const int rows) {
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+}
+
+INLINE void clear_parts(__m512i *parts, const int count) {
+#pragma GCC unroll 48
+    for (int i = 0; i < count; i++) parts[i] = _mm512_setzero_si512();
+}
+
 /* Adds the chains of each row, and the sum of the group to the float sums of the rows. */
-static inline __attribute__((always_inline)) void add_group(const __m512 weight_scales, const __m512i *parts,
-                                                            const int chains, const float *scales, __m512 *sums,
-                                                            const int rows) {
+INLINE void add_group(const __m512 weight_scales, const __m512i *parts,
+                      const int chains, const float *scales, __m512 *sums,
+                      const int rows) {
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
         __m512i sum = parts[r * chains];
@@ -27,8 +42,8 @@ static inline __attribute__((always_inline)) void add_group(const __m512 weight_
 }
 
 /* Adds the products of `count` pairs of inputs to the chains of the rows. */
-static inline __attribute__((always_inline)) void add_pairs(const uint8_t *numbers, const int32_t *pairs, const int count,
-                                                            __m512i *parts, const int chains, const int rows) {
+INLINE void add_pairs(const uint8_t *numbers, const int32_t *pairs, const int count,
+                      __m512i *parts, const int chains, const int rows) {
 #pragma GCC unroll 16
     for (int p = 0; p < count; p++) {
         const __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(numbers + p * 32)));
@@ -41,8 +56,8 @@ static inline __attribute__((always_inline)) void add_pairs(const uint8_t *numbe
 }
 
 /* Adds the products of a group of 4-bit numbers to the chains of the rows. */
-static inline __attribute__((always_inline)) void add_fours(const uint8_t *numbers, const int32_t *fours, __m512i *parts,
-                                                            const int chains, const int rows) {
+INLINE void add_fours(const uint8_t *numbers, const int32_t *fours, __m512i *parts,
+                      const int chains, const int rows) {
     const __m512i low = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
     for (int v = 0; v < GROUP / 8; v++) {
@@ -59,19 +74,17 @@ static inline __attribute__((always_inline)) void add_fours(const uint8_t *numbe
     }
 }
 
-static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel, int64_t groups,
-                                                            const struct activations *in, int64_t first, float *out,
-                                                            const int rows) {
+INLINE void int8_rows(const uint8_t *panel, int64_t groups,
+                      const struct activations *in, int64_t first, float *out,
+                      const int rows) {
     const int chains = CHAINS(rows);
     __m512 sums[MOST_ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+    clear_sums(sums, rows);
     const int32_t *pairs = (const int32_t *)in->numbers + first * (GROUP / 2);
     const float *scales = in->scales + first;
     for (int64_t g = 0; g < groups; g++) {
         __m512i parts[MOST_ROWS * 4];
-#pragma GCC unroll 48
-        for (int i = 0; i < rows * chains; i++) parts[i] = _mm512_setzero_si512();
+        clear_parts(parts, rows * chains);
         prefetch_group(panel, INT8);
         add_pairs(panel + PANEL * 2, pairs, GROUP / 2, parts, chains, rows);
         add_group(halves(panel), parts, chains, scales, sums, rows);
@@ -79,28 +92,23 @@ static inline __attribute__((always_inline)) void int8_rows(const uint8_t *panel
         pairs += in->rows * (GROUP / 2);
         scales += in->rows;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+    store_sums(sums, out, rows);
 }
 
-static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel, int64_t groups,
-                                                            const struct activations *in, int64_t first, float *out,
-                                                            const int rows) {
+INLINE void int4_rows(const uint8_t *panel, int64_t groups,
+                      const struct activations *in, int64_t first, float *out,
+                      const int rows) {
     const int chains = CHAINS(rows);
     __m512 sums[MOST_ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+    clear_sums(sums, rows);
     const int32_t *fours = (const int32_t *)in->numbers + first * (GROUP / 4);
     const float *scales = in->scales + first;
     const int32_t *offsets = (const int32_t *)in->offsets + first;
     for (int64_t g = 0; g < groups; g++) {
         __m512i parts[MOST_ROWS * 4];
+        clear_parts(parts, rows * chains);
 #pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            parts[r * chains] = _mm512_set1_epi32(offsets[r]);
-#pragma GCC unroll 4
-            for (int c = 1; c < chains; c++) parts[r * chains + c] = _mm512_setzero_si512();
-        }
+        for (int r = 0; r < rows; r++) parts[r * chains] = _mm512_set1_epi32(offsets[r]);
         prefetch_group(panel, INT4);
         add_fours(panel + PANEL * 2, fours, parts, chains, rows);
         add_group(halves(panel), parts, chains, scales, sums, rows);
@@ -109,25 +117,22 @@ static inline __attribute__((always_inline)) void int4_rows(const uint8_t *panel
         scales += in->rows;
         offsets += in->rows;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+    store_sums(sums, out, rows);
 }
 
-static inline __attribute__((always_inline)) void q4_k_rows(const uint8_t *panel, int64_t groups,
-                                                            const struct activations *in, int64_t first, float *out,
-                                                            const int rows) {
+INLINE void q4_k_rows(const uint8_t *panel, int64_t groups,
+                      const struct activations *in, int64_t first, float *out,
+                      const int rows) {
     const int chains = CHAINS(rows);
     __m512 sums[MOST_ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+    clear_sums(sums, rows);
     const int32_t *fours = (const int32_t *)in->numbers + first * (GROUP / 4);
     const float *scales = in->scales + first, *minus = (const float *)in->offsets + first;
     for (int64_t g = 0; g < groups; g++) {
         const uint8_t *block = panel + g / BLOCK_GROUPS * block_bytes(Q4_K);
         const uint8_t *group = block + PANEL * 4 + g % BLOCK_GROUPS * group_bytes(Q4_K);
         __m512i parts[MOST_ROWS * 4];
-#pragma GCC unroll 48
-        for (int i = 0; i < rows * chains; i++) parts[i] = _mm512_setzero_si512();
+        clear_parts(parts, rows * chains);
         prefetch_group(group, Q4_K);
         add_fours(group + PANEL * 2, fours, parts, chains, rows);
         const __m512i factors = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)group));
@@ -140,17 +145,15 @@ static inline __attribute__((always_inline)) void q4_k_rows(const uint8_t *panel
         scales += in->rows;
         minus += in->rows;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+    store_sums(sums, out, rows);
 }
 
-static inline __attribute__((always_inline)) void q6_k_rows(const uint8_t *panel, int64_t groups,
-                                                            const struct activations *in, int64_t first, float *out,
-                                                            const int rows) {
+INLINE void q6_k_rows(const uint8_t *panel, int64_t groups,
+                      const struct activations *in, int64_t first, float *out,
+                      const int rows) {
     const int chains = CHAINS(rows);
     __m512 sums[MOST_ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+    clear_sums(sums, rows);
     const int32_t *pairs = (const int32_t *)in->numbers + first * (GROUP / 2);
     const float *scales = in->scales + first;
     for (int64_t g = 0; g < groups; g++) {
@@ -160,8 +163,7 @@ static inline __attribute__((always_inline)) void q6_k_rows(const uint8_t *panel
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             __m512i parts[MOST_ROWS * 4];
-#pragma GCC unroll 48
-            for (int i = 0; i < rows * chains; i++) parts[i] = _mm512_setzero_si512();
+            clear_parts(parts, rows * chains);
             add_pairs(group + PANEL * 2 + half * (PANEL * GROUP / 2), pairs + half * (GROUP / 4), GROUP / 4, parts,
                       chains, rows);
             const __m512i factors = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)group + half));
@@ -170,8 +172,7 @@ static inline __attribute__((always_inline)) void q6_k_rows(const uint8_t *panel
         pairs += in->rows * (GROUP / 2);
         scales += in->rows;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) _mm512_storeu_ps(out + r * PANEL, sums[r]);
+    store_sums(sums, out, rows);
 }
 
 #include "each_count.h"

@@ -6,7 +6,7 @@
 #include "kernels.h"
 
 #ifdef HAS_KERNELS
-#include <immintrin.h>
+#include "steps_avx2.h"
 
 enum mix { MIX_INT8 = 0, MIX_INT4 = 1, MIX_FLOAT = 2, MIXES = 3 };
 enum { STEPS = 16, MOST_SUMS = 16, ROUNDS = 256 /* of a task */, BLOCK = 256, PART = 1 << 20 };
@@ -24,30 +24,13 @@ enum { STEPS = 16, MOST_SUMS = 16, ROUNDS = 256 /* of a task */, BLOCK = 256, PA
         _Pragma("GCC unroll 16") for (int i = 0; i < count; i++) __asm__ volatile("" ::"v"(sums[i])); \
     }
 
-/* Assembly, because gcc would broadcast the numbers once, before the loop. */
-#define STEP_OF_PAIRS(left, right, a, b, number)                                       \
-    do {                                                                               \
-        __m256i x, y;                                                                  \
-        __asm__("vpbroadcastd %4, %2\n\t"                                              \
-                "vpmaddwd %2, %5, %3\n\t"                                              \
-                "vpmaddwd %2, %6, %2\n\t"                                              \
-                "vpaddd %3, %0, %0\n\t"                                                \
-                "vpaddd %2, %1, %1"                                                    \
-                : "+x"(left), "+x"(right), "=&x"(x), "=&x"(y)                          \
-                : "m"(number), "x"(a), "x"(b));                                        \
-    } while (0)
+/* The kernels broadcast four 8-bit numbers for each half of a panel. */
 #define STEP_OF_FOURS(left, right, a, b, number)                                       \
     do {                                                                               \
-        __m256i x, y;                                                                  \
-        __asm__("vpbroadcastd %4, %2\n\t"                                              \
-                "vpbroadcastd %4, %3\n\t"                                              \
-                "vpmaddubsw %2, %5, %2\n\t"                                            \
-                "vpmaddubsw %3, %6, %3\n\t"                                            \
-                "vpaddw %2, %0, %0\n\t"                                                \
-                "vpaddw %3, %1, %1"                                                    \
-                : "+x"(left), "+x"(right), "=&x"(x), "=&x"(y)                          \
-                : "m"(number), "x"(a), "x"(b));                                        \
+        ADD_FOURS(left, a, number);                                                    \
+        ADD_FOURS(right, b, number);                                                   \
     } while (0)
+/* Assembly, because gcc would broadcast the numbers once, before the loop. */
 #define STEP_OF_TWO(instruction, left, right, a, b, number)                            \
     do {                                                                               \
         __m256i x;                                                                     \
@@ -67,7 +50,7 @@ enum { STEPS = 16, MOST_SUMS = 16, ROUNDS = 256 /* of a task */, BLOCK = 256, PA
 #define DPWSSD_512(...) STEP_OF_512("vpdpwssd", __VA_ARGS__)
 #define DPBUSD_512(...) STEP_OF_512("vpdpbusd", __VA_ARGS__)
 
-LOOP(avx2_int8, "avx2", __m256i, _mm256_loadu_si256, 12, STEP_OF_PAIRS)
+LOOP(avx2_int8, "avx2", __m256i, _mm256_loadu_si256, 12, ADD_PAIRS)
 LOOP(avx2_int4, "avx2", __m256i, _mm256_loadu_si256, 12, STEP_OF_FOURS)
 LOOP(avx2_float, "avx2,fma", __m256i, _mm256_loadu_si256, 12, FMA)
 LOOP(avx_vnni_int8, "avx2,avxvnni", __m256i, _mm256_loadu_si256, 12, DPWSSD)

@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 /* Returns eight numbers of a type as floats. */
-static inline __attribute__((always_inline)) __m256 eight_floats(const void *from, enum number_type type) {
+INLINE __m256 eight_floats(const void *from, enum number_type type) {
     if (type == FLOAT32) return _mm256_loadu_ps(from);
     const __m128i halves = _mm_loadu_si128(from);
     if (type == FLOAT16) return _mm256_cvtph_ps(halves);
@@ -15,7 +15,7 @@ static inline __attribute__((always_inline)) __m256 eight_floats(const void *fro
 }
 
 /* Returns e^x for x <= 0, within two units in the last place; 0 below the logarithm of the smallest normal float. */
-static inline __attribute__((always_inline)) __m256 exp_of(__m256 x) {
+INLINE __m256 exp_of(__m256 x) {
     const __m256 least = _mm256_set1_ps(-87.33654f);
     const __m256 inside = _mm256_max_ps(least, x); /* NaN stays NaN, because it is the second one */
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(inside, _mm256_set1_ps(1.44269504f)),
@@ -37,16 +37,16 @@ static inline __attribute__((always_inline)) __m256 exp_of(__m256 x) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, least, _CMP_LT_OQ), result);
 }
 
-static inline __attribute__((always_inline)) __m256 magnitude_of(__m256 x) {
+INLINE __m256 magnitude_of(__m256 x) {
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
 
-static inline __attribute__((always_inline)) __m256 with_sign_of(__m256 magnitude, __m256 x) {
+INLINE __m256 with_sign_of(__m256 magnitude, __m256 x) {
     return _mm256_or_ps(magnitude, _mm256_and_ps(_mm256_set1_ps(-0.0f), x));
 }
 
 /* Returns tanh x = (1 - e^(-2|x|)) / (1 + e^(-2|x|)), with the sign of x. */
-static inline __attribute__((always_inline)) __m256 tanh_of(__m256 x) {
+INLINE __m256 tanh_of(__m256 x) {
     const __m256 one = _mm256_set1_ps(1.0f);
     const __m256 e = exp_of(_mm256_mul_ps(magnitude_of(x), _mm256_set1_ps(-2.0f)));
     return with_sign_of(_mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)), x);
