@@ -26,6 +26,9 @@ OPENVINO = "openvino"
 ALL_ENGINES = (*WEIGHTS, OPENVINO)
 """Names that --engines takes."""
 
+SWITCHES = ("exact", "same_kernels")
+"""Settings of --engine that are true or false."""
+
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 """Options of `generate` that have no effect on greedy decoding."""
@@ -152,7 +155,7 @@ def parse_engine(text: str) -> tuple[str, dict[str, str]]:
     if not name or not parts[0] or not all(value for _, _, value in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not a valid engine; give NAME=DIR or NAME=DIR,key=value,...")
     settings = {"dir": parts[0]} | {key: value for key, _, value in pairs}
-    for key in ("exact", "same_kernels"):
+    for key in SWITCHES:
         if settings.get(key, "true") not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"{key} is true or false, got {settings[key]!r}")
     if settings.get("budget", "policy") != "policy":

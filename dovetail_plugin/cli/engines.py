@@ -29,11 +29,8 @@ from ..targets.cpu_weights import CpuWeights
 from ..targets.gguf import is_gguf
 from ..tree import TreeBudget
 from . import export
-from .common import ALL_ENGINES, OPENVINO, generate_options
+from .common import ALL_ENGINES, OPENVINO, SWITCHES, generate_options
 from .loading import check_target, load_draft, load_target_tokenizer, prepare_draft, target_source
-
-SWITCHES = ("exact", "same_kernels")
-"""Settings of --engine that are true or false."""
 
 OWN_SETTINGS = ("dir", "budget", "group", "runner")
 """Settings of --engine that this module reads itself; see `common.parse_engine`."""

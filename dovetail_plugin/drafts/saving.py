@@ -1,6 +1,6 @@
 """Writes a directory with a draft, whole or not at all, and knows what such a directory holds.
 
-A draft brings the order of its tokens (`token_order.npy`) and a model card with it. Its tokenizer is the target's;
+A draft brings the order of its tokens (`token_order.npy`) and a model card with it. Its tokenizer is the target's.
 No code comes with a draft, and none is run or copied.
 """
 

@@ -87,8 +87,9 @@ class Storage:
 
     def packed_head_bytes(self, name: str, weight: Tensor) -> int | None:
         """Return the bytes of a head's own packed copy of its weight `name`, or None if it has none."""
-        packs = self.packs_head and self.matrices is not None and not self._keeps(name)
-        return self.matrices.bytes_of(weight) if packs and self.matrices is not None else None
+        if self.matrices is None or not self.packs_head or self._keeps(name):
+            return None
+        return self.matrices.bytes_of(weight)
 
     def _keeps(self, name: str) -> bool:
         module = name.rpartition(".")[0]
