@@ -64,6 +64,15 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
+def _grad_mode_stays():
+    """A test that leaves torch's modes changed fails itself, instead of a later one that needs gradients."""
+    yield
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert modes == (True, False), "the test left torch without gradients"
+
+
+@pytest.fixture(autouse=True)
 def _measurements_of_this_test(monkeypatch, tmp_path):
     """Measurements of the machine are stored for this test alone."""
     monkeypatch.setenv("DOVETAIL_CACHE", str(tmp_path / "records"))

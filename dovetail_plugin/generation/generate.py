@@ -6,7 +6,6 @@
 
 import functools
 import logging
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -240,18 +239,19 @@ def _run(
         attention_mask=attention_mask,
         model_kwargs={k: v for k, v in model_kwargs.items() if v is not None},
     )
-    with ExitStack() as stack:
-        try:
-            decoder = stack.enter_context(open_generation(model, engine, request, draft))
-        except ValueError as error:
-            if raised_by_signal(error):
-                raise
-            raise CannotDraft("target", str(error)) from error
-        try:
+    begun = False
+    try:
+        # Nothing else refers to what is opened: an interrupt between two lines ends it with this frame, not later.
+        with open_generation(model, engine, request, draft) as decoder:
+            begun = True
             decoder.run()
-        except CannotDraft as error:  # of a call inside of this one
-            error.begun = True
+    except CannotDraft as error:
+        error.begun = error.begun or begun  # of a call inside of this one
+        raise
+    except ValueError as error:
+        if begun or raised_by_signal(error):
             raise
+        raise CannotDraft("target", str(error)) from error
     return cache, decoder.report
 
 

@@ -6,12 +6,14 @@ its own session runs, and no others.
 
 import itertools
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
@@ -44,17 +46,20 @@ class FeatureReader:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have the hooks on the model while the block runs."""
+        """Have the hooks on the model while the block runs.
+
+        An interrupt may come while they are being removed. They go with the reader at the latest.
+        """
         self._states: list[list[Tensor]] = [[] for _ in self._modules]
         self._thread: int | None = None
-        handles = []
+        handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, handles).atexit = False
         try:
             for index, module in enumerate(self._modules):
-                handles.append(module.register_forward_hook(self._hook(index)))
+                handles.append(module.register_forward_hook(_hook(weakref.ref(self), index)))
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            _remove(handles)
             self._states.clear()
 
     @contextmanager
@@ -77,14 +82,21 @@ class FeatureReader:
         chosen = [states[index][-rows:].to(device) for index in self._order]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
-    def _hook(self, index: int) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if self._thread != threading.get_ident():
-                return
-            state = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
-            self._states[index].append((output[0] if state is None else state)[0])
 
-        return hook
+def _hook(reference: "weakref.ref[FeatureReader]", index: int) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        reader = reference()
+        if reader is None or reader._thread != threading.get_ident():
+            return
+        state = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+        reader._states[index].append((output[0] if state is None else state)[0])
+
+    return hook
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def feature_module(model: PreTrainedModel) -> nn.Module:
