@@ -113,6 +113,9 @@ class OnnxRuntimeEngine:
             )
         return given
 
+    def packed_head(self) -> None:
+        """Return None: this engine holds the head."""
+
     def draft_runner(self, draft: nn.Module) -> None:
         """Return None: drafts run in torch."""
 

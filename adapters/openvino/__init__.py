@@ -116,6 +116,9 @@ class OpenVINOEngine:
             raise ValueError("past_key_values is from another target. Pass the whole text without past_key_values.")
         return given
 
+    def packed_head(self) -> None:
+        """Return None: this engine holds the head."""
+
     def draft_runner(self, draft: nn.Module) -> "OpenVINORunner | None":
         """Compile the draft as a graph, which takes seconds. Return None without the package nncf."""
         try:

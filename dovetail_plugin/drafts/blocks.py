@@ -180,10 +180,14 @@ class GatedFusion(nn.Module):
         self.W_z = nn.Parameter(torch.empty(2 * width, width))
 
     def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        h1 = features @ self.W_1
-        h2 = F.silu(self.input_layernorm(embeddings) @ self.W_2)
-        gate = torch.sigmoid(torch.cat([h1, h2], dim=-1) @ self.W_z)
+        h1 = self.times(features, "W_1")
+        h2 = F.silu(self.times(self.input_layernorm(embeddings), "W_2"))
+        gate = torch.sigmoid(self.times(torch.cat([h1, h2], dim=-1), "W_z"))
         return torch.lerp(h2, h1, gate)
+
+    def times(self, x: Tensor, name: str) -> Tensor:
+        """Return x (..., K) times the matrix (K, M) of this name."""
+        return x @ getattr(self, name)
 
 
 class ConcatFusion(nn.Module):

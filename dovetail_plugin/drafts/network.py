@@ -141,12 +141,17 @@ class DraftNetwork(PreTrainedModel):
             raise ValueError("this draft has no head yet: it borrows the target's. Call draft.attach(target) first.")
         if self.norm is not None:
             features = self.norm(features)
-        logits = F.linear(features, self.head_weight, self.head_bias)
+        logits = self.times_head(features)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
+
+    def times_head(self, features: Tensor) -> Tensor:
+        """Return the product of features (..., H) and the head: (..., V), or (..., v)."""
+        assert self.head_weight is not None, "`head` has looked"
+        return F.linear(features, self.head_weight, self.head_bias)
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
         """Return logits (..., V) of the whole vocabulary, with -inf for tokens that the head does not propose."""

@@ -15,6 +15,7 @@ from ..runner import DraftRunner
 from ..targets.base import Engine
 from .cuda_graphs import GraphRunner
 from .network import DraftNetwork
+from .packed_runner import PackedRunner
 from .torch_runner import TorchRunner
 
 _graphs: "weakref.WeakKeyDictionary[DraftNetwork, GraphRunner]" = weakref.WeakKeyDictionary()
@@ -42,8 +43,8 @@ class _Kept:
 def runner_for(draft: DraftNetwork, engine: Engine, *, plainly: bool = False) -> DraftRunner[Any]:
     """Return what runs the steps of an attached draft fastest.
 
-    CUDA graphs on an NVIDIA GPU, the target's engine on a CPU if it can run drafts, else the draft's own modules: on
-    every other kind of device too (mps, xpu, AMD GPUs under ROCm).
+    CUDA graphs on an NVIDIA GPU. On a CPU, the target's engine if it can run drafts, or packed weights if the target
+    has them. Else the draft's own modules: on every other kind of device too (mps, xpu, AMD GPUs under ROCm).
 
     Args:
         draft: attached to its target.
@@ -75,8 +76,13 @@ def _compiled_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | Non
     with kept.lock:
         version = _version_of(draft)
         if kept.version != version:
-            kept.runner, kept.version = engine.draft_runner(draft), version
+            kept.runner, kept.version = engine.draft_runner(draft) or _packed_for(draft, engine), version
         return kept.runner
+
+
+def _packed_for(draft: DraftNetwork, engine: Engine) -> PackedRunner | None:
+    head = engine.packed_head()
+    return None if head is None else PackedRunner(draft, head)
 
 
 def _version_of(draft: DraftNetwork) -> tuple[int, ...]:

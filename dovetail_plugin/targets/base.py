@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..kernels.linear import PackedLinear
 from ..runner import DraftRunner
 from ..tree import DraftTree
 
@@ -159,6 +160,9 @@ class Engine(Protocol):
         Raises:
             ValueError: the given cache cannot take back rejected rows.
         """
+
+    def packed_head(self) -> PackedLinear | None:
+        """Return the head if its weights are packed for the CPU; then those of a draft on the CPU are, too."""
 
     def draft_runner(self, draft: nn.Module) -> DraftRunner[Any] | None:
         """Make a runner on this engine for a `DovetailDraft` on the CPU, or return None to run it in torch."""

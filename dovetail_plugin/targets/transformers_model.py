@@ -121,6 +121,11 @@ class TorchEngine:
             )
         return given
 
+    def packed_head(self) -> PackedLinear | None:
+        """Return the head if its weights are packed; see `Engine.packed_head`."""
+        head = self.model.get_output_embeddings()
+        return head if isinstance(head, PackedLinear) and head.is_packed else None
+
     def draft_runner(self, draft: nn.Module) -> None:
         """Return None: torch runs the draft's own modules."""
 

@@ -1,0 +1,99 @@
+"""Runs a draft's steps on the CPU with packed weights, beside a target whose weights are packed.
+
+A pass of a draft reads all its weights for a few rows, as a pass of the target does. So the same kernels make it
+faster. The weights get the kind that the target's head has. That may change what the draft proposes, and the target
+still verifies it, so the text stays the same.
+"""
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import FLOAT, WEIGHTS
+from ..kernels.float_linear import FloatLinear
+from ..kernels.linear import PackedLinear
+from .blocks import GatedFusion
+from .network import DraftNetwork
+from .torch_runner import TorchRunner
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class PackedRunner(TorchRunner):
+    """A draft's modules with packed weights; implements `DraftRunner`.
+
+    The draft itself does not change. Norms, the embedding table and a head that is the target's are shared with it.
+
+    Args:
+        draft: attached to its target, on the CPU.
+        head: of the target. A draft that proposes all tokens through the target's head multiplies with it.
+    """
+
+    def __init__(self, draft: DraftNetwork, head: PackedLinear) -> None:
+        self.weights = head.kind if head.kind in WEIGHTS else "int8"
+        super().__init__(_packed_copy(draft, head, self.weights))
+
+
+class _PackedNetwork(DraftNetwork):
+    """A draft network whose products are those of packed layers."""
+
+    packed_head: PackedLinear
+
+    def times_head(self, features: Tensor) -> Tensor:
+        return self.packed_head(features)
+
+
+class _PackedFusion(GatedFusion):
+    """A gated fusion whose matrices are packed layers."""
+
+    def __init__(self, fusion: GatedFusion, kind: str) -> None:
+        nn.Module.__init__(self)
+        self.input_layernorm = fusion.input_layernorm
+        names = ("W_1", "W_2", "W_z")
+        self.layers = nn.ModuleDict({name: _layer(getattr(fusion, name).detach().T, None, kind) for name in names})
+
+    def times(self, x: Tensor, name: str) -> Tensor:
+        return self.layers[name](x)
+
+
+def _packed_copy(draft: DraftNetwork, head: PackedLinear, kind: str) -> DraftNetwork:
+    """Return a network that computes what `draft` computes, with packed weights. It does not keep the draft alive."""
+    with torch.device("meta"):
+        network = _PackedNetwork(copy.deepcopy(draft.config))
+    network.fusion = _packed_fusion(draft.fusion, kind)
+    network.layers = _with_packed_layers(draft.layers, kind)
+    network.norm, network.rotary = draft.norm, draft.rotary
+    network.embedding_device = draft.embedding_device
+    for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):
+        delattr(network, name)
+        network.register_buffer(name, getattr(draft, name), persistent=False)
+    shares = draft.config.fusion != "eagle3" and draft.token_ids is None
+    assert draft.head_weight is not None, "the draft has to be attached first"
+    network.packed_head = head if shares else _layer(draft.head_weight, draft.head_bias, kind)
+    return network
+
+
+def _packed_fusion(fusion: nn.Module, kind: str) -> nn.Module:
+    return _PackedFusion(fusion, kind) if isinstance(fusion, GatedFusion) else _with_packed_layers(fusion, kind)
+
+
+def _with_packed_layers(module: Module, kind: str) -> Module:
+    """Return a copy of a module with packed linear layers; other weights are shared."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copied = copy.deepcopy(module, shared)
+    for name, layer in list(copied.named_modules()):
+        if type(layer) is nn.Linear:
+            copied.set_submodule(name, _layer(layer.weight, layer.bias, kind))
+    return copied
+
+
+def _layer(weight: Tensor, bias: Tensor | None, kind: str) -> PackedLinear:
+    """Return a packed layer with weights (M, K) and a bias (M,)."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return (FloatLinear if kind == FLOAT else PackedLinear).of(linear, kind)

@@ -1,0 +1,171 @@
+"""Drafts on the CPU beside targets with packed weights: their weights are packed, too, and the text stays the same."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from families import prompt, tiny_model
+from support import checkpoints
+from support.bundled import DRAFT, TARGET
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dovetail_plugin import CpuWeights, DovetailDraft, TreeBudget
+from dovetail_plugin.drafts.packed_runner import PackedRunner
+from dovetail_plugin.drafts.runners import runner_for
+from dovetail_plugin.drafts.torch_runner import TorchRunner
+from dovetail_plugin.kernels import WEIGHTS
+from dovetail_plugin.kernels.linear import PackedLinear
+from dovetail_plugin.runner import Pass
+from dovetail_plugin.targets.engine import engine_of
+
+pytestmark = pytest.mark.torch_only("weights are packed in transformers' own models")
+
+DRAFTS = {
+    "dgf": {"blocks": 2},
+    "concat": {"fusion": "concat", "fusion_bias": True},
+    "biases": {"attention_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def packed_target(tmp_path_factory):
+    """Makes a tiny Llama with packed weights of a kind."""
+
+    def make(kind, modules_to_not_convert=None, **fields):
+        directory = tmp_path_factory.mktemp("target")
+        tiny_model("llama", **fields).save_pretrained(directory)
+        weights = CpuWeights(kind, modules_to_not_convert)
+        return AutoModelForCausalLM.from_pretrained(directory, quantization_config=weights, dtype=torch.float32)
+
+    return make
+
+
+def random_draft(target, **fields):
+    torch.manual_seed(0)
+    draft = DovetailDraft.for_target(target, **fields)
+    for parameter in draft.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.15
+    return draft
+
+
+def predictions(runner, draft, rows=5):
+    """Of a prompt, and of a level of a tree behind it."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(rows, draft.config.feature_size, generator=generator)
+    stored, tokens = runner.new_rows(32), prompt(rows)[0]
+    first = runner.run(Pass(draft.project(features), tokens, 1), stored)
+    mask = torch.zeros(2, rows + 2)
+    mask[0, rows + 1] = mask[1, rows] = float("-inf")
+    level = Pass(first.features[-1:].expand(2, -1), tokens[:2], rows + 1, is_level=True, mask=mask)
+    second = runner.run(level, stored)
+    return torch.cat([first.features, second.features]), torch.cat([first.logits, second.logits])
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("fields", DRAFTS.values(), ids=DRAFTS)
+def test_predictions_are_those_of_the_draft(packed_target, kind, fields):
+    target = packed_target(kind)
+    draft = random_draft(target, **fields)
+    runner = runner_for(draft, engine_of(target))
+    assert type(runner) is PackedRunner and runner.weights == kind
+    tolerance = {"float": 1e-5, "int8": 0.03, "int4": 0.4}[kind]
+    for found, wanted in zip(predictions(runner, draft), predictions(TorchRunner(draft), draft), strict=True):
+        assert (found - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_every_matrix_is_packed_and_the_draft_stays_as_it_was(packed_target):
+    target = packed_target("int8")
+    draft = random_draft(target, blocks=2, fusion="concat")
+    before = copy.deepcopy(draft.state_dict())
+    trains = [parameter.requires_grad for parameter in draft.parameters()]
+    network = runner_for(draft, engine_of(target))._draft
+    assert network.packed_head is target.lm_head
+    packed = {name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
+    linear = {name for name, module in draft.named_modules() if isinstance(module, nn.Linear)}
+    assert packed == linear | {"packed_head"}
+    assert not [name for name, module in network.named_modules() if type(module) is nn.Linear]
+    assert draft.state_dict().keys() == before.keys()
+    assert trains == [parameter.requires_grad for parameter in draft.parameters()] and any(trains)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in draft.state_dict().items())
+
+
+def test_reduced_vocabularies_have_their_own_head(packed_target):
+    target = packed_target("int8")
+    draft = random_draft(target)
+    draft.draft_vocab_size = 40
+    runner = runner_for(draft, engine_of(target))
+    assert runner._draft.packed_head.out_features == 40
+    found, wanted = (predictions(each, draft)[1] for each in (runner, TorchRunner(draft)))
+    assert found.shape == wanted.shape and (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("kept", [40, 96])
+def test_eagle3_drafts_have_their_own_head(packed_target, kept, tmp_path):
+    target = packed_target("int8", num_hidden_layers=checkpoints.TARGET_LAYERS)
+    draft = DovetailDraft.from_pretrained(checkpoints.eagle3(kept=kept).write(tmp_path))
+    draft.budget = TreeBudget(6, 3, 3)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    out = target.generate(prompt(), assistant_model=draft, **options)
+    runner = runner_for(draft, engine_of(target))
+    assert runner._draft.packed_head.out_features == draft.head_weight.shape[0] == kept
+    assert torch.equal(out, target.generate(prompt(), **options)) and not draft.report.warnings
+    found, wanted = (predictions(each, draft) for each in (runner, TorchRunner(draft)))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_when_weights_stay_as_they_are(packed_target):
+    """The head tells how a target's weights are packed; a draft can refuse; other targets change nothing."""
+    target = packed_target("int8")
+    draft = random_draft(target)
+    assert type(runner_for(draft, engine_of(target), plainly=True)) is TorchRunner
+    draft.runner = "torch"
+    draft.budget = TreeBudget(6, 3, 2)
+    target.generate(prompt(), max_new_tokens=4, do_sample=False, assistant_model=draft)
+    for other in (packed_target("int8", modules_to_not_convert=["lm_head"]), tiny_model("llama")):
+        assert type(runner_for(random_draft(other), engine_of(other))) is TorchRunner
+
+
+def test_a_runner_follows_the_drafts_weights_and_goes_with_the_draft(packed_target):
+    target = packed_target("int8")
+    draft = random_draft(target)
+    runner = runner_for(draft, engine_of(target))
+    assert runner_for(draft, engine_of(target)) is runner
+    draft.layers[0].mlp.up_proj.weight.data = draft.layers[0].mlp.up_proj.weight.data * 2
+    after = runner_for(draft, engine_of(target))
+    assert after is not runner
+    packed = [each._draft.layers[0].mlp.up_proj.unpacked() for each in (after, runner)]
+    torch.testing.assert_close(packed[0], packed[1] * 2)
+    gone = weakref.ref(after)
+    del runner, after, draft
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bundled_pair(kind, dtype):
+    """Packed drafts are accepted about as often, and sampled texts are the plain ones, too."""
+    target = AutoModelForCausalLM.from_pretrained(TARGET, quantization_config=CpuWeights(kind), dtype=dtype)
+    draft = DovetailDraft.from_pretrained(DRAFT, dtype=dtype)
+    draft.budget = TreeBudget(nodes=8, depth=4, top_k=4)
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    ids = tokenizer("Natalia sold clips to 48 of her friends in April, and then", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 48, "do_sample": False}
+    rates = []
+    for runner in ("torch", "auto"):
+        draft.runner = runner
+        out = target.generate(ids, assistant_model=draft, **options)
+        if kind != "float" or dtype == torch.float32:  # oneDNN's sums depend on the number of rows, which bf16 shows
+            assert torch.equal(out, target.generate(ids, **options))
+        rates.append(draft.report.acceptance_length)
+    assert rates[1] > 0.8 * rates[0]
+    sampled = {"max_new_tokens": 24, "do_sample": True, "temperature": 0.8}
+    if kind != "float":
+        torch.manual_seed(4)
+        plain = target.generate(ids, **sampled)
+        torch.manual_seed(4)
+        assert torch.equal(target.generate(ids, assistant_model=draft, **sampled), plain)
