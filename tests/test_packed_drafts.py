@@ -18,6 +18,7 @@ from dovetail_plugin.drafts.runners import runner_for
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.kernels import WEIGHTS
 from dovetail_plugin.kernels.linear import PackedLinear
+from dovetail_plugin.planning.make_plan import make_plan
 from dovetail_plugin.runner import Pass
 from dovetail_plugin.targets.engine import engine_of
 
@@ -115,6 +116,21 @@ def test_eagle3_drafts_have_their_own_head(packed_target, kept, tmp_path):
     found, wanted = (predictions(each, draft) for each in (runner, TorchRunner(draft)))
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() < 0.03 * other.norm()
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_plan_counts_the_packed_copy(packed_target, kind):
+    target = packed_target(kind, hidden_size=64, intermediate_size=128)
+    draft = random_draft(target)
+    network = runner_for(draft, engine_of(target))._draft
+    layers = [layer for name, layer in network.named_modules() if isinstance(layer, PackedLinear)]
+    layers.remove(network.packed_head)
+    copied = sum(layer.packed_weight.numel() * layer.packed_weight.element_size() for layer in layers)
+    parts = {part.name: part.bytes for part in make_plan(target.config, draft.config, vram_bytes=0).parts}
+    vectors = sum(parameter.nbytes for parameter in draft.parameters() if parameter.ndim == 1)
+    assert copied <= parts["draft: blocks again"] <= copied + vectors + sum(b.nbytes for b in draft.rotary.buffers())
+    assert parts["draft: embedding and head"] == draft.head_weight.nbytes
+    assert draft.embed_weight.data_ptr() == target.get_input_embeddings().weight.data_ptr()
 
 
 def test_when_weights_stay_as_they_are(packed_target):

@@ -203,15 +203,33 @@ def _draft_on_cpu(request: Request, config: DovetailConfig, target: TargetSizes,
         Part("draft: blocks", draft.blocks_bytes, "cpu", dtype),
         Part("draft: KV cache", draft.kv_bytes(request.rows, on_gpu=False), "cpu"),
     ]
-    if target.storage.exported or FLOAT_DTYPES[dtype] != target.storage.dtype:
-        tables = (not config.own_embedding) + (not draft.own_head and not target.tied)
-        copies = tables * config.vocab_size * draft.row_bytes
+    copies = _copied_tables(draft, target, dtype) * config.vocab_size * draft.row_bytes
+    if copies:
         parts.append(Part("draft: embedding and head", copies, "cpu", f"the target's in {dtype}"))
     if target.storage.exported:
-        head_rows = 0 if draft.own_head else config.vocab_size
-        numbers = draft.blocks_bytes // draft.number_bytes + head_rows * target.widths.hidden
-        parts.append(Part("draft: blocks and head again", numbers, "cpu", "in int8, as OpenVINO runs a draft"))
+        parts.append(_weights_of_engine(draft, target))
     return DraftPlace("cpu", dtype, "cpu", None, parts, draft.pass_bytes(request.rows), 0, [why])
+
+
+def _copied_tables(draft: DraftSizes, target: TargetSizes, dtype: str) -> int:
+    """Return how many of the target's tables a draft on the CPU copies, because they have another form there."""
+    needs_embedding, needs_head = not draft.config.own_embedding, not draft.own_head
+    other_dtype = FLOAT_DTYPES[dtype] != target.storage.dtype
+    if target.storage.packs_head:  # the embedding is a float table, and the head is not
+        return (needs_embedding and other_dtype) + needs_head
+    return (needs_embedding + (needs_head and not target.tied)) * (target.storage.exported or other_dtype)
+
+
+def _weights_of_engine(draft: DraftSizes, target: TargetSizes) -> Part:
+    """Return the second copy of a draft's weights, which the target's engine runs on the CPU."""
+    numbers, form = draft.blocks_bytes // draft.number_bytes, target.storage.matrices
+    if target.storage.packs_head:  # so does the draft, and multiplies with the target's own head
+        assert form is not None, "packed weights have a format"
+        bits = form.bits + (form.group_bits / form.group if form.group else 0)
+        return Part("draft: blocks again", int(numbers * bits / 8), "cpu", "packed as the target's weights")
+    head_rows = 0 if draft.own_head else draft.config.vocab_size
+    size = numbers + head_rows * target.widths.hidden
+    return Part("draft: blocks and head again", size, "cpu", "in int8, as the target's engine runs a draft")
 
 
 def layers_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace) -> tuple[tuple[int, ...], list[str]]:
