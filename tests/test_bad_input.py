@@ -17,6 +17,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from dovetail_plugin import DovetailDraft, PromptLookupDraft, TreeBudget
+from dovetail_plugin.drafts.network import DraftNetwork
 from dovetail_plugin.targets.engine import engine_of
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
@@ -229,7 +230,7 @@ def test_draft_that_runs_out_of_memory(llama, draft, oracle, monkeypatch, failin
     """During the prompt, the first tree or a later round: the text stays the plain one, and one warning says why."""
     plain = llama.generate(prompt(), **GREEDY)
     oracle(plain, prompt().shape[1])
-    calls, step = [], draft.step
+    calls, step = [], DraftNetwork.step
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -237,7 +238,7 @@ def test_draft_that_runs_out_of_memory(llama, draft, oracle, monkeypatch, failin
             raise RuntimeError("out of memory")
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(draft, "step", failing)
+    monkeypatch.setattr(DraftNetwork, "step", failing)
     assert torch.equal(plain, llama.generate(prompt(), **GREEDY, assistant_model=draft))
     assert len(calls) == failing_call  # the draft is not called again
     assert len(draft.report.warnings) == 1
@@ -250,7 +251,7 @@ def test_failure_is_forgotten_in_the_next_generation(llama, draft, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(draft, "step", failing)
+        patch.setattr(DraftNetwork, "step", failing)
         llama.generate(prompt(), **GREEDY, assistant_model=draft)
     assert draft.report.nodes_per_round == 1
     llama.generate(prompt(), **GREEDY, assistant_model=draft)
@@ -265,7 +266,7 @@ def test_interrupting_the_draft_interrupts_generation(llama, draft, monkeypatch)
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(draft, "step", interrupted)
+    monkeypatch.setattr(DraftNetwork, "step", interrupted)
     cache = DynamicCache(config=llama.config)
     with pytest.raises(KeyboardInterrupt):
         llama.generate(prompt(), **GREEDY, assistant_model=draft, past_key_values=cache)

@@ -23,7 +23,7 @@ from dovetail_plugin.bench.roofline import MIX_OF, Roofline, kernel_time, measur
 from dovetail_plugin.cli import engines as loading
 from dovetail_plugin.errors import InputError
 from dovetail_plugin.kernels import FLOAT, FORMATS, WEIGHTS
-from dovetail_plugin.kernels.library import MIXES, KernelError, library
+from dovetail_plugin.kernels.library import MIXES, KernelError, bytes_per_weight, library
 from dovetail_plugin.kernels.linear import PackedLinear
 
 PEAKS = {"avx2": {"int8": 100e9, "int4": 200e9, "float": 50e9}}
@@ -332,7 +332,8 @@ def test_bytes_of_packed_weights_are_those_of_a_loaded_model(tmp_path):
             held = sum(_bytes(tensor) for tensor in (*packed.parameters(), *packed.buffers()))
             assert of_kind[kind] == pytest.approx(held, rel=0.1)
         assert parts["torch"] >= sum(p.nbytes for p in model.parameters())
-        assert parts["drafts"] == 2 * 50 + model.lm_head.weight.nbytes
+        packed = int(50 * bytes_per_weight("int4") / 4)
+        assert parts["drafts"] == 2 * 50 + packed + model.lm_head.weight.nbytes
 
 
 def test_what_does_not_fit_is_refused_with_its_bytes(monkeypatch):

@@ -18,6 +18,7 @@ if not engines.is_current("openvino"):
 
 from dovetail_plugin import DovetailDraft, TreeBudget, machine
 from dovetail_plugin.adapters.openvino import session as openvino_session
+from dovetail_plugin.drafts.network import DraftNetwork
 from dovetail_plugin.targets.engine import engine_of
 
 pytestmark = pytest.mark.usefixtures("fixed_budget")
@@ -184,7 +185,7 @@ def test_interrupted_generation_leaves_a_usable_target(llama, draft, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(draft, "step", interrupted)
+        patch.setattr(DraftNetwork, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llama.generate(prompt(), **GREEDY, assistant_model=draft)
     assert torch.equal(plain, llama.generate(prompt(), **GREEDY, assistant_model=draft))

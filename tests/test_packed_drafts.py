@@ -1,4 +1,4 @@
-"""Drafts on the CPU beside targets with packed weights: their weights are packed, too, and the text stays the same."""
+"""Drafts on the CPU run with packed weights, and the text stays the same."""
 
 import copy
 import gc
@@ -13,12 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail_plugin import CpuWeights, DovetailDraft, TreeBudget
+from dovetail_plugin.drafts import runners
 from dovetail_plugin.drafts.packed_runner import PackedRunner
 from dovetail_plugin.drafts.runners import runner_for
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.kernels import WEIGHTS
 from dovetail_plugin.kernels.linear import PackedLinear
 from dovetail_plugin.planning.make_plan import make_plan
+from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.runner import Pass
 from dovetail_plugin.targets.engine import engine_of
 
@@ -71,8 +73,8 @@ def test_predictions_are_those_of_the_draft(packed_target, kind, fields):
     target = packed_target(kind)
     draft = random_draft(target, **fields)
     runner = runner_for(draft, engine_of(target))
-    assert type(runner) is PackedRunner and runner.weights == kind
-    tolerance = {"float": 1e-5, "int8": 0.03, "int4": 0.4}[kind]
+    assert type(runner) is PackedRunner and runner.weights == ("int4" if kind == "int4" else "int8")
+    tolerance = 0.4 if kind == "int4" else 0.03
     for found, wanted in zip(predictions(runner, draft), predictions(TorchRunner(draft), draft), strict=True):
         assert (found - wanted).norm() < tolerance * wanted.norm()
 
@@ -80,9 +82,10 @@ def test_predictions_are_those_of_the_draft(packed_target, kind, fields):
 def test_every_matrix_is_packed_and_the_draft_stays_as_it_was(packed_target):
     target = packed_target("int8")
     draft = random_draft(target, blocks=2, fusion="concat")
-    before = copy.deepcopy(draft.state_dict())
+    before, random = copy.deepcopy(draft.state_dict()), torch.get_rng_state()
     trains = [parameter.requires_grad for parameter in draft.parameters()]
     network = runner_for(draft, engine_of(target))._draft
+    assert torch.equal(torch.get_rng_state(), random)  # or the first sampled text would be another one
     assert network.packed_head is target.lm_head
     packed = {name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
     linear = {name for name, module in draft.named_modules() if isinstance(module, nn.Linear)}
@@ -133,16 +136,34 @@ def test_a_plan_counts_the_packed_copy(packed_target, kind):
     assert draft.embed_weight.data_ptr() == target.get_input_embeddings().weight.data_ptr()
 
 
-def test_when_weights_stay_as_they_are(packed_target):
-    """The head tells how a target's weights are packed; a draft can refuse; other targets change nothing."""
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_beside_heads_that_are_not_packed(packed_target, tokens):
+    """The draft multiplies with the target's own numbers."""
+    for target in (packed_target("int4", modules_to_not_convert=["lm_head"]), tiny_model("llama")):
+        draft = random_draft(target)
+        draft.draft_vocab_size = tokens
+        runner = runner_for(draft, engine_of(target))
+        assert runner.weights == "int8" and runner._draft.packed_head is None
+        (found, logits), (wanted, _) = (predictions(each, draft) for each in (runner, TorchRunner(draft)))
+        assert (found - wanted).norm() < 0.03 * wanted.norm()
+        torch.testing.assert_close(logits[-2:], draft.head(found[-2:]))
+
+
+def test_when_weights_stay_as_they_are(packed_target, monkeypatch, caplog):
+    """`runner` says so, the kernels are missing, or the weights have no scale."""
     target = packed_target("int8")
-    draft = random_draft(target)
-    assert type(runner_for(draft, engine_of(target), plainly=True)) is TorchRunner
+    draft, engine = random_draft(target), engine_of(target)
+    assert type(runner_for(draft, engine, plainly=True)) is TorchRunner
+    drafter = lambda: draft.new_drafter(engine, capacity=8, clock=PhaseClock())  # noqa: E731
+    assert drafter().identity()[0] == "PackedRunner"
     draft.runner = "torch"
-    draft.budget = TreeBudget(6, 3, 2)
-    target.generate(prompt(), max_new_tokens=4, do_sample=False, assistant_model=draft)
-    for other in (packed_target("int8", modules_to_not_convert=["lm_head"]), tiny_model("llama")):
-        assert type(runner_for(random_draft(other), engine_of(other))) is TorchRunner
+    assert drafter().identity()[0] == "TorchRunner"
+    broken = random_draft(target)
+    broken.layers[0].mlp.up_proj.weight.data[1, 2] = float("inf")
+    assert type(runner_for(broken, engine)) is TorchRunner
+    assert "not finite" in caplog.text
+    monkeypatch.setattr(runners, "library", lambda: None)
+    assert type(runner_for(random_draft(target), engine)) is TorchRunner
 
 
 def test_a_runner_follows_the_drafts_weights_and_goes_with_the_draft(packed_target):

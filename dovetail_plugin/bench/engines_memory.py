@@ -13,7 +13,7 @@ from .. import machine
 from ..errors import InputError
 from ..kernels import FLOAT
 from ..kernels.float_linear import packed_dtype
-from ..kernels.library import GROUP, PANEL, packed_bytes
+from ..kernels.library import bytes_per_weight
 from ..planning.device_plan import format_bytes
 from ..planning.memory import TargetSizes, target_sizes
 from ..planning.storage import storage_of
@@ -53,9 +53,11 @@ def engines_bytes(
     parts = {"torch": sizes.weights_bytes}
     parts |= {kind: _packed(sizes, kind) for kind in kinds}
     parts |= exported
-    # A draft shares the tables of a target in torch. Beside others it has a copy of what is quantized there.
+    # A draft shares the tables of a target in torch. Beside others it has a copy of what is quantized there, and beside
+    # packed weights it has its own once more, packed.
     tables = (len(kinds) + 2 * len(exported)) * head
-    parts["drafts"] = engines * draft_bytes + tables
+    packed = sum(int(draft_bytes * _share(sizes, kind)) for kind in kinds)
+    parts["drafts"] = engines * draft_bytes + packed + tables
     parts["keys and values"] = engines * rows_bytes
     parts["buffer for the read bandwidth"] = buffer_bytes()
     return parts
@@ -88,14 +90,18 @@ def _packed(sizes: TargetSizes, kind: str) -> int:
     """Return the bytes of a target with packed weights: all but the embedding; a tied head is packed, too."""
     embedding, head = sizes.weights["embedding"], sizes.weights["head"] or sizes.weights["embedding"]
     linear = sum(layer.weights_bytes for layer in sizes.layers) + head
-    share = _bytes_of_a_weight(kind, sizes.storage.run_bytes) / sizes.storage.run_bytes
     rest = sizes.weights_bytes - embedding - sizes.weights["head"] - (linear - head)
-    return embedding + rest + int(linear * share)
+    return embedding + rest + int(linear * _share(sizes, kind))
+
+
+def _share(sizes: TargetSizes, kind: str) -> float:
+    """Return the bytes of a packed weight as a share of those of a weight as it is stored."""
+    return _bytes_of_a_weight(kind, sizes.storage.run_bytes) / sizes.storage.run_bytes
 
 
 def _bytes_of_a_weight(kind: str, run_bytes: int) -> float:
     """Return the bytes of a packed weight; for floats of 16 bits the larger of what oneDNN makes of both dtypes."""
     if kind != FLOAT:
-        return packed_bytes(PANEL, GROUP, kind) / (PANEL * GROUP)
+        return bytes_per_weight(kind)
     dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype.itemsize == run_bytes]
     return max((packed_dtype(dtype) or dtype).itemsize for dtype in dtypes)

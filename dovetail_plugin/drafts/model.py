@@ -74,7 +74,7 @@ class DovetailDraft(DraftNetwork, Draft):
 
     Attributes:
         runner: `"auto"` (the fastest way on the draft's device: CUDA graphs on an NVIDIA GPU; on a CPU, the target's
-            engine if it can run drafts, or packed weights if the target has them) or `"torch"`.
+            engine if it can run drafts, or packed weights, int8 or as the target's) or `"torch"`.
         embedding_device: device of the borrowed embedding table if it is not the draft's. `"cpu"` saves the table's
             bytes on a small GPU and costs a short wait per tree level.
         draft_vocab_size: number of tokens that the draft may propose, the most frequent ones of its training. It saves

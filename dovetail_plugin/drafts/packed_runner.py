@@ -1,8 +1,8 @@
-"""Runs a draft's steps on the CPU with packed weights, beside a target whose weights are packed.
+"""Runs a draft's steps on the CPU with packed weights.
 
-A pass of a draft reads all its weights for a few rows, as a pass of the target does. So the same kernels make it
-faster. The weights get the kind that the target's head has. That may change what the draft proposes, and the target
-still verifies it, so the text stays the same.
+A pass of a draft reads all its weights for a few rows, as a pass of a target does. So the same kernels make it faster,
+whatever the target runs on. Rounding may change what the draft proposes, and the target still verifies it, so the text
+stays the same.
 """
 
 import copy
@@ -11,10 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import FLOAT, WEIGHTS
-from ..kernels.float_linear import FloatLinear
 from ..kernels.linear import PackedLinear
 from .blocks import GatedFusion
+from .config import DovetailConfig
 from .network import DraftNetwork
 from .torch_runner import TorchRunner
 
@@ -24,25 +23,27 @@ Module = TypeVar("Module", bound=nn.Module)
 class PackedRunner(TorchRunner):
     """A draft's modules with packed weights; implements `DraftRunner`.
 
-    The draft itself does not change. Norms, the embedding table and a head that is the target's are shared with it.
+    The draft itself does not change. Norms and the tables of the target are shared with it.
 
     Args:
         draft: attached to its target, on the CPU.
-        head: of the target. A draft that proposes all tokens through the target's head multiplies with it.
+        head: of the target, if it is packed. A draft that proposes all tokens through it multiplies with it, too.
     """
 
-    def __init__(self, draft: DraftNetwork, head: PackedLinear) -> None:
-        self.weights = head.kind if head.kind in WEIGHTS else "int8"
+    def __init__(self, draft: DraftNetwork, head: PackedLinear | None) -> None:
+        self.weights = "int4" if head is not None and head.kind == "int4" else "int8"
         super().__init__(_packed_copy(draft, head, self.weights))
 
 
 class _PackedNetwork(DraftNetwork):
     """A draft network whose products are those of packed layers."""
 
-    packed_head: PackedLinear
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__(config)
+        self.packed_head: PackedLinear | None = None
 
     def times_head(self, features: Tensor) -> Tensor:
-        return self.packed_head(features)
+        return super().times_head(features) if self.packed_head is None else self.packed_head(features)
 
 
 class _PackedFusion(GatedFusion):
@@ -58,7 +59,7 @@ class _PackedFusion(GatedFusion):
         return self.layers[name](x)
 
 
-def _packed_copy(draft: DraftNetwork, head: PackedLinear, kind: str) -> DraftNetwork:
+def _packed_copy(draft: DraftNetwork, head: PackedLinear | None, kind: str) -> DraftNetwork:
     """Return a network that computes what `draft` computes, with packed weights. It does not keep the draft alive."""
     with torch.device("meta"):
         network = _PackedNetwork(copy.deepcopy(draft.config))
@@ -69,9 +70,11 @@ def _packed_copy(draft: DraftNetwork, head: PackedLinear, kind: str) -> DraftNet
     for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):
         delattr(network, name)
         network.register_buffer(name, getattr(draft, name), persistent=False)
-    shares = draft.config.fusion != "eagle3" and draft.token_ids is None
     assert draft.head_weight is not None, "the draft has to be attached first"
-    network.packed_head = head if shares else _layer(draft.head_weight, draft.head_bias, kind)
+    if draft.config.fusion == "eagle3" or (head is not None and draft.token_ids is not None):
+        network.packed_head = _layer(draft.head_weight, draft.head_bias, kind)
+    elif head is not None:
+        network.packed_head = head
     return network
 
 
@@ -96,4 +99,4 @@ def _layer(weight: Tensor, bias: Tensor | None, kind: str) -> PackedLinear:
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return (FloatLinear if kind == FLOAT else PackedLinear).of(linear, kind)
+    return PackedLinear.of(linear, kind)

@@ -5,18 +5,23 @@ that use a draft share its runner, also calls of several threads. A thread that 
 making waits for it; others do not.
 """
 
+import logging
 import threading
 import weakref
 from typing import Any
 
 import torch
 
+from ..errors import InputError
+from ..kernels.library import library
 from ..runner import DraftRunner
 from ..targets.base import Engine
 from .cuda_graphs import GraphRunner
 from .network import DraftNetwork
 from .packed_runner import PackedRunner
 from .torch_runner import TorchRunner
+
+logger = logging.getLogger(__name__)
 
 _graphs: "weakref.WeakKeyDictionary[DraftNetwork, GraphRunner]" = weakref.WeakKeyDictionary()
 _compiled: "weakref.WeakKeyDictionary[DraftNetwork, weakref.WeakKeyDictionary[Engine, _Kept]]" = (
@@ -43,8 +48,8 @@ class _Kept:
 def runner_for(draft: DraftNetwork, engine: Engine, *, plainly: bool = False) -> DraftRunner[Any]:
     """Return what runs the steps of an attached draft fastest.
 
-    CUDA graphs on an NVIDIA GPU. On a CPU, the target's engine if it can run drafts, or packed weights if the target
-    has them. Else the draft's own modules: on every other kind of device too (mps, xpu, AMD GPUs under ROCm).
+    CUDA graphs on an NVIDIA GPU. On a CPU, the target's engine if it can run drafts, or packed weights if the
+    kernels are there. Else the draft's own modules: on every other kind of device too (mps, xpu, AMD GPUs under ROCm).
 
     Args:
         draft: attached to its target.
@@ -81,8 +86,13 @@ def _compiled_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | Non
 
 
 def _packed_for(draft: DraftNetwork, engine: Engine) -> PackedRunner | None:
-    head = engine.packed_head()
-    return None if head is None else PackedRunner(draft, head)
+    if library() is None:
+        return None
+    try:
+        return PackedRunner(draft, engine.packed_head())
+    except InputError:
+        logger.warning("the draft runs in torch, which is slower here: weights are not finite or too large to pack.")
+        return None
 
 
 def _version_of(draft: DraftNetwork) -> tuple[int, ...]:

@@ -70,6 +70,11 @@ def packed_bytes(outputs: int, inputs: int, kind: str) -> int:
     return panels * groups * group_bytes + panels * (inputs // BLOCK) * PANEL * 2 * SCALES_OF_BLOCKS[kind]
 
 
+def bytes_per_weight(kind: str) -> float:
+    """Return the bytes of a packed weight, its share of the scales included."""
+    return packed_bytes(PANEL, GROUP, kind) / (PANEL * GROUP)
+
+
 class KernelError(DovetailError, RuntimeError):
     """The library of kernels refused a call."""
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from ..drafts.config import DovetailConfig
+from ..kernels.library import bytes_per_weight
 from .device_plan import MIB, Device, Part, format_bytes
 from .memory import DraftSizes, Rows, TargetSizes, draft_sizes
-from .storage import FLOAT_DTYPES, Storage
+from .storage import EXPORTED, FLOAT_DTYPES, Storage
 
 MARGIN_FIXED_BYTES, MARGIN_SHARE = 420 * MIB, 0.03
 """Margin on each device that a plan leaves free besides the parts it counts: a fixed size and a share of the parts.
@@ -206,8 +207,7 @@ def _draft_on_cpu(request: Request, config: DovetailConfig, target: TargetSizes,
     copies = _copied_tables(draft, target, dtype) * config.vocab_size * draft.row_bytes
     if copies:
         parts.append(Part("draft: embedding and head", copies, "cpu", f"the target's in {dtype}"))
-    if target.storage.exported:
-        parts.append(_weights_of_engine(draft, target))
+    parts.append(_weights_again(draft, target))
     return DraftPlace("cpu", dtype, "cpu", None, parts, draft.pass_bytes(request.rows), 0, [why])
 
 
@@ -220,16 +220,18 @@ def _copied_tables(draft: DraftSizes, target: TargetSizes, dtype: str) -> int:
     return (needs_embedding + (needs_head and not target.tied)) * (target.storage.exported or other_dtype)
 
 
-def _weights_of_engine(draft: DraftSizes, target: TargetSizes) -> Part:
-    """Return the second copy of a draft's weights, which the target's engine runs on the CPU."""
-    numbers, form = draft.blocks_bytes // draft.number_bytes, target.storage.matrices
-    if target.storage.packs_head:  # so does the draft, and multiplies with the target's own head
-        assert form is not None, "packed weights have a format"
-        bits = form.bits + (form.group_bits / form.group if form.group else 0)
-        return Part("draft: blocks again", int(numbers * bits / 8), "cpu", "packed as the target's weights")
-    head_rows = 0 if draft.own_head else draft.config.vocab_size
-    size = numbers + head_rows * target.widths.hidden
-    return Part("draft: blocks and head again", size, "cpu", "in int8, as the target's engine runs a draft")
+def _weights_again(draft: DraftSizes, target: TargetSizes) -> Part:
+    """Return the second copy of a draft's weights, which runs on the CPU: a graph of the target's engine, or packed."""
+    numbers = draft.blocks_bytes // draft.number_bytes
+    if target.storage in EXPORTED.values():
+        head_rows = 0 if draft.own_head else draft.config.vocab_size
+        size = numbers + head_rows * target.widths.hidden
+        return Part("draft: blocks and head again", size, "cpu", "in int8, as OpenVINO runs a draft")
+    if draft.config.own_embedding:  # a table, which no pass reads as a whole
+        numbers -= draft.config.vocab_size * draft.config.hidden_size
+    form = target.storage.matrices
+    kind = "int4" if target.storage.packs_head and form is not None and form.bits == 4 else "int8"
+    return Part("draft: blocks again", int(numbers * bytes_per_weight(kind)), "cpu", f"packed in {kind}")
 
 
 def layers_on_gpu(request: Request, target: TargetSizes, draft: DraftPlace) -> tuple[tuple[int, ...], list[str]]:
