@@ -332,7 +332,7 @@ def test_bytes_of_packed_weights_are_those_of_a_loaded_model(tmp_path):
             held = sum(_bytes(tensor) for tensor in (*packed.parameters(), *packed.buffers()))
             assert of_kind[kind] == pytest.approx(held, rel=0.1)
         assert parts["torch"] >= sum(p.nbytes for p in model.parameters())
-        packed = int(50 * bytes_per_weight("int4") / 4)
+        packed = int(50 / 4 * (bytes_per_weight("int8") + bytes_per_weight("int4")))
         assert parts["drafts"] == 2 * 50 + packed + model.lm_head.weight.nbytes
 
 

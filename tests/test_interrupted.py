@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.torch_only("caches of transformers"), pytest.mark.usef
 
 PACKAGE = str(Path(dovetail_plugin.__file__).parent)
 NEW_TOKENS = 24
-TAKES_LOCK = re.compile(r"\s*with .*lock")
+TAKES_LOCK = re.compile(r"\s*with (self\.|kept\.)?(_?lock|_making)\b")
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 

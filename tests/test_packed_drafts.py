@@ -10,7 +10,7 @@ from families import prompt, tiny_model
 from support import checkpoints
 from support.bundled import DRAFT, TARGET
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from dovetail_plugin import CpuWeights, DovetailDraft, TreeBudget
 from dovetail_plugin.drafts import runners
@@ -18,13 +18,17 @@ from dovetail_plugin.drafts.packed_runner import PackedRunner
 from dovetail_plugin.drafts.runners import runner_for
 from dovetail_plugin.drafts.torch_runner import TorchRunner
 from dovetail_plugin.kernels import WEIGHTS
+from dovetail_plugin.kernels.library import library
 from dovetail_plugin.kernels.linear import PackedLinear
 from dovetail_plugin.planning.make_plan import make_plan
 from dovetail_plugin.report import PhaseClock
 from dovetail_plugin.runner import Pass
 from dovetail_plugin.targets.engine import engine_of
 
-pytestmark = pytest.mark.torch_only("weights are packed in transformers' own models")
+pytestmark = [
+    pytest.mark.torch_only("weights are packed in transformers' own models"),
+    pytest.mark.skipif(library() is None, reason="the CPU kernels were not built"),
+]
 
 DRAFTS = {
     "dgf": {"blocks": 2},
@@ -86,7 +90,7 @@ def test_every_matrix_is_packed_and_the_draft_stays_as_it_was(packed_target):
     trains = [parameter.requires_grad for parameter in draft.parameters()]
     network = runner_for(draft, engine_of(target))._draft
     assert torch.equal(torch.get_rng_state(), random)  # or the first sampled text would be another one
-    assert network.packed_head is target.lm_head
+    assert network.packed_head.packed_weight is target.lm_head.packed_weight
     packed = {name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
     linear = {name for name, module in draft.named_modules() if isinstance(module, nn.Linear)}
     assert packed == linear | {"packed_head"}
@@ -115,25 +119,83 @@ def test_eagle3_drafts_have_their_own_head(packed_target, kept, tmp_path):
     out = target.generate(prompt(), assistant_model=draft, **options)
     runner = runner_for(draft, engine_of(target))
     assert runner._draft.packed_head.out_features == draft.head_weight.shape[0] == kept
+    assert runner._draft.fusion is draft.fusion  # what projects features runs in the draft itself
     assert torch.equal(out, target.generate(prompt(), **options)) and not draft.report.warnings
     found, wanted = (predictions(each, draft) for each in (runner, TorchRunner(draft)))
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() < 0.03 * other.norm()
 
 
+@pytest.mark.parametrize("kept", [None, ["lm_head"]], ids=["all", "head kept"])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_a_plan_counts_the_packed_copy(packed_target, kind):
-    target = packed_target(kind, hidden_size=64, intermediate_size=128)
+def test_a_plan_counts_the_packed_copy(packed_target, kind, kept):
+    target = packed_target(kind, kept, hidden_size=64, intermediate_size=128)
     draft = random_draft(target)
     network = runner_for(draft, engine_of(target))._draft
     layers = [layer for name, layer in network.named_modules() if isinstance(layer, PackedLinear)]
-    layers.remove(network.packed_head)
+    if kept is None:
+        layers.remove(network.packed_head)
     copied = sum(layer.packed_weight.numel() * layer.packed_weight.element_size() for layer in layers)
     parts = {part.name: part.bytes for part in make_plan(target.config, draft.config, vram_bytes=0).parts}
     vectors = sum(parameter.nbytes for parameter in draft.parameters() if parameter.ndim == 1)
     assert copied <= parts["draft: blocks again"] <= copied + vectors + sum(b.nbytes for b in draft.rotary.buffers())
-    assert parts["draft: embedding and head"] == draft.head_weight.nbytes
+    assert parts.get("draft: embedding and head", 0) == (draft.head_weight.nbytes if kept is None else 0)
     assert draft.embed_weight.data_ptr() == target.get_input_embeddings().weight.data_ptr()
+
+
+def test_hooks_of_the_target_see_its_own_rows_only(packed_target):
+    target = packed_target("int8")
+    draft, seen = random_draft(target), []
+    draft.budget = TreeBudget(6, 3, 2)
+    options = {"max_new_tokens": 8, "do_sample": False, "assistant_model": draft}
+    target.generate(prompt(), **options)  # the first call finds out what the target supports
+    target.lm_head.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[-2]))
+    target.generate(prompt(), **options)
+    assert len(seen) == 1 + len(draft.report.rounds)
+
+
+def _hooked(draft):
+    draft.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def _patched(draft):
+    draft.step = draft.step
+
+
+def _wrapped(draft):
+    draft.layers[0].mlp.up_proj = type("Own", (nn.Linear,), {})(32, 48, bias=False)
+
+
+@pytest.mark.parametrize("change", [_hooked, _patched, _wrapped])
+def test_drafts_that_somebody_changed_run_with_their_own_modules(packed_target, change):
+    """A copy would call another object's hook, or leave out what somebody put there."""
+    target = packed_target("int8")
+    draft = random_draft(target)
+    assert type(runner_for(draft, engine_of(target))) is PackedRunner
+    change(draft)
+    assert type(runner_for(draft, engine_of(target))) is TorchRunner
+
+
+def _other_weights(draft):
+    with torch.no_grad():
+        draft.layers[0].mlp.up_proj.weight.mul_(3)
+
+
+def _fewer_tokens(draft):
+    draft.draft_vocab_size = 40
+
+
+@pytest.mark.parametrize("change", [_other_weights, _fewer_tokens])
+def test_a_later_turn_runs_the_changed_draft(packed_target, change):
+    target, cache = packed_target("int8"), DynamicCache()
+    draft = random_draft(target)
+    draft.budget = TreeBudget(6, 3, 2)
+    options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache, "assistant_model": draft}
+    first = target.generate(prompt(), **options)
+    change(draft)
+    target.generate(torch.cat([first, prompt(4)], dim=1), **options)
+    assert not draft.report.warnings
+    assert draft.turns[cache].drafter.runner is runner_for(draft, engine_of(target))
 
 
 @pytest.mark.parametrize("tokens", [None, 40])

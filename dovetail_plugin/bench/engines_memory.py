@@ -53,11 +53,11 @@ def engines_bytes(
     parts = {"torch": sizes.weights_bytes}
     parts |= {kind: _packed(sizes, kind) for kind in kinds}
     parts |= exported
-    # A draft shares the tables of a target in torch. Beside others it has a copy of what is quantized there, and beside
-    # packed weights it has its own once more, packed.
+    # A draft shares the tables of a target in torch. Beside others it has a copy of what is quantized there. Its own
+    # weights it has once more beside each, packed or in a graph of the engine, in int4 or int8.
     tables = (len(kinds) + 2 * len(exported)) * head
-    packed = sum(int(draft_bytes * _share(sizes, kind)) for kind in kinds)
-    parts["drafts"] = engines * draft_bytes + packed + tables
+    packed = [bytes_per_weight("int4" if kind == "int4" else "int8") for kind in ("torch", *kinds, *exported)]
+    parts["drafts"] = engines * draft_bytes + int(draft_bytes / sizes.storage.run_bytes * sum(packed)) + tables
     parts["keys and values"] = engines * rows_bytes
     parts["buffer for the read bandwidth"] = buffer_bytes()
     return parts
@@ -91,12 +91,8 @@ def _packed(sizes: TargetSizes, kind: str) -> int:
     embedding, head = sizes.weights["embedding"], sizes.weights["head"] or sizes.weights["embedding"]
     linear = sum(layer.weights_bytes for layer in sizes.layers) + head
     rest = sizes.weights_bytes - embedding - sizes.weights["head"] - (linear - head)
-    return embedding + rest + int(linear * _share(sizes, kind))
-
-
-def _share(sizes: TargetSizes, kind: str) -> float:
-    """Return the bytes of a packed weight as a share of those of a weight as it is stored."""
-    return _bytes_of_a_weight(kind, sizes.storage.run_bytes) / sizes.storage.run_bytes
+    share = _bytes_of_a_weight(kind, sizes.storage.run_bytes) / sizes.storage.run_bytes
+    return embedding + rest + int(linear * share)
 
 
 def _bytes_of_a_weight(kind: str, run_bytes: int) -> float:

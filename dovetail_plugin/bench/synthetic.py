@@ -273,7 +273,10 @@ def synthetic_generate(
     if draft is not None:
         policy_of(draft)
         synthetic = SyntheticDraft(draft, text, rate)
-    with open_generation(target, engine, Request(text, text.config, engine.cache(None)), synthetic) as decoder:
+    with (
+        torch.no_grad(),
+        open_generation(target, engine, Request(text, text.config, engine.cache(None)), synthetic) as decoder,
+    ):
         decoder.run()
     if draft is not None and synthetic is not None:
         draft.report = synthetic.report

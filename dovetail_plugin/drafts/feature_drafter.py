@@ -115,10 +115,17 @@ class FeatureDrafter(ChainDrafter):
         runner = self.runner
         return [type(runner).__name__, runner.device, runner.dtype, runner.weights]
 
-    def fits(self, runner: DraftRunner[Any]) -> bool:
-        """Return whether this drafter's rows are what `runner` would make: its kind, device and dtype."""
+    def takes(self, runner: DraftRunner[Any]) -> bool:
+        """Go on with `runner`, which may have newer weights, if this drafter's rows are what it would make.
+
+        Returns:
+            Whether kind, device and dtype are the same.
+        """
         own = self.runner
-        return (type(own), own.device, own.dtype) == (type(runner), runner.device, runner.dtype)
+        fits = (type(own), own.device, own.dtype) == (type(runner), runner.device, runner.dtype)
+        if fits:
+            self.runner = runner
+        return fits
 
     def begin(self, features: Tensor, input_ids: Tensor) -> None:
         """Start a text, or continue after the rows of an earlier turn. See `Drafter.begin`."""

@@ -218,9 +218,9 @@ class DovetailDraft(DraftNetwork, Draft):
         return FeatureDrafter(self, runner, capacity=capacity, clock=clock)
 
     def can_resume(self, drafter: Drafter, engine: Engine) -> bool:
-        """Return whether the drafter's rows lie where this draft's runner would put them."""
+        """Return whether the drafter's rows lie where this draft's runner would put them. It then uses this runner."""
         assert isinstance(drafter, FeatureDrafter), "new_drafter made it"
-        return drafter.fits(runner_for(self, engine, plainly=self.runner == "torch"))
+        return drafter.takes(runner_for(self, engine, plainly=self.runner == "torch"))
 
     # --- checkpoints ---------------------------------------------------------------------------
 

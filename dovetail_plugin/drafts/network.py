@@ -150,7 +150,7 @@ class DraftNetwork(PreTrainedModel):
 
     def times_head(self, features: Tensor) -> Tensor:
         """Return the product of features (..., H) and the head: (..., V), or (..., v)."""
-        assert self.head_weight is not None, "`head` has looked"
+        assert self.head_weight is not None, "`head` has checked it"
         return F.linear(features, self.head_weight, self.head_bias)
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:

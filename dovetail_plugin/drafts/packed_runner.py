@@ -12,12 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linear import PackedLinear
-from .blocks import GatedFusion
+from .blocks import MLP, Attention, Block, ConcatFusion, Eagle3Block, Eagle3Fusion, GatedFusion, RMSNorm
 from .config import DovetailConfig
 from .network import DraftNetwork
 from .torch_runner import TorchRunner
 
+PARTS = (
+    *(Attention, Block, ConcatFusion, Eagle3Block, Eagle3Fusion, GatedFusion, MLP, RMSNorm),
+    *(nn.Identity, nn.Linear, nn.ModuleList),
+)
+"""Modules of a draft that a packed copy can stand for."""
+
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def can_be_packed(draft: DraftNetwork) -> bool:
+    """Return whether a packed copy computes what the draft computes: no part is another class, patched or hooked."""
+    kind, own = type(draft), draft.__dict__
+    if (kind.step, kind.head) != (DraftNetwork.step, DraftNetwork.head) or "step" in own or "head" in own:
+        return False
+    return all(
+        type(part) in PARTS and not part._forward_hooks and not part._forward_pre_hooks and "forward" not in vars(part)
+        for module in (draft.fusion, draft.layers)
+        for part in module.modules()
+    )
 
 
 class PackedRunner(TorchRunner):
@@ -67,18 +85,23 @@ def _packed_copy(draft: DraftNetwork, head: PackedLinear | None, kind: str) -> D
     network.layers = _with_packed_layers(draft.layers, kind)
     network.norm, network.rotary = draft.norm, draft.rotary
     network.embedding_device = draft.embedding_device
-    for name in ("embed_weight", "head_weight", "head_bias", "token_ids"):
-        delattr(network, name)
-        network.register_buffer(name, getattr(draft, name), persistent=False)
     assert draft.head_weight is not None, "the draft has to be attached first"
     if draft.config.fusion == "eagle3" or (head is not None and draft.token_ids is not None):
         network.packed_head = _layer(draft.head_weight, draft.head_bias, kind)
     elif head is not None:
-        network.packed_head = head
+        network.packed_head = head.twin()
+    tables = {name: getattr(draft, name) for name in ("embed_weight", "head_weight", "head_bias", "token_ids")}
+    if network.packed_head is not None:
+        tables |= {"head_weight": network.packed_head.weight.detach(), "head_bias": None}  # a placeholder
+    for name, table in tables.items():
+        delattr(network, name)
+        network.register_buffer(name, table, persistent=False)
     return network
 
 
 def _packed_fusion(fusion: nn.Module, kind: str) -> nn.Module:
+    if isinstance(fusion, Eagle3Fusion):
+        return fusion  # its matrix projects features, which the drafter does with the draft itself
     return _PackedFusion(fusion, kind) if isinstance(fusion, GatedFusion) else _with_packed_layers(fusion, kind)
 
 

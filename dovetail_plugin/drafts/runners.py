@@ -1,4 +1,6 @@
-"""Chooses what runs a draft's steps, and caches what is expensive to prepare: CUDA graphs, compiled graphs.
+"""Chooses what runs a draft's steps, and caches what takes long to prepare.
+
+That is CUDA graphs on a GPU; on a CPU graphs of the target's engine, or packed weights.
 
 A cached runner is freed with its draft. It is replaced if the draft was moved, cast or given other weights. All calls
 that use a draft share its runner, also calls of several threads. A thread that needs a runner which another one is
@@ -18,13 +20,13 @@ from ..runner import DraftRunner
 from ..targets.base import Engine
 from .cuda_graphs import GraphRunner
 from .network import DraftNetwork
-from .packed_runner import PackedRunner
+from .packed_runner import PackedRunner, can_be_packed
 from .torch_runner import TorchRunner
 
 logger = logging.getLogger(__name__)
 
 _graphs: "weakref.WeakKeyDictionary[DraftNetwork, GraphRunner]" = weakref.WeakKeyDictionary()
-_compiled: "weakref.WeakKeyDictionary[DraftNetwork, weakref.WeakKeyDictionary[Engine, _Kept]]" = (
+_prepared: "weakref.WeakKeyDictionary[DraftNetwork, weakref.WeakKeyDictionary[Engine, _Kept]]" = (
     weakref.WeakKeyDictionary()
 )
 
@@ -33,7 +35,7 @@ _lock = threading.RLock()  # guards the dictionaries; it is not held while a run
 
 
 class _Kept:
-    """Runner of an engine, or None if the engine cannot run drafts, and the weights that it was made from.
+    """Runner beside an engine, or None for the draft's own modules, and the weights that it was made from.
 
     Attributes:
         lock: held while a runner is compiled, so that it is compiled once.
@@ -61,7 +63,7 @@ def runner_for(draft: DraftNetwork, engine: Engine, *, plainly: bool = False) ->
         return TorchRunner(draft)
     if device.type == "cuda" and torch.version.hip is None:
         return graph_runner_for(draft)
-    found = _compiled_for(draft, engine) if device.type == "cpu" else None
+    found = _prepared_for(draft, engine) if device.type == "cpu" else None
     return found or TorchRunner(draft)
 
 
@@ -75,9 +77,9 @@ def graph_runner_for(draft: DraftNetwork) -> GraphRunner:
         return kept
 
 
-def _compiled_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | None:
+def _prepared_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | None:
     with _lock:
-        kept = _compiled.setdefault(draft, weakref.WeakKeyDictionary()).setdefault(engine, _Kept())
+        kept = _prepared.setdefault(draft, weakref.WeakKeyDictionary()).setdefault(engine, _Kept())
     with kept.lock:
         version = _version_of(draft)
         if kept.version != version:
@@ -86,7 +88,7 @@ def _compiled_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | Non
 
 
 def _packed_for(draft: DraftNetwork, engine: Engine) -> PackedRunner | None:
-    if library() is None:
+    if library() is None or not can_be_packed(draft):
         return None
     try:
         return PackedRunner(draft, engine.packed_head())
@@ -96,8 +98,8 @@ def _packed_for(draft: DraftNetwork, engine: Engine) -> PackedRunner | None:
 
 
 def _version_of(draft: DraftNetwork) -> tuple[int, ...]:
-    """Numbers that change when weights are replaced, or changed in place outside of inference mode."""
+    """Numbers that change when weights are replaced or changed in place, but in inference mode and through `.data`."""
     tables = (draft.embed_weight, draft.head_weight, draft.head_bias)
     weights = [weight for weight in (*draft.parameters(), *tables) if weight is not None]
     versions = (0 if weight.is_inference() else weight._version for weight in weights)
-    return (*(weight.data_ptr() for weight in weights), *versions)
+    return (can_be_packed(draft), *(weight.data_ptr() for weight in weights), *versions)

@@ -8,6 +8,7 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -242,7 +243,7 @@ def _run(
     begun = False
     try:
         # Nothing else refers to what is opened: an interrupt between two lines ends it with this frame, not later.
-        with open_generation(model, engine, request, draft) as decoder:
+        with torch.no_grad(), open_generation(model, engine, request, draft) as decoder:
             begun = True
             decoder.run()
     except CannotDraft as error:

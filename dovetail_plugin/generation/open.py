@@ -66,6 +66,9 @@ class _Turn:
 def open_generation(model: Any, engine: Engine, request: Request, draft: Draft | None) -> Iterator[Decoder]:
     """Prepare a generation for `Decoder.run`, and keep what a later turn needs when it has ended.
 
+    The caller turns gradients off. Done here, an interrupt could turn them on or off long after the call: when the
+    traceback goes, which may hold this generator.
+
     Args:
         model: the target.
         engine: runs it.
@@ -90,7 +93,7 @@ def open_generation(model: Any, engine: Engine, request: Request, draft: Draft |
     )
     in_torch = engine.runs_in_torch or (drafter is not None and drafter.runs_in_torch)
     # Threads that wait for torch's next small operation spin, on the cores that the other engine computes on.
-    with opening as session, torch.no_grad(), thread_count(None if in_torch else 1):
+    with opening as session, thread_count(None if in_torch else 1):
         if session.limitation and drafter is not None:
             report.warnings.append(f"{session.limitation}. Generation goes on one token at a time.")
             drafter, planner = None, FixedPlanner(PLAIN)

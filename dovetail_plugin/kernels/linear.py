@@ -63,6 +63,14 @@ class PackedLinear(nn.Module):
         made.pack_(linear.weight)
         return made.train(linear.training)
 
+    def twin(self) -> "PackedLinear":
+        """Return a layer with the same packed weights and bias, which are shared, and without hooks."""
+        with torch.device("meta"):
+            made = type(self)(self.in_features, self.out_features, bias=False, kind=self.kind)
+        made.packed_weight, made.bias = self.packed_weight, self.bias
+        made.hold_place(self.weight.dtype)
+        return made
+
     @property
     def is_packed(self) -> bool:
         """Whether the weights are packed."""

@@ -215,9 +215,10 @@ def _copied_tables(draft: DraftSizes, target: TargetSizes, dtype: str) -> int:
     """Return how many of the target's tables a draft on the CPU copies, because they have another form there."""
     needs_embedding, needs_head = not draft.config.own_embedding, not draft.own_head
     other_dtype = FLOAT_DTYPES[dtype] != target.storage.dtype
-    if target.storage.packs_head:  # the embedding is a float table, and the head is not
+    if target.packed_head:  # the embedding is a float table, and the head is not
         return (needs_embedding and other_dtype) + needs_head
-    return (needs_embedding + (needs_head and not target.tied)) * (target.storage.exported or other_dtype)
+    copies = other_dtype or (target.storage.exported and not target.storage.packs_head)
+    return (needs_embedding + (needs_head and not target.tied)) * copies
 
 
 def _weights_again(draft: DraftSizes, target: TargetSizes) -> Part:
@@ -227,10 +228,12 @@ def _weights_again(draft: DraftSizes, target: TargetSizes) -> Part:
         head_rows = 0 if draft.own_head else draft.config.vocab_size
         size = numbers + head_rows * target.widths.hidden
         return Part("draft: blocks and head again", size, "cpu", "in int8, as OpenVINO runs a draft")
-    if draft.config.own_embedding:  # a table, which no pass reads as a whole
-        numbers -= draft.config.vocab_size * draft.config.hidden_size
-    form = target.storage.matrices
-    kind = "int4" if target.storage.packs_head and form is not None and form.bits == 4 else "int8"
+    config, form = draft.config, target.storage.matrices
+    if config.own_embedding:  # a table, which no pass reads as a whole
+        numbers -= config.vocab_size * config.hidden_size
+    if config.fusion == "eagle3":  # what projects features stays as it is
+        numbers -= config.feature_size * config.hidden_size
+    kind = "int4" if target.packed_head and form is not None and form.bits == 4 else "int8"
     return Part("draft: blocks again", int(numbers * bytes_per_weight(kind)), "cpu", f"packed in {kind}")
 
 

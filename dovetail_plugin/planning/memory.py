@@ -128,6 +128,7 @@ class TargetSizes:
         layers: sizes of the decoder layers; empty if they cannot be identified.
         tied: whether head and embedding are the same table.
         head_bias: whether the head has a bias.
+        packed_head: whether the head has packed weights, which a draft on the CPU shares.
         vocab_size: number of rows of the tables (V).
         widths: widths of a decoder layer.
         modules: module names and the layers that they belong to (see `parts_of`).
@@ -138,6 +139,7 @@ class TargetSizes:
     layers: tuple[LayerSizes, ...]
     tied: bool
     head_bias: bool
+    packed_head: bool
     vocab_size: int
     widths: Widths
     modules: dict[str, int | str]
@@ -246,6 +248,7 @@ def target_sizes(config: PretrainedConfig, storage: Storage) -> TargetSizes:
         layers=tuple(_layer_sizes(model, layer_bytes, storage.run_bytes)),
         tied=head.weight is embedding.weight,
         head_bias=getattr(head, "bias", None) is not None,
+        packed_head=packed_head is not None,
         vocab_size=sizes_of(config).vocab_size,
         widths=Widths.of(config),
         modules=parts_of(model, layers, norm),

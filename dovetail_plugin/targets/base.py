@@ -162,7 +162,7 @@ class Engine(Protocol):
         """
 
     def packed_head(self) -> PackedLinear | None:
-        """Return the head if its weights are packed for the CPU. Drafts share it."""
+        """Return the head if its weights are packed on the CPU. Drafts share these weights."""
 
     def draft_runner(self, draft: nn.Module) -> DraftRunner[Any] | None:
         """Make a runner on this engine for a `DovetailDraft` on the CPU, or return None to run it in torch."""

@@ -48,7 +48,7 @@ class FeatureReader:
     def installed(self) -> Iterator[None]:
         """Have the hooks on the model while the block runs.
 
-        An interrupt may come while they are being removed. They go with the reader at the latest.
+        If an interrupt comes while they are being removed, they go with the reader.
         """
         self._states: list[list[Tensor]] = [[] for _ in self._modules]
         self._thread: int | None = None

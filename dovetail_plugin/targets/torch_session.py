@@ -10,8 +10,7 @@ sampling or how the text is chosen.
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -126,7 +125,8 @@ class TorchSession:
             kwargs["position_ids"] = compat.position_ids_for(self.model, input_ids, kwargs)
         if "logits_to_keep" in self._parameters:
             kwargs["logits_to_keep"] = 1
-        with self._pass(keeps_all=True):
+        with self._lock, self._reader.reading(), self._mode():
+            self.rows.begin_pass(keeps_all=True)
             output = compat.run_prompt(self.model, input_ids, kwargs, cached=cached, chunk=self.prefill_chunk)
         self._adopt(output)
         self.rows.keep(range(new), new)
@@ -150,7 +150,8 @@ class TorchSession:
                 self._branch(inputs, tree, tokens, depth, scored)
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = new
-        with self._pass(extended=scored):
+        with self._lock, self._reader.reading(), self._mode():
+            self.rows.begin_pass(extended=scored)
             output = self.model(**inputs, return_dict=True)
         if self._adopt(output) and len(tree) > 1:
             raise RuntimeError("the model began a new cache in a pass over several rows")
@@ -164,12 +165,6 @@ class TorchSession:
         self._next(self._output, len(path))
 
     # --- one pass ------------------------------------------------------------------------------
-
-    @contextmanager
-    def _pass(self, *, keeps_all: bool = False, extended: int = 0) -> Iterator[None]:
-        with self._lock, self._reader.reading(), self._mode():
-            self.rows.begin_pass(keeps_all=keeps_all, extended=extended)
-            yield
 
     def _next(self, output: Any, tokens: int) -> None:
         """Let the model's arguments describe the text with its next tokens, of which the last is the next root."""

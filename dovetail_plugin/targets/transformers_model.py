@@ -124,10 +124,11 @@ class TorchEngine:
     def packed_head(self) -> PackedLinear | None:
         """Return the head if its weights are packed; see `Engine.packed_head`."""
         head = self.model.get_output_embeddings()
-        return head if isinstance(head, PackedLinear) and head.is_packed else None
+        packed = head.packed_weight if isinstance(head, PackedLinear) else None
+        return head if packed is not None and packed.device.type == "cpu" else None
 
     def draft_runner(self, draft: nn.Module) -> None:
-        """Return None: torch runs the draft's own modules."""
+        """Return None: drafts run in torch."""
 
     def session(
         self,
