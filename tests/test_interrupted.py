@@ -1,6 +1,7 @@
 """Generations that are interrupted anywhere: the caller's cache holds a beginning of the text, in all layers alike."""
 
 import copy
+import gc
 import linecache
 import random
 import re
@@ -91,6 +92,7 @@ class Case:
         assert self.thread_state() == before  # while the traceback still refers to the frames of the call
         was_stopped, stopped = stopped is not None, None
         assert self.thread_state() == before
+        gc.collect()
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in self.target.modules())
         return was_stopped
 
@@ -171,13 +173,29 @@ class AtLine:
         return self._line
 
 
+def lines_of_a_call(case, **options):
+    """Lines of the package that a call runs."""
+    case.interrupted(DynamicCache(config=case.target.config), **options)  # the first call looks at the target
+    with AtLine(10**9) as counter:
+        case.interrupted(DynamicCache(config=case.target.config), **options)
+    return 10**9 - counter.left
+
+
+def test_an_interrupt_at_each_of_the_last_lines():
+    """Where a generation closes: what it changed is as before, although the traceback still refers to its frames."""
+    case = Case("llama", oracle=lambda *_: None)  # which would give each call other trees
+    case.draft.budget = TreeBudget(2, 1, 1)
+    lines, stopped = lines_of_a_call(case, max_new_tokens=4), 0
+    for number in range(lines - 50, lines):
+        with AtLine(number):
+            stopped += case.interrupted(DynamicCache(config=case.target.config), max_new_tokens=4)
+    assert stopped > 40
+
+
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.nightly) for part in range(1, 12))])
 def test_an_interrupt_at_any_line(case, part):
     """Ctrl-C and signals arrive between any two lines, also while the cache is handed back."""
-    case.interrupted(DynamicCache(config=case.target.config))  # the first call finds out what the target supports
-    with AtLine(10**9) as counter:
-        case.interrupted(DynamicCache(config=case.target.config))
-    lines = 10**9 - counter.left
+    lines = lines_of_a_call(case)
     rng = random.Random(part)
     chosen = [rng.randrange(1, lines) for _ in range(16)] + [lines - rng.randrange(120) for _ in range(9)]
     for number in chosen:
