@@ -236,7 +236,7 @@ def test_a_runner_is_compiled_once(monkeypatch):
         engine.meanwhile = lambda: None
         assert other(runner_for, draft, free) is free.compiled[0]
         assert other(runner_for, another_draft, engine) is engine.compiled[0]
-        assert not other(runners._compiled[draft][engine].lock.acquire, False)
+        assert not other(runners._prepared[draft][engine].lock.acquire, False)
         waits.append(other.start(runner_for, draft, engine))
 
     engine, free = CompilingEngine(meanwhile), CompilingEngine()

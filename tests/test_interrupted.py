@@ -182,7 +182,7 @@ def lines_of_a_call(case, **options):
 
 
 def test_an_interrupt_at_each_of_the_last_lines():
-    """Where a generation closes: what it changed is as before, although the traceback still refers to its frames."""
+    """Where a generation closes: torch's modes are as before, although the traceback still refers to its frames."""
     case = Case("llama", oracle=lambda *_: None)  # which would give each call other trees
     case.draft.budget = TreeBudget(2, 1, 1)
     lines, stopped = lines_of_a_call(case, max_new_tokens=4), 0

@@ -71,7 +71,7 @@ class _PackedFusion(GatedFusion):
         nn.Module.__init__(self)
         self.input_layernorm = fusion.input_layernorm
         names = ("W_1", "W_2", "W_z")
-        self.layers = nn.ModuleDict({name: _layer(getattr(fusion, name).detach().T, None, kind) for name in names})
+        self.layers = nn.ModuleDict({name: _layer(getattr(fusion, name).T, None, kind) for name in names})
 
     def times(self, x: Tensor, name: str) -> Tensor:
         return self.layers[name](x)
@@ -111,15 +111,14 @@ def _with_packed_layers(module: Module, kind: str) -> Module:
     copied = copy.deepcopy(module, shared)
     for name, layer in list(copied.named_modules()):
         if type(layer) is nn.Linear:
-            copied.set_submodule(name, _layer(layer.weight, layer.bias, kind))
+            copied.set_submodule(name, PackedLinear.of(layer, kind))
     return copied
 
 
 def _layer(weight: Tensor, bias: Tensor | None, kind: str) -> PackedLinear:
-    """Return a packed layer with weights (M, K) and a bias (M,)."""
+    """Return a packed layer with weights (M, K) and a bias (M,) that belong to no linear layer."""
     with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return PackedLinear.of(linear, kind)
+        made = PackedLinear(weight.shape[1], weight.shape[0], bias=False, kind=kind, dtype=weight.dtype)
+    made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    made.pack_(weight)
+    return made

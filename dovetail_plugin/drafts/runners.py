@@ -84,7 +84,7 @@ def _prepared_for(draft: DraftNetwork, engine: Engine) -> DraftRunner[Any] | Non
         version = _version_of(draft)
         if kept.version != version:
             kept.runner, kept.version = engine.draft_runner(draft) or _packed_for(draft, engine), version
-        return kept.runner
+        return None if isinstance(kept.runner, PackedRunner) and not can_be_packed(draft) else kept.runner
 
 
 def _packed_for(draft: DraftNetwork, engine: Engine) -> PackedRunner | None:
@@ -102,4 +102,4 @@ def _version_of(draft: DraftNetwork) -> tuple[int, ...]:
     tables = (draft.embed_weight, draft.head_weight, draft.head_bias)
     weights = [weight for weight in (*draft.parameters(), *tables) if weight is not None]
     versions = (0 if weight.is_inference() else weight._version for weight in weights)
-    return (can_be_packed(draft), *(weight.data_ptr() for weight in weights), *versions)
+    return (*(weight.data_ptr() for weight in weights), *versions)
